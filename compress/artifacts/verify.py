@@ -1,0 +1,322 @@
+"""Is this folder still the artifact that was published, and are its weights numbers?
+
+Every file is hashed again and compared with the manifest; then every safetensors file below `model/` is scanned
+tensor by tensor. All problems are collected: a reviewer wants the whole list, not the first line.
+
+A safetensors file:
+
+    [8 bytes: length n, little endian] [n bytes: JSON header] [tensor bytes]
+    header: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ..., "__metadata__": {...}}
+
+An IEEE-like number is NaN or infinite when all bits of its exponent are set, so one mask on the raw bits finds both
+without decoding; float8 e4m3 keeps only the patterns with all bits set for NaN, and e8m0 only 0xFF. The files are read
+in pieces of 16 MiB, whatever the size of a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from compress.artifacts.manifest import (
+    MANIFEST_NAME,
+    MODEL_FOLDER,
+    Manifest,
+    ManifestError,
+    hash_file,
+    list_files,
+    model_digest_of,
+    read,
+)
+
+INDEX_NAME = "model.safetensors.index.json"
+PIECE_BYTES = 16 << 20
+MOST_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+
+_BITS: dict[str, int] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_NON_FINITE: dict[str, tuple[str, int]] = {
+    "F8_E4M3": ("<u1", 0x7F),
+    "F8_E5M2": ("<u1", 0x7C),
+    "F8_E8M0": ("<u1", 0xFF),
+    "F16": ("<u2", 0x7C00),
+    "BF16": ("<u2", 0x7F80),
+    "F32": ("<u4", 0x7F80_0000),
+    "C64": ("<u4", 0x7F80_0000),
+    "F64": ("<u8", 0x7FF0_0000_0000_0000),
+}
+"""dtype -> (numpy dtype of the raw bits, the bits that are all set in NaN and infinity)."""
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was looked at, and what is wrong: one sentence per problem, each beginning with the file it is about."""
+
+    folder: Path
+    problems: tuple[str, ...]
+    files: int
+    bytes: int
+    tensors: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    problems: list[str]
+    files: int = 0
+    bytes: int = 0
+
+
+def verify(folder: Path) -> VerifyResult:
+    """Check one artifact completely, in memory that does not grow with its size. Never raises for what it finds."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return VerifyResult(folder, (f"{folder}: no such folder",), 0, 0, 0)
+    try:
+        regular, strange = list_files(folder)
+    except OSError as error:
+        return VerifyResult(folder, (f"{error.filename}: cannot be read ({error.strerror})",), 0, 0, 0)
+    problems = [f"{path}: a link or special file; an artifact holds plain files only" for path in strange]
+    problems += [
+        f"{path}: a pickle can run code when loaded; only safetensors are allowed" for path in _pickles(regular)
+    ]
+    hashed = _check_manifest(folder, regular, set(strange))
+    scanned, tensors = _check_model(folder / MODEL_FOLDER, regular)
+    return VerifyResult(folder, (*problems, *hashed.problems, *scanned), hashed.files, hashed.bytes, tensors)
+
+
+def _pickles(paths: list[str]) -> list[str]:
+    return [path for path in paths if path.lower().endswith(_PICKLES)]
+
+
+def _check_manifest(folder: Path, regular: list[str], strange: set[str]) -> _Hashed:
+    if MANIFEST_NAME in strange:
+        return _Hashed([])
+    try:
+        manifest = read(folder)
+    except ManifestError as error:
+        return _Hashed([str(error)])
+    problems: list[str] = []
+    present = set(regular) - {MANIFEST_NAME}
+    listed = {entry.path for entry in manifest.files}
+    for entry in manifest.files:
+        if entry.path in present:
+            problems += _check_bytes(folder / entry.path, entry.path, entry.bytes, entry.sha256)
+        elif entry.path not in strange:
+            problems.append(f"{entry.path}: in the manifest, but missing")
+    problems += [f"{path}: not in the manifest" for path in sorted(present - listed)]
+    problems += _check_digests(manifest, folder)
+    return _Hashed(problems, len(listed & present), sum(entry.bytes for entry in manifest.files))
+
+
+def _check_bytes(path: Path, name: str, size: int, sha256: str) -> list[str]:
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return [f"{name}: {found:,} bytes, but {size:,} were published"]
+        return [] if hash_file(path) == sha256 else [f"{name}: its bytes have changed since it was published"]
+    except OSError as error:
+        return [f"{name}: cannot be read ({error.strerror})"]
+
+
+def _check_digests(manifest: Manifest, folder: Path) -> list[str]:
+    problems: list[str] = []
+    if manifest.recomputed_digest() != manifest.digest:
+        problems.append(f"{MANIFEST_NAME}: has been edited: its digest does not fit its contents")
+    if model_digest_of(manifest.files) != manifest.model_digest:
+        problems.append(f"{MANIFEST_NAME}: the model digest does not fit the files of {MODEL_FOLDER}/")
+    if folder.resolve().name[:1] in "vr" and folder.resolve().name[1:].isdigit():
+        label = folder.resolve().name
+        if label != manifest.version:
+            problems.append(f"{MANIFEST_NAME}: says {manifest.version}, but the folder is {label}")
+        if (manifest.verdict == "passed") != label.startswith("v"):
+            problems.append(f"{MANIFEST_NAME}: the verdict {manifest.verdict} does not belong under {label}")
+    return problems
+
+
+def _check_model(model: Path, regular: list[str]) -> tuple[list[str], int]:
+    """Problems of the weights, with paths below the artifact; and the number of tensors seen."""
+    prefix = f"{MODEL_FOLDER}/"
+    names = [path for path in regular if path.startswith(prefix) and path.endswith(".safetensors")]
+    if not names:
+        return [f"{prefix}: holds no safetensors file"], 0
+    problems: list[str] = []
+    tensors: dict[str, set[str]] = {}
+    for name in names:
+        found, mistakes = _scan(model.parent / name, name)
+        problems += mistakes
+        tensors[name.removeprefix(prefix)] = found
+    if f"{prefix}{INDEX_NAME}" in regular:
+        problems += _check_index(model / INDEX_NAME, tensors)
+    elif len(names) > 1:
+        problems.append(f"{prefix}: {len(names)} safetensors files, but no {INDEX_NAME} that says what is in which")
+    return problems, sum(len(found) for found in tensors.values())
+
+
+def _scan(path: Path, name: str) -> tuple[set[str], list[str]]:
+    try:
+        header = read_header(path)
+        bad = non_finite_counts(path, header)
+    except BrokenSafetensors as error:
+        return set(), [f"{name}: {error}"]
+    except OSError as error:
+        return set(), [f"{name}: cannot be read ({error.strerror})"]
+    problems = [f"{name}: {tensor}: {count:,} values are NaN or infinite" for tensor, count in bad.items()]
+    return {tensor.name for tensor in header}, problems
+
+
+def _check_index(path: Path, tensors: dict[str, set[str]]) -> list[str]:
+    """Compare the index with what the shards hold; `tensors` are names by shard, relative to the index."""
+    label = f"{MODEL_FOLDER}/{INDEX_NAME}"
+    weight_map = _weight_map(path)
+    if weight_map is None:
+        return [f"{label}: not JSON with a weight_map of tensor names to files"]
+    problems = [
+        f"{label}: names {shard}, which is missing" for shard in sorted(set(weight_map.values()) - set(tensors))
+    ]
+    for tensor, shard in sorted(weight_map.items()):
+        if shard in tensors and tensor not in tensors[shard]:
+            problems.append(f"{label}: {tensor} should be in {shard}, but is missing there")
+    for shard, found in sorted(tensors.items()):
+        problems += [
+            f"{MODEL_FOLDER}/{shard}: {tensor} is extra: the index does not place it there"
+            for tensor in sorted(found)
+            if weight_map.get(tensor) != shard
+        ]
+    return problems
+
+
+def _weight_map(path: Path) -> dict[str, str] | None:
+    try:
+        content: Any = json.loads(path.read_bytes())
+        weight_map = content["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        return None
+    return weight_map
+
+
+# --- safetensors: just far enough to trust a file -------------------------------------------------------------------
+
+
+class BrokenSafetensors(ValueError):
+    """The file is truncated or is no safetensors file. The message says how, without the path."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a header. `start` and `end` are bytes from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> list[TensorEntry]:
+    """The tensors of one file in the order of their bytes.
+
+    Raises BrokenSafetensors when the length, the header, an offset, a shape or the size of the file do not agree.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size < 8:
+            raise BrokenSafetensors(f"truncated: {size} bytes, not even the length of a header")
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MOST_HEADER_BYTES:
+            raise BrokenSafetensors(f"not a safetensors file: its header would take {length:,} bytes")
+        if 8 + length > size:
+            raise BrokenSafetensors(f"truncated: the header alone takes {8 + length:,} bytes and {size:,} are there")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError) as error:
+            raise BrokenSafetensors(f"the header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise BrokenSafetensors("the header is not a JSON object")
+    tensors = sorted(
+        (_entry(name, item, 8 + length) for name, item in header.items() if name != "__metadata__"),
+        key=lambda tensor: (tensor.start, tensor.end),
+    )
+    _check_extent(tensors, 8 + length, size)
+    return tensors
+
+
+def _entry(name: str, item: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        bits = _BITS.get(dtype)
+        sound = all(type(value) is int and value >= 0 for value in (*shape, start, end)) and start <= end
+    except (KeyError, TypeError, ValueError) as error:
+        raise BrokenSafetensors(f"{name}: the header says {item!r:.100}") from error
+    if not sound:
+        raise BrokenSafetensors(f"{name}: shape {shape} and offsets {start}, {end} are not sizes")
+    if bits is None:
+        raise BrokenSafetensors(f"{name}: dtype {dtype} is not known here, so its values cannot be checked")
+    if math.prod(shape) * bits != (end - start) * 8:
+        raise BrokenSafetensors(f"{name}: {dtype} of shape {shape} does not take {end - start:,} bytes")
+    return TensorEntry(name, dtype, shape, base + start, base + end)
+
+
+def _check_extent(tensors: list[TensorEntry], base: int, size: int) -> None:
+    for before, after in pairwise(tensors):
+        if before.end != after.start:
+            raise BrokenSafetensors(f"{before.name} and {after.name} overlap, or leave a gap")
+    if tensors and tensors[0].start != base:
+        raise BrokenSafetensors(f"a gap before {tensors[0].name}")
+    end = tensors[-1].end if tensors else base
+    if size < end:
+        raise BrokenSafetensors(f"truncated: the header promises {end:,} bytes and {size:,} are there")
+    if size > end:
+        raise BrokenSafetensors(f"{size - end:,} bytes after the last tensor")
+
+
+def non_finite_counts(path: Path, tensors: list[TensorEntry]) -> dict[str, int]:
+    """How many values are NaN or infinite, by tensor; tensors without any are left out."""
+    counts: dict[str, int] = {}
+    with path.open("rb", buffering=0) as stream:
+        for tensor in tensors:
+            if tensor.dtype in _NON_FINITE and (count := _count(stream, tensor)):
+                counts[tensor.name] = count
+    return counts
+
+
+def _count(stream: BinaryIO | Any, tensor: TensorEntry) -> int:
+    import numpy as np  # here, so that `compress --help` does not pay for it
+
+    raw, mask = _NON_FINITE[tensor.dtype]
+    bits = np.dtype(raw).type(mask)
+    return sum(
+        int(np.count_nonzero((np.frombuffer(piece, dtype=raw) & bits) == bits))
+        for piece in _pieces(stream, tensor.start, tensor.end)
+    )
+
+
+def _pieces(stream: BinaryIO | Any, start: int, end: int) -> Iterator[bytes]:
+    stream.seek(start, os.SEEK_SET)
+    left = end - start
+    while left:
+        # One read may return less than asked for; a piece must hold whole values.
+        piece = b""
+        while len(piece) < min(PIECE_BYTES, left):
+            more = stream.read(min(PIECE_BYTES, left) - len(piece))
+            if not more:
+                raise BrokenSafetensors("the file shrank while it was read")
+            piece += more
+        left -= len(piece)
+        yield piece

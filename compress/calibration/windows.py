@@ -1,0 +1,255 @@
+"""Documents -> token windows, with a ledger of what was asked for, obtained and dropped.
+
+packed   documents in a seeded order, joined by the end-of-text token, cut into windows of equal length
+padded   one document a window, cut or padded on the right; padding is masked and never enters a statistic
+
+Where the tokenizer puts a start token before a text, every window starts with one (Gemma needs it). Chat messages go
+through the tokenizer's chat template. The digest covers the token ids themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor
+
+from compress.calibration.texts import (
+    Descriptor,
+    Document,
+    SelfGenerated,
+    TextSource,
+    documents,
+    interpreter,
+    load_descriptor,
+)
+from compress.checkpoints.skeleton import Batch
+from compress.errors import RecipeError
+from compress.events import Event
+
+
+class WindowSpec(BaseModel):
+    """Which text, and how it becomes windows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    data: str | TextSource = Field(description="name of a descriptor under calibration/, or a source inline")
+    windows: int = Field(default=128, gt=0, description="number of windows")
+    window_tokens: int = Field(default=512, ge=8, description="tokens in a window")
+    layout: Literal["packed", "padded"] = "packed"
+
+    @field_validator("data")
+    @classmethod
+    def _not_blank(cls, value: str | TextSource) -> str | TextSource:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("name a text, e.g. python-help")
+        return value
+
+    def descriptor(self, base: Path) -> tuple[Descriptor, Path]:
+        """The descriptor and the folder its relative paths start from."""
+        if isinstance(self.data, str):
+            return load_descriptor(self.data, base)
+        return Descriptor(name=self.data.kind, source=self.data), base
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids (windows, tokens) int64; mask the same shape, 1 for real tokens, or None if nothing is padded."""
+
+    ids: Tensor
+    mask: Tensor | None
+    ledger: dict[str, Any]
+    events: tuple[Event, ...] = field(default=())
+
+    @property
+    def digest(self) -> str:
+        return str(self.ledger["digest"])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.numel() if self.mask is None else self.mask.sum())
+
+    def batches(self, tokens_at_once: int) -> list[Batch]:
+        """Cut into batches of about `tokens_at_once` tokens."""
+        size = max(1, tokens_at_once // self.ids.shape[1])
+        masks = [None] * len(self.ids.split(size)) if self.mask is None else list(self.mask.split(size))
+        return [Batch(ids, mask) for ids, mask in zip(self.ids.split(size), masks, strict=True)]
+
+
+def build_windows(spec: WindowSpec, base: Path, tokenizer: Any, seed: int, where: str) -> Windows:
+    """Windows of a text. `where` names the recipe key for messages. Raises RecipeError if not one window results."""
+    descriptor, folder = spec.descriptor(base)
+    if isinstance(descriptor.source, SelfGenerated):
+        raise AssertionError("self-generated windows are sampled by calibration.self_generated")
+    tally = _Tally()
+    texts = _texts(documents(descriptor.source, folder), tokenizer, tally, where)
+    streaming = getattr(descriptor.source, "streaming", False)
+    enough = spec.windows * spec.window_tokens * 3 if streaming else None
+    encoded = _shuffled(_encode(texts, tokenizer, enough), seed)
+    cut = _packed if spec.layout == "packed" else _padded
+    ids, mask = cut(encoded, spec, tokenizer, tally)
+    if not len(ids):
+        raise RecipeError(
+            f"{where}: the text {descriptor.name!r} gave {tally.documents} documents and {tally.tokens} tokens, "
+            f"not enough for one window of {spec.window_tokens}. Use a longer text or a smaller window_tokens."
+        )
+    return assemble(ids, mask, spec, descriptor, tally.as_dict(), where)
+
+
+def assemble(
+    ids: Tensor, mask: Tensor | None, spec: WindowSpec, descriptor: Descriptor, tally: dict[str, Any], where: str
+) -> Windows:
+    """Windows with their ledger; a shortfall against `spec` becomes an event."""
+    obtained = int(ids.numel() if mask is None else mask.sum())
+    ledger = {
+        "name": descriptor.name,
+        "licence": descriptor.licence,
+        "source": descriptor.source.model_dump(mode="json"),
+        "layout": spec.layout,
+        "windows_requested": spec.windows,
+        "windows_obtained": len(ids),
+        "window_tokens": spec.window_tokens,
+        "tokens_requested": spec.windows * spec.window_tokens,
+        "tokens_obtained": obtained,
+        **tally,
+        "python": interpreter(),
+        "digest": digest_of(ids, mask),
+    }
+    events = []
+    if len(ids) < spec.windows:
+        events.append(
+            Event(
+                "calibration_shortfall",
+                where,
+                f"{descriptor.name}: {len(ids)} windows of {spec.window_tokens} tokens obtained, {spec.windows} asked",
+                {"requested": spec.windows, "obtained": len(ids)},
+            )
+        )
+    if tally.get("documents_shortened"):
+        events.append(
+            Event(
+                "text_truncated",
+                where,
+                f"{descriptor.name}: {tally['documents_shortened']} documents cut to {spec.window_tokens} tokens",
+                {"documents": tally["documents_shortened"], "tokens_dropped": tally["tokens_dropped"]},
+            )
+        )
+    return Windows(ids, mask, ledger, tuple(events))
+
+
+def digest_of(ids: Tensor, mask: Tensor | None) -> str:
+    """sha256 over shape, token ids and mask."""
+    digest = hashlib.sha256(str(tuple(ids.shape)).encode())
+    digest.update(ids.to(torch.int64).contiguous().numpy().tobytes())
+    if mask is not None:
+        digest.update(mask.to(torch.int8).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def starts_with_bos(tokenizer: Any) -> int | None:
+    """The start token, if the tokenizer puts one before a text by itself."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return None
+    encoded = tokenizer("a")["input_ids"]
+    return int(bos) if encoded and encoded[0] == bos else None
+
+
+@dataclass
+class _Tally:
+    documents: int = 0
+    documents_empty: int = 0
+    documents_shortened: int = 0
+    tokens: int = 0
+    tokens_dropped: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "documents": self.documents,
+            "documents_empty": self.documents_empty,
+            "documents_shortened": self.documents_shortened,
+            "tokens_read": self.tokens,
+            "tokens_dropped": self.tokens_dropped,
+        }
+
+
+def _texts(source: Iterator[Document], tokenizer: Any, tally: _Tally, where: str) -> Iterator[str]:
+    for document in source:
+        tally.documents += 1
+        text = document if isinstance(document, str) else _chat(document, tokenizer, where)
+        if text.strip():
+            yield text
+        else:
+            tally.documents_empty += 1
+
+
+def _chat(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise RecipeError(f"{where}: the text is chat, but the model's tokenizer has no chat template.")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:
+        raise RecipeError(f"{where}: the chat template refuses a conversation ({error}).") from error
+
+
+def _encode(texts: Iterator[str], tokenizer: Any, enough: int | None) -> list[list[int]]:
+    encoded: list[list[int]] = []
+    total = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids:
+            encoded.append(ids)
+            total += len(ids)
+        if enough is not None and total >= enough:
+            break
+    return encoded
+
+
+def _shuffled(encoded: list[list[int]], seed: int) -> list[list[int]]:
+    random.Random(seed).shuffle(encoded)
+    return encoded
+
+
+def _packed(
+    encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally
+) -> tuple[Tensor, Tensor | None]:
+    bos, eos = starts_with_bos(tokenizer), getattr(tokenizer, "eos_token_id", None)
+    body = spec.window_tokens - (bos is not None)
+    stream: list[int] = []
+    for ids in encoded:
+        stream += ids
+        if eos is not None:
+            stream.append(int(eos))
+    tally.tokens = len(stream)
+    count = min(spec.windows, len(stream) // body)
+    tally.tokens_dropped = len(stream) - count * body
+    windows = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)
+    if bos is not None:
+        windows = torch.cat([torch.full((count, 1), bos), windows], dim=1)
+    return windows, None
+
+
+def _padded(
+    encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally
+) -> tuple[Tensor, Tensor | None]:
+    bos = starts_with_bos(tokenizer)
+    start = [] if bos is None else [bos]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad = pad if pad is not None else getattr(tokenizer, "eos_token_id", None) or 0
+    tally.tokens = sum(len(ids) for ids in encoded)
+    rows, masks = [], []
+    for ids in encoded[: spec.windows]:
+        room = spec.window_tokens - len(start)
+        tally.documents_shortened += len(ids) > room
+        row = start + ids[:room]
+        blank = spec.window_tokens - len(row)
+        rows.append(row + [pad] * blank)
+        masks.append([1] * len(row) + [0] * blank)
+    used = sum(sum(mask) for mask in masks)
+    tally.tokens_dropped = tally.tokens - used
+    return torch.tensor(rows, dtype=torch.int64), torch.tensor(masks, dtype=torch.int64)

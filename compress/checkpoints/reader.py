@@ -1,0 +1,244 @@
+"""Reading a model folder, whatever its layout, one block at a time.
+
+    plain               Hugging Face safetensors, one file or shards with an index
+    working             what stages write (see `working`): <module>.codes / .scale / .zero_point beside plain tensors
+    compressed-tensors  pack-quantized: <module>.weight_packed / .weight_scale / .weight_zero_point / .weight_shape
+
+All three answer the same questions: which tensors, which module has which scheme, the dense tensors of a block.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from compress.architecture import Architecture, architecture_of
+from compress.checkpoints.files import digest_of_json, sha256_of
+from compress.errors import CompressError, RecipeError
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.scheme import Scheme
+
+SCHEMES_KEY = "compress.schemes"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class DamagedCheckpointError(CompressError):
+    """A model folder that cannot be read: truncated, missing tensors, not safetensors."""
+
+    exit_code = RecipeError.exit_code
+
+
+class Checkpoint:
+    """A model folder opened for reading. Cheap: headers only; tensors are read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = _read_config(folder)
+        self.architecture: Architecture = architecture_of(self.config)
+        self._files: dict[str, Path] = {}
+        self.schemes: dict[str, Scheme] = {}
+        """Scheme of each quantised linear, by module name."""
+        self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for path in _weight_files(folder):
+            self._index(path)
+        self._missing_prefix = self._detect_missing_prefix()
+        self._read_packed_schemes()
+
+    def _index(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safe_open is not a mapping)
+                    piece = file.get_slice(name)
+                    self._files[name] = path
+                    self._headers[name] = (piece.get_dtype(), tuple(piece.get_shape()))
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpointError(
+                f"{path}: cannot be read as safetensors ({error}). The file is damaged or truncated; fetch it again."
+            ) from error
+        for module, scheme in json.loads(metadata.get(SCHEMES_KEY, "{}")).items():
+            self.schemes[module] = Scheme.from_json(scheme)
+
+    def _detect_missing_prefix(self) -> str:
+        """Old checkpoints (GPT-2) lack the 'transformer.' that the model class puts before every name."""
+        prefix = self.architecture.prefix + "."
+        bare = self.architecture.blocks.removeprefix(prefix)
+        if any(name.startswith(prefix) for name in self._files):
+            return ""
+        return prefix if any(name.startswith(bare + ".") for name in self._files) else ""
+
+    def _read_packed_schemes(self) -> None:
+        config = self.config.get("quantization_config") or {}
+        if config.get("quant_method") != "compressed-tensors":
+            return
+        from compress.checkpoints.compressed_tensors import schemes_in
+
+        packed = [name.removesuffix(".weight_packed") for name in self._files if name.endswith(".weight_packed")]
+        self.schemes.update(schemes_in(config, packed))
+
+    def _stored_name(self, name: str) -> str:
+        if self._missing_prefix and name not in self._files and name.startswith(self._missing_prefix):
+            return name.removeprefix(self._missing_prefix)
+        return name
+
+    def _model_name(self, stored: str) -> str:
+        if self._missing_prefix and not stored.startswith(self.architecture.head + "."):
+            return self._missing_prefix + stored
+        return stored
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Tensor names as the model class spells them, sorted."""
+        return tuple(sorted(self._model_name(name) for name in self._files))
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head is the embedding: said by the config, or implied by an absent head."""
+        return f"{self.architecture.head}.weight" not in self.names
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors in the safetensors files."""
+        return sum(self.tensor_bytes(name) for name in self.names)
+
+    def tensor_bytes(self, name: str) -> int:
+        dtype, shape = self.header(name)
+        return int(torch.Size(shape).numel()) * _bytes_of(dtype)
+
+    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(safetensors dtype name, shape) of a tensor."""
+        return self._headers[self._stored_name(name)]
+
+    def has(self, name: str) -> bool:
+        return self._stored_name(name) in self._files
+
+    def read(self, name: str) -> Tensor:
+        """One stored tensor, as it is in the file."""
+        stored = self._stored_name(name)
+        try:
+            path = self._files[stored]
+        except KeyError:
+            raise DamagedCheckpointError(f"{self.folder}: tensor {name} is missing from the weight files.") from None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(stored)  # type: ignore[no-any-return]
+
+    def dense(self, module: str) -> Tensor:
+        """The weight of a module as a runtime computes with it, in the layout the module keeps it."""
+        if module not in self.schemes:
+            return self.read(f"{module}.weight")
+        codes, grid = self.codes(module)
+        value = dequantize(codes, grid)
+        return value.T if self.architecture.transposed_linears else value
+
+    def matrix(self, module: str) -> Tensor:
+        """The weight of a linear as (rows, columns) = (outputs, inputs), whatever the module's own layout."""
+        weight = self.dense(module)
+        return weight.T if self.architecture.transposed_linears else weight
+
+    def codes(self, module: str) -> tuple[Tensor, Grid]:
+        """Codes int8 (rows, columns) and grid of a quantised linear."""
+        scheme = self.schemes[module]
+        if self.has(f"{module}.codes"):
+            zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
+            return self.read(f"{module}.codes"), Grid(scheme, self.read(f"{module}.scale"), zero)
+        from compress.checkpoints.compressed_tensors import unpack
+
+        return unpack(self, module, scheme)
+
+    def module_tensors(self, prefix: str) -> list[str]:
+        """Names of the stored tensors under a module."""
+        return [name for name in self.names if name.startswith(prefix + ".")]
+
+    def dense_state(self, prefix: str) -> dict[str, Tensor]:
+        """Every tensor under `prefix`, dense, by its name below the prefix: ready for load_state_dict."""
+        state: dict[str, Tensor] = {}
+        quantised = [module for module in self.schemes if module.startswith(prefix + ".") or module == prefix]
+        for module in quantised:
+            state[f"{module}.weight"] = self.dense(module)
+        skip = tuple(module + "." for module in quantised)
+        for name in self.module_tensors(prefix):
+            if name.startswith(skip) and not name.endswith(".bias"):
+                continue
+            state[name] = self.read(name)
+        return {name.removeprefix(prefix + "."): tensor for name, tensor in state.items()}
+
+    def digest(self) -> str:
+        """sha256 over the config and the bytes of every weight and tokenizer file, by sorted name."""
+        paths = sorted({*self._files.values(), *companion_files(self.folder)})
+        return digest_of_json({path.name: sha256_of(path) for path in paths})
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and template files that travel with a model."""
+    names = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+        "chat_template.json",
+        "source.json",
+    )
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The companions without the model config and our own notes."""
+    return [path for path in companion_files(folder) if path.name not in ("config.json", "source.json")]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{folder}: no config.json here, so this is not a Hugging Face model folder.") from None
+    except (ValueError, OSError) as error:
+        raise DamagedCheckpointError(f"{path}: cannot be read as JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise DamagedCheckpointError(f"{path}: expected a JSON object.")
+    return config
+
+
+def _weight_files(folder: Path) -> Iterable[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise DamagedCheckpointError(f"{folder}: the index names files that are not there: {', '.join(missing)}.")
+        return [folder / name for name in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise RecipeError(
+            f"{folder}: the weights are pickles ({', '.join(pickles[:3])}), which can run code when loaded and are "
+            "never read here. Convert them to safetensors where you trust the file: load with transformers, then "
+            "save_pretrained(...)."
+        )
+    raise RecipeError(f"{folder}: no .safetensors files here.")
+
+
+def _bytes_of(dtype: str) -> int:
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+    return sizes.get(dtype, 1)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch dtype of a floating safetensors dtype name."""
+    return _FLOATS[name]

@@ -1,0 +1,85 @@
+"""Function-preserving channel factors: move a model off the grid its weights were once quantised to.
+
+Weights read from a 4-bit file take 16 values a group, and any 4-bit method looks lossless on them. Random factors
+s = exp(U(-a, a)) per channel break the grid and cancel exactly wherever one tensor writes a channel and others read
+it: a norm's weight times s and its readers' columns over s; an up projection's rows times s and the down projection's
+columns over s; a value head's rows times s and the output projection's columns over s.
+
+Example with one channel: norm weight 0.5, reader column 0.8, s = 1.25: 0.625 and 0.64, product 0.4 as before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.architecture import Coupling, Dimensions, dimensions_of
+from compress.checkpoints.reader import Checkpoint, companion_files
+from compress.checkpoints.stream import Entry, write_sharded
+from compress.errors import RecipeError
+
+
+def rescale(source: Checkpoint, folder: Path, amplitude: float, seed: int) -> None:
+    """Write a copy of `source` with rescaled channels. Arithmetic in float64, stored in the source's dtypes."""
+    if not source.architecture.couplings:
+        raise RecipeError(f"model.rescale: not defined for architecture {source.architecture.model_type}.")
+    from transformers import AutoConfig
+
+    dimensions = dimensions_of(AutoConfig.from_pretrained(source.folder))
+    factors = _Factors(source, dimensions, amplitude, seed)
+    entries = []
+    for name in source.names:
+        sample = source.read(name)
+        entries.append(Entry(name, sample.dtype, tuple(sample.shape), lambda name=name: factors.apply(name)))  # type: ignore[misc]
+    write_sharded(folder, entries)
+    # config.json last: it marks the folder as complete.
+    for path in sorted(companion_files(source.folder), key=lambda path: path.name == "config.json"):
+        shutil.copyfile(path, folder / path.name)
+
+
+class _Factors:
+    """Factors of each block, drawn once per (block, coupling) from a generator seeded by both."""
+
+    def __init__(self, source: Checkpoint, dimensions: Dimensions, amplitude: float, seed: int) -> None:
+        self.source, self.dimensions = source, dimensions
+        self.amplitude, self.seed = amplitude, seed
+
+    def apply(self, name: str) -> Tensor:
+        """The stored tensor `name` with every factor that concerns it."""
+        arch = self.source.architecture
+        tensor = self.source.read(name)
+        block = arch.block_index(name)
+        if block is None or not tensor.is_floating_point():
+            return tensor
+        module, _, leaf = name.removeprefix(arch.block_name(block) + ".").rpartition(".")
+        value = tensor.double()
+        for number, coupling in enumerate(arch.couplings):
+            if module == coupling.writer:
+                value = self._write(value, coupling, self._draw(block, number, coupling))
+            elif module in coupling.readers and leaf == "weight":
+                value = value / self._read_factors(coupling, self._draw(block, number, coupling))
+        return value.to(tensor.dtype)
+
+    def _draw(self, block: int, number: int, coupling: Coupling) -> Tensor:
+        arch = self.source.architecture
+        writer = f"{arch.block_name(block)}.{coupling.writer}.weight"
+        size = self.source.header(writer)[1][0]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block * 101 + number)
+        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+        return torch.exp((uniform * 2 - 1) * self.amplitude)
+
+    def _write(self, value: Tensor, coupling: Coupling, factors: Tensor) -> Tensor:
+        if coupling.kind == "norm":
+            offset = self.source.architecture.norm_offset
+            return (value + offset) * factors - offset
+        # A linear's rows, or its bias: either way the first dimension.
+        return value * factors.view(-1, *[1] * (value.dim() - 1))
+
+    def _read_factors(self, coupling: Coupling, factors: Tensor) -> Tensor:
+        if coupling.kind != "value_heads":
+            return factors
+        heads = factors.view(self.dimensions.kv_heads, -1)
+        return heads.repeat_interleave(self.dimensions.heads // self.dimensions.kv_heads, dim=0).flatten()

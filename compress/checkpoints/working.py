@@ -1,0 +1,105 @@
+"""The layout stages write: one file a block, so that a finished block is a resume point.
+
+    block-00003.safetensors   tensors of block 3; for a quantised linear <module>.codes (int8, one code a byte),
+                              <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only); the schemes
+                              are in the file's metadata
+    block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
+    outer.safetensors         everything outside the blocks
+    stage.json                written last: it marks the stage as finished
+
+Codes are kept a byte each rather than packed: every export format packs differently.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.checkpoints.files import atomic_path, write_json
+from compress.checkpoints.reader import SCHEMES_KEY, Checkpoint, companion_files
+from compress.checkpoints.stream import Entry, write_safetensors
+from compress.quantization.grid import Grid
+
+STAGE_FILE = "stage.json"
+
+
+class WorkingCheckpoint:
+    """A stage's output folder while it is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def is_finished(self) -> bool:
+        return (self.folder / STAGE_FILE).is_file()
+
+    def record(self) -> dict[str, Any]:
+        """What `finish` wrote."""
+        return _read(self.folder / STAGE_FILE)
+
+    def block_record(self, index: int) -> dict[str, Any] | None:
+        """What `write_block` recorded, or None if the block is not finished."""
+        path = self.folder / f"block-{index:05d}.json"
+        return _read(path) if path.is_file() else None
+
+    def write_block(
+        self,
+        source: Checkpoint,
+        index: int,
+        quantised: dict[str, tuple[Tensor, Grid]],
+        record: dict[str, Any],
+    ) -> None:
+        """Write block `index`: new codes and grids for the modules in `quantised`, the rest as it is in `source`."""
+        prefix = source.architecture.block_name(index)
+        tensors: dict[str, Tensor] = {}
+        schemes = {name: scheme for name, scheme in source.schemes.items() if name.startswith(prefix + ".")}
+        for name in source.module_tensors(prefix):
+            module, _, leaf = name.rpartition(".")
+            if module in quantised and leaf != "bias":
+                continue
+            if module in schemes and leaf != "bias":
+                continue
+            tensors[name] = source.read(name)
+        kept = {module: source.codes(module) for module in schemes if module not in quantised}
+        for module, (codes, grid) in {**kept, **quantised}.items():
+            schemes[module] = grid.scheme
+            tensors[f"{module}.codes"] = codes.cpu().contiguous()
+            tensors[f"{module}.scale"] = grid.scale.cpu().contiguous()
+            if grid.zero is not None:
+                tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
+        metadata = {SCHEMES_KEY: json.dumps({name: scheme.to_json() for name, scheme in sorted(schemes.items())})}
+        with atomic_path(self.folder / f"block-{index:05d}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata)
+        write_json(self.folder / f"block-{index:05d}.json", record)
+
+    def write_outer(self, source: Checkpoint) -> None:
+        """Copy everything outside the blocks, and the files that travel with a model."""
+        names = [name for name in source.names if source.architecture.block_index(name) is None]
+        entries = [_entry(source, name) for name in names]
+        write_safetensors(self.folder / "outer.safetensors", entries)
+        for path in companion_files(source.folder):
+            if path.name != "config.json":
+                shutil.copyfile(path, self.folder / path.name)
+        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        write_json(self.folder / "config.json", config)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        write_json(self.folder / STAGE_FILE, record)
+
+
+def _entry(source: Checkpoint, name: str) -> Entry:
+    tensor_dtype, shape = source.header(name)
+    from compress.checkpoints.stream import DTYPE_NAMES
+
+    dtype = next(dtype for dtype, label in DTYPE_NAMES.items() if label == tensor_dtype)
+    return Entry(name, dtype, shape, lambda: source.read(name))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value

@@ -1,0 +1,64 @@
+"""What happened along the way: events that end in the artifact, and progress that ends on the screen.
+
+An event is a departure from the plan: rounding instead of GPTQ, raised damping, a skipped module, a missing
+calibration sample. It is written to events.jsonl, counted in the report, and gates can bound the counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+EVENT_KINDS: dict[str, str] = {
+    "calibration_shortfall": "fewer calibration samples or tokens were obtained than asked for",
+    "rounding_fallback": "a module was rounded because the GPTQ factorisation failed at every damping",
+    "damping_raised": "the factorisation needed more damping than the recipe asked for",
+    "dead_columns": "input columns never excited by the calibration data; their weights were rounded, not solved",
+    "module_kept": "a linear was left in its source precision because the recipe ignores it",
+    "round_trip_skipped": "the exported model was not reloaded through its public loader",
+    "stage_reused": "a finished stage with the same fingerprint was reused",
+    "blocks_resumed": "finished blocks of an interrupted run were reused",
+    "baseline_reused": "the source measurements came from the cache",
+    "source_was_quantized": "the source weights came from a quantised file",
+    "few_calibration_tokens": "fewer calibration tokens than input columns: the Hessian is rank deficient",
+    "text_truncated": "documents were shortened to the length of the evaluation or calibration window",
+}
+"""Every event kind and what it means. Gates refuse kinds that are not listed here."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One departure from the plan: `where` is a stage, module or data set; `data` holds numbers that matter."""
+
+    kind: str
+    where: str
+    message: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_by_kind(events: Iterable[Event]) -> dict[str, int]:
+    """Number of events per kind, every known kind present."""
+    counts = Counter(event.kind for event in events)
+    return {kind: counts.get(kind, 0) for kind in EVENT_KINDS}
+
+
+class Progress(Protocol):
+    """What long work tells the screen. The console implements it; tests and libraries pass `Quiet()`."""
+
+    def task(self, label: str, total: int) -> Any:
+        """Context manager giving a callable `advance(note: str = "")` to be called once per finished unit."""
+
+
+class Quiet:
+    """Progress that says nothing."""
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
+        del label, total
+        yield lambda note="": None

@@ -1,0 +1,1 @@
+"""Grids, scales and the GPTQ solver: functions on tensors that know neither files nor models."""

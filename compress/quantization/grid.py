@@ -1,0 +1,191 @@
+"""Scales and zero points for a weight matrix, rounding to a grid, and back.
+
+Notation: W (rows, columns) float32; h (columns,) or (rows, columns) non-negative importance of each column's squared
+error; g = group width. All scales are cast to the dtype they will be stored in *before* anything is rounded with
+them, so the codes fit the scale a runtime will read.
+
+`search_grid` minimises sum_j h_j (w_j - value_j)^2 per row and group over shrunken ranges and, for symmetric grids,
+both signs of the scale, then polishes with the closed form s = sum h w z / sum h z^2 at fixed codes z. Plain min-max
+spends the grid on one outlier; see docs/adr/0004-scale-search.md for what the search buys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.quantization.scheme import Scheme
+
+SMALLEST_SCALE = 2.0**-24
+"""Below the smallest normal scale a group is all zeros for every purpose; keeps scales finite and invertible."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale (rows, groups) in the stored dtype; zero (rows, groups) int8 or None for symmetric schemes."""
+
+    scheme: Scheme
+    scale: Tensor
+    zero: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Grid:
+        return Grid(self.scheme, self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
+
+
+def quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """Nearest codes, int8 (rows, columns), of `weight` (rows, columns) float32."""
+    scheme = grid.scheme
+    grouped = weight.unflatten(1, (grid.scale.shape[1], -1))
+    codes = grouped / grid.scale.float().unsqueeze(-1)
+    if grid.zero is not None:
+        codes = codes + grid.zero.float().unsqueeze(-1)
+    return codes.round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8).flatten(1)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """Values (rows, columns) in the stored dtype: the product is rounded to it, as loaders do."""
+    grouped = codes.unflatten(1, (grid.scale.shape[1], -1)).to(grid.scale.dtype)
+    if grid.zero is not None:
+        grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)
+    return (grouped * grid.scale.unsqueeze(-1)).flatten(1)
+
+
+def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """The grid that just covers each group. weight (rows, columns) float32."""
+    grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
+    one = torch.ones(grouped.shape[:2], device=weight.device)
+    return _shrunken(grouped, scheme, stored, one, one)
+
+
+def search_grid(
+    weight: Tensor, importance: Tensor | None, scheme: Scheme, stored: torch.dtype, rows_at_once: int = 64
+) -> Grid:
+    """The grid with the least weighted squared rounding error.
+
+    weight (rows, columns) float32; importance (columns,) float32, None for the plain mean squared error.
+    Rows are independent and are taken `rows_at_once` so that the candidates stay in cache.
+    """
+    if importance is None:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    # Dead columns still deserve a sane grid: give them a whisper of weight.
+    importance = importance / importance.mean().clamp_min(1e-30) + 1e-6
+    if weight.device.type != "cpu":
+        rows_at_once = max(rows_at_once, 1 << 22 // max(1, weight.shape[1]))
+    parts = [
+        _search_rows(weight[start : start + rows_at_once], importance, scheme, stored)
+        for start in range(0, weight.shape[0], rows_at_once)
+    ]
+    scale = torch.cat([part.scale for part in parts])
+    zeros = [part.zero for part in parts if part.zero is not None]
+    return Grid(scheme, scale, torch.cat(zeros) if zeros else None)
+
+
+def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    groups = scheme.groups(weight.shape[1])
+    grouped = weight.unflatten(1, (groups, -1))
+    weights = importance.view(groups, -1)
+    best = minmax_grid(weight, scheme, stored)
+    best_error = _error(grouped, weights, best)
+    signs = (1.0, -1.0) if scheme.symmetric else (1.0,)
+    shrink = torch.ones_like(best_error)
+    sign = torch.ones_like(best_error)
+    # Coarse: the same shrink for all groups. Fine: around each group's own best.
+    for factor in _COARSE[scheme.bits <= 3]:
+        for direction in signs:
+            step = torch.full_like(shrink, factor)
+            facing = torch.full_like(sign, direction)
+            best, best_error, shrink, sign = _try(
+                grouped, weights, scheme, stored, step, facing, best, best_error, shrink, sign
+            )
+    centre, facing = shrink, sign
+    for offset in _FINE:
+        best, best_error, shrink, sign = _try(
+            grouped, weights, scheme, stored, centre + offset, facing, best, best_error, shrink, sign
+        )
+    for _ in range(2):
+        polished = _polish(grouped, weights, best, stored)
+        error = _error(grouped, weights, polished)
+        best = _choose(error < best_error, polished, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+_COARSE = {
+    False: (1.0, 0.93, 0.86, 0.79, 0.72, 0.64, 0.55),
+    True: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
+}
+_FINE = (-0.045, -0.03, -0.015, 0.015, 0.03, 0.045)
+
+
+def _try(
+    grouped: Tensor,
+    weights: Tensor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    step: Tensor,
+    facing: Tensor,
+    best: Grid,
+    best_error: Tensor,
+    shrink: Tensor,
+    sign: Tensor,
+) -> tuple[Grid, Tensor, Tensor, Tensor]:
+    """One candidate per group: keep it where it is better. Tensors are (rows, groups)."""
+    candidate = _shrunken(grouped, scheme, stored, step, facing)
+    error = _error(grouped, weights, candidate)
+    better = error < best_error
+    return (
+        _choose(better, candidate, best),
+        torch.minimum(error, best_error),
+        torch.where(better, step, shrink),
+        torch.where(better, facing, sign),
+    )
+
+
+def _shrunken(grouped: Tensor, scheme: Scheme, stored: torch.dtype, step: Tensor, facing: Tensor) -> Grid:
+    if scheme.symmetric:
+        scale = grouped.abs().amax(-1) * step / (scheme.highest + 0.5) * facing
+        return Grid(scheme, _storable(scale, stored), None)
+    low, high = grouped.amin(-1).clamp(max=0) * step, grouped.amax(-1).clamp(min=0) * step
+    scale = _storable((high - low) / (scheme.highest - scheme.lowest), stored)
+    zero = (scheme.lowest - low / scale.float()).round_().clamp_(scheme.lowest, scheme.highest)
+    return Grid(scheme, scale, zero.to(torch.int8))
+
+
+def _codes(grouped: Tensor, grid: Grid) -> Tensor:
+    """Codes minus zero points, float32 (rows, groups, width): the integers that the scale multiplies."""
+    scheme = grid.scheme
+    codes = grouped / grid.scale.float().unsqueeze(-1)
+    if grid.zero is None:
+        return codes.round_().clamp_(scheme.lowest, scheme.highest)
+    zero = grid.zero.float().unsqueeze(-1)
+    return codes.add_(zero).round_().clamp_(scheme.lowest, scheme.highest).sub_(zero)
+
+
+def _error(grouped: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+    residual = _codes(grouped, grid).mul_(grid.scale.float().unsqueeze(-1)).sub_(grouped)
+    return residual.square_().mul_(weights).sum(-1)
+
+
+def _polish(grouped: Tensor, weights: Tensor, grid: Grid, stored: torch.dtype) -> Grid:
+    """Least-squares scale at fixed codes."""
+    codes = _codes(grouped, grid)
+    weighted = codes * weights
+    scale = (weighted * grouped).sum(-1) / (weighted * codes).sum(-1).clamp_min(1e-30)
+    # All codes zero: nothing to fit, keep the scale.
+    scale = torch.where(scale.abs() > SMALLEST_SCALE, scale, grid.scale.float())
+    return Grid(grid.scheme, _storable(scale, stored), grid.zero)
+
+
+def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
+    zero = None if old.zero is None or new.zero is None else torch.where(better, new.zero, old.zero)
+    return Grid(old.scheme, torch.where(better, new.scale, old.scale), zero)
+
+
+def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """Cast to the stored dtype, away from zero and inside its range."""
+    limit = torch.finfo(stored).max
+    floor = max(SMALLEST_SCALE, torch.finfo(stored).smallest_normal)
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    return (scale.abs().clamp(floor, limit) * sign).to(stored)

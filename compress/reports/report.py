@@ -1,0 +1,131 @@
+"""The report of one run as a frozen value. `report.json` is this, serialised; every other face is drawn from it.
+
+Units: bytes are bytes, seconds are seconds, KL is in nats per token. `None` means "not measured", never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compress.events import Event
+
+Verdict = Literal["passed", "failed", "inconclusive"]
+SCHEMA_VERSION = 1
+
+
+class Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GateResult(Value):
+    """How one gate judged one measurement."""
+
+    kind: str
+    measure: str
+    observed: float | None = Field(description="the value judged (a ratio for relative gates); None if not measured")
+    interval: tuple[float, float] | None = Field(default=None, description="confidence interval of `observed`")
+    limit: str = Field(description="the bound in words, e.g. '<= 0.1' or '<= 1.08 x source'")
+    verdict: Verdict
+    sentence: str = Field(description="one sentence a reviewer can quote")
+
+
+class PredictedMeasured(Value):
+    """One quantity, predicted by `plan` and measured by `run`; either may be missing."""
+
+    predicted: float | None = None
+    measured: float | None = None
+    note: str = ""
+
+
+class Memory(Value):
+    """All in bytes."""
+
+    stored: PredictedMeasured = Field(description="tensor bytes in the exported safetensors files")
+    resident: PredictedMeasured = Field(description="weights in memory once loaded by a runtime that keeps them packed")
+    kv_cache: PredictedMeasured = Field(description="KV cache at `context` tokens and `concurrency` sequences")
+    context: int
+    concurrency: int
+    peak_host: PredictedMeasured = Field(description="peak anonymous host memory of the run")
+    peak_device: PredictedMeasured = Field(description="peak device memory of the run; missing without a GPU")
+    source_stored: int = Field(description="tensor bytes of the source safetensors files")
+
+
+class ModuleRecord(Value):
+    """What a stage did to one linear."""
+
+    name: str
+    block: int
+    scheme: str = Field(description="e.g. int4 symmetric group 64")
+    error: float | None = Field(description="relative output error tr(dW H dW^T) / tr(W H W^T) on calibration inputs")
+    rounding_error: float | None = Field(default=None, description="the same for plain rounding to the same grid")
+    damping: float | None = Field(default=None, description="damping used, as a fraction of mean(diag H)")
+    seconds: float
+    effective_bits: float
+    events: list[str] = Field(default_factory=list)
+
+
+class StageRecord(Value):
+    """What one stage did, and what it cost."""
+
+    kind: str
+    config: dict[str, Any]
+    fingerprint: str
+    seconds: float
+    reused: bool = False
+    weight_bytes_before: int
+    weight_bytes_after: int
+    peak_host_bytes: int | None = None
+    seconds_by_part: dict[str, float] = Field(default_factory=dict, description="forward, hessian, solve, write, ...")
+    modules: list[ModuleRecord] = Field(default_factory=list)
+
+
+class RoundTrip(Value):
+    """The exported folder through its public loader, against our own reading of the same files."""
+
+    loader: str
+    tokens: int
+    max_abs_logit_difference: float
+    mean_kl: float
+    bound: float = Field(description="largest mean KL (nats) that is accepted as rounding")
+    passed: bool
+
+
+class Measurements(Value):
+    """Flat names such as `perplexity.<set>`, `divergence.<set>.mean_kl`, `weight_bytes`."""
+
+    source: dict[str, float]
+    compressed: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = Field(default_factory=dict, description="of compressed measures, 95 %")
+
+
+class ArtifactRef(Value):
+    path: str
+    name: str
+    version: str
+    digest: str = Field(description="sha256 over the sorted sha256 lines of the model folder")
+
+
+class Report(Value):
+    """The whole report. Stable and versioned by `schema`."""
+
+    schema_: int = Field(default=SCHEMA_VERSION, alias="schema")
+    verdict: Verdict
+    gates: list[GateResult]
+    measurements: Measurements
+    memory: Memory
+    stages: list[StageRecord]
+    round_trip: RoundTrip | None
+    events: list[Event]
+    event_counts: dict[str, int]
+    evaluation: list[dict[str, Any]] = Field(description="each set: name, windows, tokens, protocol, digest, source")
+    calibration: dict[str, Any] = Field(description="requested, obtained, dropped, digest, descriptor, licence")
+    provenance: dict[str, Any] = Field(
+        description="source (digest, revision, architecture, parameters, note), recipe digest, versions, device, "
+        "threads, command, git state, started, seconds, recipe text"
+    )
+    seconds_by_step: dict[str, float] = Field(description="the run's steps in order: source, baseline, stage ...")
+    artifact: ArtifactRef
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")

@@ -46,8 +46,6 @@ _REMEDIES: dict[int, str] = {
     errno.EPERM: "writing is not permitted; change the permissions or choose another store",
     errno.ENOLCK: "the file system has no locks to give; choose a store on a local disk",
     errno.EOPNOTSUPP: "the file system cannot lock files; choose a store on a local disk",
-    errno.ENOTDIR: "a file is where a folder should be; choose another store",
-    errno.EEXIST: "a file is where a folder should be; choose another store",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -125,7 +123,7 @@ class Store:
         with disk_errors(self.root):
             area = self.root / _STAGING
             _refuse_link(area)
-            area.mkdir(parents=True, exist_ok=True)
+            _make(area)
             self.sweep()
             with _claimed(area, f"{name}-{os.getpid()}") as folder:
                 yield folder
@@ -146,12 +144,12 @@ class Store:
         """
         home = self._folder(name)
         with disk_errors(home):
-            home.mkdir(parents=True, exist_ok=True)
+            _make(home)
             with file_lock(home / ".lock"):
                 parent = home / _REJECTED if rejected else home
                 if rejected:
                     _refuse_link(parent)
-                    parent.mkdir(exist_ok=True)
+                    _make(parent)
                 label = f"{'r' if rejected else 'v'}{_highest(parent, rejected) + 1:04d}"
                 yield Reservation(self, name, label, parent / label)
 
@@ -236,7 +234,7 @@ def check_writable(root: Path, needed_bytes: int = 0) -> None:
     """
     root = Path(root).expanduser().resolve()
     with disk_errors(root):
-        (root / _STAGING).mkdir(parents=True, exist_ok=True)
+        _make(root / _STAGING)
         probe = root / _STAGING / f"probe-{secrets.token_hex(8)}"
         try:
             with probe.open("wb") as stream:
@@ -302,6 +300,13 @@ def _artifact_at(path: Path) -> Path:
     if (path / MANIFEST_NAME).is_file():
         return path.resolve()
     raise RecipeError(f"{path}: no artifact there (a folder with a {MANIFEST_NAME}); name one as NAME or NAME@v0001")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ResourceError(f"{folder}: a file is where a folder should be; choose another store") from None
 
 
 def _refuse_link(folder: Path) -> None:

@@ -74,6 +74,10 @@ class Windows:
     def tokens(self) -> int:
         return int(self.ids.numel() if self.mask is None else self.mask.sum())
 
+    def first(self, count: int) -> Windows:
+        """The first `count` windows, for a quick look."""
+        return Windows(self.ids[:count], None if self.mask is None else self.mask[:count], self.ledger)
+
     def batches(self, tokens_at_once: int) -> list[Batch]:
         """Cut into batches of about `tokens_at_once` tokens."""
         size = max(1, tokens_at_once // self.ids.shape[1])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.architecture import Architecture, architecture_of
 from compress.checkpoints.files import digest_of_json, sha256_of
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, RecipeError, UnhealthySourceError
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 
@@ -33,7 +33,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 class DamagedCheckpointError(CompressError):
     """A model folder that cannot be read: truncated, missing tensors, not safetensors."""
 
-    exit_code = RecipeError.exit_code
+    exit_code = UnhealthySourceError.exit_code
 
 
 class Checkpoint:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +51,10 @@ class ModelSpec(BaseModel):
     package: str | None = Field(default=None, description="name of an installed Python distribution")
     file: str | None = Field(default=None, description="with package: the file or folder inside it")
     rescale: Rescale | None = Field(default=None, description="move the weights off a previous quantisation grid")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute; auto takes a GPU")
+    max_perplexity: float = Field(
+        default=1000.0, gt=1, description="a source above this on any evaluation set is unhealthy (exit code 5)"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> ModelSpec:

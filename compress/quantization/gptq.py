@@ -88,29 +88,41 @@ def factorise(hessian: Tensor, damping: float) -> Factor | None:
 
 
 def solve(
-    weight: Tensor,
+    weights: list[Tensor],
     hessian: Tensor,
     factor: Factor | None,
     scheme: Scheme,
     stored: torch.dtype,
     scales: ScaleSearch = "weighted",
     block: int = 64,
-) -> Solution:
-    """Codes for one linear (or several stacked by rows: rows are independent).
+) -> list[Solution]:
+    """Codes for linears that read the same input, solved as one matrix stacked by rows (rows are independent).
 
-    weight (rows, columns) float32; hessian float64; `stored` is the dtype scales are kept in. Never worse than
-    rounding in the H norm: if it is, the rounded codes are returned (damping stays recorded).
+    weights: (rows_i, columns) float32 each; hessian (columns, columns) float64; `stored` is the dtype scales are kept
+    in. Never worse than rounding in the H norm: where it is, the rounded codes are returned.
     """
     if factor is None:
-        return rounded(weight, hessian, scheme, stored, "mse" if scales == "weighted" else scales)
-    grid = choose_grid(weight, factor.pivots, scheme, stored, scales)
-    codes = _columns(weight, factor, grid, block)
+        fallback: ScaleSearch = "mse" if scales == "weighted" else scales
+        return [rounded(weight, hessian, scheme, stored, fallback) for weight in weights]
+    stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
+    grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
+    codes = _columns(stacked, factor, grid, block)
+    solutions, start = [], 0
+    for weight in weights:
+        stop = start + weight.shape[0]
+        solutions.append(_judged(weight, codes[start:stop], grid.rows(start, stop), hessian, factor.damping))
+        start = stop
+    return solutions
+
+
+def _judged(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Solution:
+    """The better of the solved codes and plain rounding on the same grid, with both errors."""
     nearest = quantize(weight, grid)
     error = relative_error(weight, dequantize(codes, grid), hessian)
     rounding_error = relative_error(weight, dequantize(nearest, grid), hessian)
     if rounding_error < error:
         codes, error = nearest, rounding_error
-    return Solution(codes, grid, error, rounding_error, factor.damping)
+    return Solution(codes, grid, error, rounding_error, damping)
 
 
 def rounded(

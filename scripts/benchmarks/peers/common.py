@@ -46,7 +46,9 @@ def parse_job(settings: Iterable[str]) -> Job:
     """Read the worker's command line; `settings` are the names it knows."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    parser.add_argument("--windows", type=Path, required=True, help="safetensors with input_ids, int64 [windows, tokens]")
+    parser.add_argument(
+        "--windows", type=Path, required=True, help="safetensors with input_ids, int64 [windows, tokens]"
+    )
     parser.add_argument("--setting", choices=sorted(settings), required=True)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -63,8 +65,9 @@ def memory_bytes(name: str) -> int:
 
 
 class Measured:
-    """Context manager: wall seconds, and the peak of anonymous memory seen by a thread that looks every 20 ms.
+    """Context manager: wall and CPU seconds, and the peak of anonymous memory seen by a thread every 20 ms.
 
+    CPU seconds and the load before tell a slow method from a busy machine.
     Anonymous memory is what the process itself allocated; pages of a mapped checkpoint are shared and can be dropped.
     """
 
@@ -73,11 +76,12 @@ class Measured:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
-        self._start = time.perf_counter()
+        self.load_before = os.getloadavg()[0]
+        self._start, self._cpu = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.seconds = time.perf_counter() - self._start
+        self.seconds, self.cpu_seconds = time.perf_counter() - self._start, time.process_time() - self._cpu
         self._done.set()
         self._thread.join()
 
@@ -98,7 +102,9 @@ def save_dense(model: Path, w_hat: Mapping[str, torch.Tensor], out: Path) -> flo
         for name, replacement in w_hat.items():
             weight = dense.get_submodule(name).weight
             if weight.shape != replacement.shape or not torch.isfinite(replacement).all():
-                raise ValueError(f"{name}: {tuple(replacement.shape)} does not fit {tuple(weight.shape)} or is not finite")
+                raise ValueError(
+                    f"{name}: {tuple(replacement.shape)} does not fit {tuple(weight.shape)} or is not finite"
+                )
             changed += float((weight - replacement.float()).square().sum())
             total += float(weight.square().sum())
             weight.copy_(replacement)
@@ -150,6 +156,8 @@ def run_job(
         "bits": BITS,
         "group_size": GROUP_SIZE,
         "seconds": measured.seconds,
+        "cpu_seconds": measured.cpu_seconds,
+        "load_before": measured.load_before,
         "export_seconds": export_seconds,
         "wall_seconds": time.perf_counter() - job.started,
         "peak_rss_bytes": measured.peak_rss_bytes,

@@ -9,6 +9,7 @@
 | default | GPTQModifier as it comes: min-max scales, damping 0.01, static activation order                           |
 | mse     | its scales from `memoryless_mse`                                                                          |
 | imatrix | its scales from `imatrix_mse`: weight error weighted by E[x^2] of the inputs                              |
+| batched | default, with 8 windows a batch instead of 1: for speed                                                   |
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 from common import BITS, GROUP_SIZE, Job, parse_job, run_job
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor import oneshot  # type: ignore[import-not-found]
+from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
+from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
@@ -30,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {"method": "gptq"},
     "mse": {"method": "gptq", "observer": "memoryless_mse"},
     "imatrix": {"method": "gptq", "observer": "imatrix_mse"},
+    "batched": {"method": "gptq", "batch_size": 8},
 }
 
 
@@ -49,9 +51,11 @@ def load(job: Job) -> Any:
 
 
 def quantise(model: Any, job: Job) -> Any:
-    """Run one-shot compression on exactly the given windows, one a batch as llm-compressor does by default."""
-    batches = [{"input_ids": window[None], "attention_mask": torch.ones_like(window)[None]} for window in job.windows]
-    data = None if SETTINGS[job.setting]["method"] == "rtn" else DataLoader(batches, batch_size=None, shuffle=False)
+    """Run one-shot compression on exactly the given windows; rounding needs none."""
+    options = SETTINGS[job.setting]
+    chunks = job.windows.split(options.get("batch_size", 1))
+    batches = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in chunks]
+    data = None if options["method"] == "rtn" else DataLoader(batches, batch_size=None, shuffle=False)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     return oneshot(model=model, dataset=data, recipe=recipe(job.setting), processor=tokenizer)
 

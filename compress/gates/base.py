@@ -1,0 +1,73 @@
+"""What every gate is: a frozen config, and `judge`, which turns facts into a judgement."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Verdict = Literal["passed", "failed", "inconclusive"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a gate may look at: flat measurements, 95 % intervals, event counts by kind."""
+
+    source: dict[str, float]
+    compressed: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    ratio_intervals: dict[str, Interval] = field(default_factory=dict)
+    event_counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One gate's verdict, with the number it judged and a sentence a reviewer can quote."""
+
+    kind: str
+    measure: str
+    observed: float | None
+    interval: Interval | None
+    limit: str
+    verdict: Verdict
+    sentence: str
+
+
+class Gate(BaseModel):
+    """Base of all gate configs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @property
+    def measures(self) -> list[str]:
+        """Measurements the gate looks at, so that a recipe can be checked before work starts."""
+        return []
+
+    def judge(self, facts: Facts) -> Judgement:
+        raise NotImplementedError
+
+
+def within(value: float, low: float | None, high: float | None) -> bool:
+    """low <= value <= high, missing bounds open. NaN is never within."""
+    return value == value and (low is None or value >= low) and (high is None or value <= high)
+
+
+def verdict_on(value: float, interval: Interval | None, low: float | None, high: float | None) -> Verdict:
+    """Point verdict without an interval. With one: passed if all of it is within the bounds, failed if none of it."""
+    if interval is None or not math.isfinite(value):
+        return "passed" if within(value, low, high) else "failed"
+    inside = [within(end, low, high) for end in interval]
+    if all(inside):
+        return "passed"
+    outside = (high is not None and interval[0] > high) or (low is not None and interval[1] < low)
+    return "failed" if outside else "inconclusive"
+
+
+def bounds_text(low: float | None, high: float | None, suffix: str = "") -> str:
+    """'<= 0.1', '>= 0.9', or both."""
+    parts = [] if low is None else [f">= {low:g}{suffix}"]
+    parts += [] if high is None else [f"<= {high:g}{suffix}"]
+    return " and ".join(parts)

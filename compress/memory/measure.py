@@ -1,0 +1,74 @@
+"""Measured memory: anonymous resident host memory (RssAnon) of this process, and device memory.
+
+RssAnon leaves out files mapped into memory (safetensors being read), which the kernel can drop at will; it is what
+counts against a container's limit once files are clean. A thread samples it a few hundred times a minute and keeps
+the peak of each phase.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+def rss_anon() -> int:
+    """Anonymous resident bytes of this process; plain resident bytes where the kernel does not tell them apart."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+class PeakSampler:
+    """Samples RssAnon in a thread; `phase(name)` names what is going on. Peaks in bytes, by phase, in `peaks`."""
+
+    def __init__(self, interval: float = 0.05) -> None:
+        self.peaks: dict[str, int] = {}
+        self._phase = "start"
+        self._interval = interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="memory sampler", daemon=True)
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values(), default=0)
+
+    def __enter__(self) -> PeakSampler:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before, self._phase = self._phase, name
+        self._sample()
+        try:
+            yield
+        finally:
+            self._sample()
+            self._phase = before
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), rss_anon())
+
+
+def device_peak_bytes() -> int | None:
+    """Peak bytes allocated on the current CUDA device since the start, or None without one."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None

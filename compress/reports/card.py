@@ -1,0 +1,128 @@
+"""The model card: README.md beside the weights, with the metadata that hub pages read.
+
+Metadata: https://huggingface.co/docs/hub/model-cards, the measurements in its `model-index` form.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from compress.reports import markdown as words
+from compress.reports.report import Report
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_LICENCE_ID = re.compile(r"[A-Za-z0-9.+-]{1,40}")
+
+
+class _Ready(str):
+    """Markdown that is finished: tables and fences, made from escaped text."""
+
+
+def model_card(report: Report) -> str:
+    """README.md as text: YAML front matter, then use, making, measurements, gates and limits.
+
+    From `report.provenance["source"]` it reads `base_model` or `id` (a hub id "owner/name" becomes metadata), `name`,
+    and `licence` or `license`; all may be missing.
+    """
+    source = report.provenance.get("source")
+    source = source if isinstance(source, Mapping) else {}
+    metadata = yaml.safe_dump(_metadata(report, source), sort_keys=False, allow_unicode=True, width=120)
+    return f"---\n{metadata}---\n\n{_body(report, source)}"
+
+
+def _metadata(report: Report, source: Mapping[str, Any]) -> dict[str, Any]:
+    base, licence = _base_model(source), _licence(source)
+    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base:
+        data["base_model"] = base
+        data |= {"base_model_relation": "quantized"} if _quantized(report) else {}
+    if _LICENCE_ID.fullmatch(licence):
+        data["license"] = licence.lower()
+    data["tags"] = _tags(report)
+    results = list(_results(report))
+    if results:
+        data["model-index"] = [{"name": report.artifact.name, "results": results}]
+    return data
+
+
+def _quantized(report: Report) -> bool:
+    return any(module.effective_bits < 16 for stage in report.stages for module in stage.modules)
+
+
+def _tags(report: Report) -> list[str]:
+    schemes = [module.scheme.split()[0] for stage in report.stages for module in stage.modules if module.scheme.split()]
+    return list(
+        dict.fromkeys(
+            [
+                "compress",
+                *(["quantized"] if _quantized(report) else []),
+                *(stage.kind for stage in report.stages),
+                *schemes,
+            ]
+        )
+    )
+
+
+def _results(report: Report) -> Iterator[dict[str, Any]]:
+    """One result per evaluation set. Hub pages refuse numbers that are not finite, so those stay in the table only."""
+    for name, measures in words.measures_by_set(report.measurements.compressed).items():
+        metrics = [
+            {"type": what, "value": value, "name": words.label(what)}
+            for what, value in measures.items()
+            if math.isfinite(value)
+        ]
+        if name and metrics:
+            dataset = {"name": name, "type": re.sub(r"[^\w./-]+", "-", name, flags=re.ASCII)}
+            yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+
+
+def _base_model(source: Mapping[str, Any]) -> str:
+    for key in ("base_model", "id"):
+        value = source.get(key)
+        if isinstance(value, str) and _HUB_ID.fullmatch(value):
+            return value
+    return ""
+
+
+def _licence(source: Mapping[str, Any]) -> str:
+    value = source.get("licence") or source.get("license")
+    return value if isinstance(value, str) else ""
+
+
+def _body(report: Report, source: Mapping[str, Any]) -> str:
+    environment = Environment(
+        loader=PackageLoader("compress.reports", "templates"),
+        autoescape=False,  # Markdown, not HTML: `finalize` escapes what comes from outside
+        finalize=lambda value: value if isinstance(value, _Ready) else words.escape(value),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    stages = [
+        {
+            "kind": stage.kind,
+            "schemes": ", ".join(dict.fromkeys(module.scheme for module in stage.modules)) or "no linears",
+        }
+        for stage in report.stages
+    ]
+    tables = [{"title": table.title, "text": _Ready(words.table_text(table))} for table in words.quality_tables(report)]
+    calibration = words.table_text(words.Table("", ("Calibration", ""), "ll", words.facts(report.calibration)))
+    return environment.get_template("card.md.j2").render(
+        report={"artifact": report.artifact, "stages": stages},
+        headline=words.headline(report),
+        base=_Ready(_base_model(source)),
+        source_name=source.get("name") or source.get("id") or "the source model",
+        loader=report.round_trip.loader if report.round_trip and report.round_trip.passed else "",
+        calibration=_Ready(calibration),
+        tables=tables,
+        gates=_Ready(words.table_text(words.gates_table(report))),
+        limits=words.limits(report),
+        licence=_licence(source),
+    )

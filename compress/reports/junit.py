@@ -1,0 +1,40 @@
+"""The gates as JUnit XML, which every CI system draws: one test case per gate."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from compress.reports.markdown import showable
+from compress.reports.report import GateResult, Report
+
+
+def render_junit(report: Report) -> str:
+    """junit.xml as text. An inconclusive gate is a failure of type "inconclusive": undecided must not look green."""
+    failures = sum(gate.verdict != "passed" for gate in report.gates)
+    suite = ElementTree.Element(
+        "testsuite",
+        name=showable(f"{report.artifact.name} {report.artifact.version}"),
+        tests=str(len(report.gates)),
+        failures=str(failures),
+        errors="0",
+        skipped="0",
+        time=f"{sum(report.seconds_by_step.values()):.3f}",
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for key, value in (("verdict", report.verdict), ("digest", report.artifact.digest)):
+        ElementTree.SubElement(properties, "property", name=key, value=showable(value))
+    for gate in report.gates:
+        suite.append(_case(gate))
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _case(gate: GateResult) -> ElementTree.Element:
+    name = showable(f"{gate.measure} {gate.limit}")
+    case = ElementTree.Element("testcase", classname=showable(f"compress.gates.{gate.kind}"), name=name, time="0")
+    if gate.verdict != "passed":
+        failure = ElementTree.SubElement(case, "failure", type=gate.verdict, message=showable(gate.sentence))
+        failure.text = showable(f"observed {gate.observed}, interval {gate.interval}, limit {gate.limit}")
+    return case

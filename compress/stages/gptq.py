@@ -1,0 +1,210 @@
+"""GPTQ, block by block: each linear is solved with the inputs it will really see, those of the compressed blocks before.
+
+Notation, as in `quantization.gptq`: H the mean outer product of a linear's inputs over the calibration tokens. Linears
+that read the same input (q, k, v; gate, up) share one H and one factorisation and are solved as one stacked matrix.
+The walk holds every batch at a group's input, so the statistics, the solve and the rest of the forward pass are one
+pass. A block that is finished is written and never solved again: a killed run redoes its forward and goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from compress.architecture import InputGroup
+from compress.calibration.statistics import Hessian
+from compress.calibration.walk import forward_of, run_block
+from compress.calibration.windows import Windows
+from compress.checkpoints.skeleton import Batch, Skeleton
+from compress.events import Event
+from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.scheme import Scheme
+from compress.stages.base import StageContext, StageOutcome, restore
+from compress.stages.quantize import QuantizeStage
+
+
+class Gptq(QuantizeStage):
+    """GPTQ with static activation order, shared Hessians and a weighted scale search."""
+
+    kind: Literal["gptq"] = "gptq"
+    damping: float = Field(default=0.01, gt=0, le=1, description="fraction of mean(diag H) added to the diagonal")
+    scales: ScaleSearch = Field(
+        default="weighted",
+        description="weighted: range, sign and least squares by the cost of an error after feedback; mse; minmax",
+    )
+    needs_calibration: ClassVar[bool] = True
+
+    def apply(self, context: StageContext) -> StageOutcome:
+        return _Run(self, context).blocks()
+
+
+class _Run:
+    """One application of the stage: the block loop, its clock and its ledger."""
+
+    def __init__(self, stage: Gptq, context: StageContext) -> None:
+        assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
+        self.stage, self.context, self.windows = stage, context, context.windows
+        self.source, self.output = context.source, context.output
+        self.skeleton = Skeleton(self.source.config, context.device, context.compute)
+        self.batches: list[Batch] = self.windows.batches(context.tokens_at_once)
+        self.seconds = {"forward": 0.0, "hessian": 0.0, "factorise": 0.0, "solve": 0.0, "write": 0.0}
+
+    @torch.no_grad()
+    def blocks(self) -> StageOutcome:
+        modules: list[dict[str, Any]] = []
+        events = _token_events(self.windows, self.skeleton)
+        self.output.write_outer(self.source)
+        count = self.skeleton.block_count
+        with self._timed("forward"):
+            states = self.skeleton.embed(self.source, self.batches)
+
+        with self.context.progress.task("gptq", count) as advance:
+            for index in range(count):
+                record = self.output.block_record(index)
+                if record is None:
+                    states, record = self._solve_block(index, states)
+                    self.context.after_block(index)
+                elif index + 1 < count:
+
+                    states = self._pass_through(index, states)
+                done, happened = restore(record)
+                modules += done
+                events += happened
+                advance(f"block {index + 1}/{count}")
+        return StageOutcome(modules, events, self.seconds)
+
+    def _pass_through(self, index: int, states: list[Tensor]) -> list[Tensor]:
+        """A finished block: its forward with the weights already written."""
+        from compress.checkpoints.reader import Checkpoint
+
+        finished = Checkpoint(self.output.folder)
+        forward = forward_of(self.skeleton, self.batches, index)
+        with self.skeleton.loaded(finished, self.skeleton.architecture.block_name(index)) as block, self._timed("forward"):
+            return [forward(block, number, hidden) for number, hidden in enumerate(states)]
+
+    def _solve_block(self, index: int, states: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+        arch = self.skeleton.architecture
+        prefix = arch.block_name(index)
+        work = _BlockWork(self, prefix, index)
+        forward = forward_of(self.skeleton, self.batches, index)
+        with self.skeleton.loaded(self.source, prefix) as block:
+            work.block = block
+            started, others = time.perf_counter(), sum(self.seconds.values())
+            states = run_block(block, arch.groups, states, forward, work.on_input, work.on_group)
+            elapsed = time.perf_counter() - started
+            self.seconds["forward"] += elapsed - (sum(self.seconds.values()) - others)
+        names = [f"{prefix}.{name}" for name in arch.linears]
+        work.events += self.stage.kept_events(names)
+        record = {"modules": work.records, "events": [event.to_json() for event in work.events]}
+        with self._timed("write"):
+            self.output.write_block(self.source, index, work.quantised, record)
+        return states, record
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - started
+
+
+class _BlockWork:
+    """Statistics and solutions of one block while its forward passes are under way."""
+
+    block: nn.Module
+
+    def __init__(self, run: _Run, prefix: str, index: int) -> None:
+        self.run, self.prefix, self.index = run, prefix, index
+        self.quantised: dict[str, tuple[Tensor, Grid]] = {}
+        self.records: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self._hessian: Hessian | None = None
+
+    def on_input(self, group: InputGroup, number: int, inputs: Tensor) -> None:
+        if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
+            return
+        with self.run._timed("hessian"):
+            if self._hessian is None:
+                self._hessian = Hessian(inputs.shape[-1], inputs.device)
+            self._hessian.add(inputs, self.run.batches[number].mask)
+
+    def on_group(self, group: InputGroup) -> None:
+        if self._hessian is None:
+            return
+        hessian, self._hessian = self._hessian.mean(), None
+        with self.run._timed("factorise"):
+            factor = factorise(hessian, self.run.stage.damping)
+        self._note(group, hessian, factor)
+        by_scheme: dict[Scheme, list[str]] = {}
+        for name in group.linears:
+            scheme = self.run.stage.scheme_of(f"{self.prefix}.{name}")
+            if scheme is not None:
+                by_scheme.setdefault(scheme, []).append(name)
+        for scheme, names in by_scheme.items():
+            self._solve(names, scheme, hessian, factor)
+
+    def _note(self, group: InputGroup, hessian: Tensor, factor: Factor | None) -> None:
+        where = f"{self.prefix}.{'+'.join(group.linears)}"
+        if factor is None:
+            finite = bool(torch.isfinite(hessian).all())
+            reason = "no damping on the ladder made the Hessian definite" if finite else "its inputs are not finite"
+            self.events.append(Event("rounding_fallback", where, f"rounded to nearest: {reason}"))
+            return
+        if factor.damping > self.run.stage.damping:
+            message = f"damping raised from {self.run.stage.damping:g} to {factor.damping:g}"
+            self.events.append(Event("damping_raised", where, message, {"damping": factor.damping}))
+        if factor.dead:
+            message = f"{factor.dead} of {len(factor.order)} input columns were never excited; rounded, not solved"
+            self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
+
+    def _solve(self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None) -> None:
+        """Solve linears with one scheme together and put the values a runtime will see into the block."""
+        transposed = self.run.skeleton.architecture.transposed_linears
+        started = time.perf_counter()
+        linears = [self.block.get_submodule(name) for name in names]
+        weights = [linear.weight.T.float() if transposed else linear.weight.float() for linear in linears]  # type: ignore[union-attr,operator]
+        solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales)
+        for linear, solution in zip(linears, solutions, strict=True):
+            value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
+            linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
+        spent = time.perf_counter() - started
+        self.run.seconds["solve"] += spent
+        rows = sum(weight.shape[0] for weight in weights)
+        for name, weight, solution in zip(names, weights, solutions, strict=True):
+            module = f"{self.prefix}.{name}"
+            self.quantised[module] = (solution.codes, solution.grid)
+            share = spent * weight.shape[0] / rows
+            self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
+
+    def _record(
+        self, module: str, scheme: Scheme, solution: Solution, shape: torch.Size, spent: float, fell_back: bool
+    ) -> dict[str, Any]:
+        rows, columns = shape
+        return {
+            "name": module,
+            "block": self.index,
+            "scheme": scheme.label,
+            "error": solution.error,
+            "rounding_error": solution.rounding_error,
+            "damping": solution.damping,
+            "seconds": spent,
+            "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
+            "events": ["rounding_fallback"] if fell_back else [],
+        }
+
+
+def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:
+    """Fewer tokens than columns leave H rank deficient: damping then does the work, and the report should say so."""
+    widest = max(columns for _, columns in skeleton.linear_shapes().values())
+    if windows.tokens >= widest:
+        return []
+    message = f"{windows.tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
+    return [Event("few_calibration_tokens", "calibration", message, {"tokens": windows.tokens, "columns": widest})]

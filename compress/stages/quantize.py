@@ -1,0 +1,148 @@
+"""What all weight-quantising stages share: which modules get which scheme, and the checks on that choice."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from compress.architecture import Architecture
+from compress.errors import nearest
+from compress.events import Event
+from compress.quantization.scheme import Scheme, usable_group_sizes
+from compress.stages.base import Shapes, Stage
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+GroupSize = int | Literal["channel"]
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a module name matches: a glob ('*.down_proj', 'model.layers.0.*'), or 're:' and a regular expression."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
+
+
+def _checked_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+    return pattern
+
+
+class Override(BaseModel):
+    """Another scheme for the modules that match; fields left out keep the stage's value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    match: str = Field(description="glob, or re: and a regular expression, on module names")
+    bits: Bits | None = None
+    symmetric: bool | None = None
+    group_size: GroupSize | None = None
+
+    _pattern = field_validator("match")(_checked_pattern)
+    _size = field_validator("group_size")(lambda value: _checked_size(value))
+
+
+def _checked_size(value: GroupSize | None) -> GroupSize | None:
+    if isinstance(value, int) and (value < 2 or isinstance(value, bool)):
+        raise ValueError("group_size is a number of columns (32, 64, 128 are served everywhere) or 'channel'")
+    return value
+
+
+class QuantizeStage(Stage):
+    """Fields of every weight-only stage."""
+
+    bits: Bits = Field(default=4, description="bits per weight")
+    symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
+    group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
+    ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
+    overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
+
+    _size = field_validator("group_size")(_checked_size)
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked_pattern(pattern) for pattern in value)
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of one module, or None if it is ignored."""
+        if any(matches(pattern, module) for pattern in self.ignore):
+            return None
+        bits, symmetric, size = self.bits, self.symmetric, self.group_size
+        for override in self.overrides:
+            if matches(override.match, module):
+                bits = override.bits or bits
+                symmetric = symmetric if override.symmetric is None else override.symmetric
+                size = override.group_size or size
+        return Scheme(bits, symmetric, None if size == "channel" else size)
+
+    def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
+        found = {module: self.scheme_of(module) for module in shapes}
+        return {module: scheme for module, scheme in found.items() if scheme is not None}
+
+    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        return [
+            *self._patterns_that_match_nothing(shapes),
+            *_groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+            *self._fused_that_differ(shapes, architecture),
+        ]
+
+    def _patterns_that_match_nothing(self, shapes: Shapes) -> list[str]:
+        patterns = [("ignore", pattern) for pattern in self.ignore]
+        patterns += [("overrides", override.match) for override in self.overrides]
+        leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
+        return [
+            f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
+            f"Linears are named like {next(iter(shapes))}."
+            for field, pattern in patterns
+            if not any(matches(pattern, module) for module in shapes)
+        ]
+
+    def _fused_that_differ(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        """Runtimes merge q/k/v and gate/up into one matrix; a block's parts must then share a scheme."""
+        mistakes: dict[str, str] = {}
+        blocks = {architecture.block_index(module) for module in shapes}
+        for block in sorted(index for index in blocks if index is not None):
+            for fused in architecture.fused:
+                names = [f"{architecture.block_name(block)}.{name}" for name in fused]
+                labels = [scheme.label if (scheme := self.scheme_of(name)) else "unquantised" for name in names]
+                if len(set(labels)) > 1:
+                    parts = ", ".join(f"{name.rsplit('.', 1)[1]} {label}" for name, label in zip(fused, labels, strict=True))
+                    mistakes.setdefault(
+                        parts,
+                        f"{architecture.block_name(block)}: {parts}: serving runtimes fuse these into one matrix, so "
+                        "they must share one scheme. Extend the pattern to all of them.",
+                    )
+        return list(mistakes.values())
+
+    def kept_events(self, modules: list[str]) -> list[Event]:
+        """One event for each linear that stays in its source precision."""
+        return [
+            Event("module_kept", module, "left in its source precision: the recipe ignores it")
+            for module in modules
+            if self.scheme_of(module) is None
+        ]
+
+
+def _groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
+    """One sentence for each (kind of linear, width, group size), naming the first module and how many more."""
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for module, scheme in schemes.items():
+        columns = shapes[module][1]
+        if not scheme.divides(columns):
+            key = (module.rsplit(".", 1)[1], columns, scheme.width(columns))
+            found.setdefault(key, []).append(module)
+    sentences = []
+    for (leaf, columns, size), modules in found.items():
+        sizes = usable_group_sizes(columns, size)
+        more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
+        sentences.append(
+            f"{modules[0]}{more}: {columns} input columns do not divide into groups of {size}; use group_size "
+            f"{', '.join(map(str, sizes))} or channel for {leaf} (overrides), or ignore it"
+        )
+    return sentences

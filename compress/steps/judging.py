@@ -1,0 +1,173 @@
+"""Measure the source once and the export as it lies on disk, and let the gates judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.checkpoints.files import digest_of_json
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.sources import cache_folder
+from compress.evaluation.measure import (
+    Measured,
+    States,
+    load_states,
+    save_states,
+    score,
+    source_perplexities,
+    summarise,
+    walk_states,
+)
+from compress.events import Event, Progress, count_by_kind
+from compress.gates import Facts, Judgement, ThresholdGate, overall
+from compress.gates.base import Verdict
+from compress.recipe import Recipe
+from compress.steps.environment import Machine, code_digest, versions
+from compress.steps.plan import Plan
+from compress.steps.round_trip import BOUND, Reloaded, fits, reload
+from compress.steps.source import OpenedSource, check_perplexity
+from compress.steps.texts import Texts
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Final hidden states of the source on every set."""
+
+    states: States
+    events: tuple[Event, ...]
+
+
+def measure_source(
+    recipe: Recipe, source: OpenedSource, texts: Texts, machine: Machine, progress: Progress
+) -> Baseline:
+    """Walk the source, or take the kept states of an earlier run with the same source and windows; check its health."""
+    path = cache_folder() / "baselines" / f"{_key(source, texts, machine)}.safetensors"
+    states = load_states(path, texts.evaluation)
+    events: tuple[Event, ...] = ()
+    if states is None:
+        states = walk_states(
+            source.checkpoint,
+            texts.evaluation,
+            machine.device,
+            machine.compute,
+            machine.tokens_at_once,
+            progress,
+            "measuring the source",
+        )
+        save_states(path, states)
+    else:
+        events = (Event("baseline_reused", "source", "the source's hidden states came from the cache"),)
+    pair = (source.checkpoint, states)
+    first = {name: windows.first(4) for name, windows in texts.evaluation.items()}
+    scores = score(pair, pair, first, machine.device, machine.compute, progress)
+    check_perplexity(source_perplexities(scores), recipe.model.max_perplexity)
+    return Baseline(states, events)
+
+
+def _key(source: OpenedSource, texts: Texts, machine: Machine) -> str:
+    return digest_of_json(
+        {
+            "source": source.digest,
+            "sets": {name: windows.digest for name, windows in texts.evaluation.items()},
+            "machine": machine.to_json(),
+            "code": code_digest(),
+            "versions": versions(),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All measurements of a run, and the export's round trip (None if it could not be loaded)."""
+
+    source: Measured
+    compressed: Measured
+    reloaded: Reloaded | None
+    events: tuple[Event, ...]
+
+
+def measure_export(
+    plan: Plan, folder: Path, source: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
+) -> Evidence:
+    """Measure the exported folder, read from disk in its public format."""
+    machine = plan.machine
+    checkpoint = Checkpoint(folder)
+    states = walk_states(
+        checkpoint,
+        texts.evaluation,
+        machine.device,
+        machine.compute,
+        machine.tokens_at_once,
+        progress,
+        "measuring the export",
+    )
+    scores = score(
+        (source.checkpoint, baseline.states),
+        (checkpoint, states),
+        texts.evaluation,
+        machine.device,
+        machine.compute,
+        progress,
+    )
+    before, after = summarise(plan.recipe.evaluation, scores)
+    before.values["weight_bytes"] = float(source.checkpoint.weight_bytes)
+    after.values["weight_bytes"] = float(checkpoint.weight_bytes)
+    bits = _effective_bits(checkpoint)
+    if bits is not None:
+        after.values["effective_bits"] = bits
+    del scores
+    reloaded, events = _round_trip(plan, folder, texts, states, progress)
+    if reloaded is not None:
+        after.values["round_trip.mean_kl"] = reloaded.mean_kl
+        after.values["round_trip.max_abs_logit_difference"] = reloaded.max_abs_logit_difference
+        after.values["resident_bytes"] = float(reloaded.resident_bytes)
+        after.values["kv_cache_bytes"] = float(measured_kv_cache(plan, reloaded))
+    return Evidence(before, after, reloaded, events)
+
+
+def _round_trip(
+    plan: Plan, folder: Path, texts: Texts, states: States, progress: Progress
+) -> tuple[Reloaded | None, tuple[Event, ...]]:
+    if not fits(plan.parameters, plan.machine):
+        message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
+        return None, (Event("round_trip_skipped", "export", message),)
+    name = next(iter(texts.evaluation))
+    with progress.task("reloading through the public loader", 1) as advance:
+        reloaded = reload(folder, texts.evaluation[name], states[name], plan.machine)
+        advance("")
+    return reloaded, ()
+
+
+def measured_kv_cache(plan: Plan, reloaded: Reloaded) -> int:
+    """The real cache of a short prompt, scaled to the recipe's context and concurrency and to the stored dtype."""
+    from compress.memory.predict import kv_cache_bytes
+
+    small = kv_cache_bytes(plan.dimensions, reloaded.prompt_tokens, 1, reloaded.kv_dtype_bytes)
+    return round(plan.kv_cache_bytes * reloaded.kv_cache_bytes_per_prompt / small)
+
+
+def _effective_bits(checkpoint: Checkpoint) -> float | None:
+    """8 x bytes of the quantised linears as they lie in the files / their parameters."""
+    stored = parameters = 0
+    for module in checkpoint.schemes:
+        for leaf in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"):
+            if checkpoint.has(f"{module}.{leaf}"):
+                stored += checkpoint.tensor_bytes(f"{module}.{leaf}")
+        rows, columns = (int(size) for size in checkpoint.read(f"{module}.weight_shape"))
+        parameters += rows * columns
+    return 8 * stored / parameters if parameters else None
+
+
+def judge(recipe: Recipe, evidence: Evidence, events: list[Event]) -> tuple[Verdict, list[Judgement]]:
+    """Every gate of the recipe, and the round trip, which is always a gate when it was made."""
+    facts = Facts(
+        source=evidence.source.values,
+        compressed=evidence.compressed.values,
+        intervals=evidence.compressed.intervals,
+        ratio_intervals=evidence.compressed.ratio_intervals,
+        event_counts=count_by_kind(events),
+    )
+    judgements = [gate.judge(facts) for gate in recipe.gates]
+    if evidence.reloaded is not None:
+        judgements.append(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts))
+    return overall(judgements), judgements

@@ -1,0 +1,274 @@
+"""Everything that can be known before work starts: mistakes listed together, bytes, memory and time predicted."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
+from compress.checkpoints.export import FORMATS, stored_dtype
+from compress.checkpoints.skeleton import Skeleton
+from compress.checkpoints.sources import cache_folder, read_config
+from compress.errors import RecipeError, ResourceError
+from compress.memory import predict
+from compress.quantization.scheme import Scheme
+from compress.recipe import Recipe
+from compress.steps.environment import Machine, choose_machine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do, and what it will take. Bytes are bytes, seconds are seconds."""
+
+    recipe: Recipe
+    config: dict[str, Any]
+    architecture: Architecture
+    dimensions: Dimensions
+    matrices: dict[str, tuple[int, int]]
+    parameters: int
+    schemes: dict[str, Scheme]
+    machine: Machine
+    stored: torch.dtype
+    source_bytes: int
+    stored_bytes: int
+    kv_cache_bytes: int
+    peak_host_bytes: int
+    disk_bytes: int
+    seconds: float
+    effective_bits: float | None
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Flat, for `plan --json`."""
+        return {
+            "name": self.recipe.name,
+            "architecture": self.architecture.model_type,
+            "parameters": self.parameters,
+            "blocks": self.dimensions.blocks,
+            "device": str(self.machine.device),
+            "stored_dtype": str(self.stored).removeprefix("torch."),
+            "quantised_linears": len(self.schemes),
+            "linears": len(self.matrices),
+            "schemes": sorted({scheme.label for scheme in self.schemes.values()}),
+            "effective_bits": self.effective_bits,
+            "source_bytes": self.source_bytes,
+            "stored_bytes": self.stored_bytes,
+            "resident_bytes": self.stored_bytes,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "context": self.recipe.export.context,
+            "concurrency": self.recipe.export.concurrency,
+            "peak_host_bytes": self.peak_host_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds": self.seconds,
+            "stages": [stage.kind for stage in self.recipe.stages],
+            "warnings": list(self.warnings),
+        }
+
+
+def make_plan(recipe: Recipe, store: Path) -> Plan:
+    """Check a recipe against model, machine and disk, and predict. Raises with every mistake of one kind together."""
+    config = read_config(recipe.model, Path.cwd())
+    machine = choose_machine(recipe.model.device, config)
+    architecture = architecture_of(config)
+    skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
+    matrices, shapes = skeleton.linear_shapes(), skeleton.parameter_shapes()
+    dimensions = dimensions_of(skeleton.config)
+    mistakes = _mistakes(recipe, architecture, dimensions, matrices)
+    if mistakes:
+        raise RecipeError(mistakes)
+    schemes: dict[str, Scheme] = {}
+    for stage in recipe.stages:
+        schemes.update(stage.schemes(matrices))
+    stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    source_bytes = parameters * _dtype_bytes(config)
+    export_bytes = predict.stored_bytes(
+        shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
+    )
+    load = _load(recipe, skeleton, dimensions, matrices, machine)
+    disk = export_bytes + len(recipe.stages) * (parameters + (parameters - _inside(matrices)) * 4)
+    plan = Plan(
+        recipe=recipe,
+        config=config,
+        architecture=architecture,
+        dimensions=dimensions,
+        matrices=matrices,
+        parameters=parameters,
+        schemes=schemes,
+        machine=machine,
+        stored=stored,
+        source_bytes=source_bytes,
+        stored_bytes=export_bytes,
+        kv_cache_bytes=predict.kv_cache_bytes(
+            dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
+        ),
+        peak_host_bytes=_peak(recipe, load, parameters),
+        disk_bytes=disk,
+        seconds=_seconds(recipe, matrices, dimensions),
+        effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
+        warnings=tuple(_warnings(recipe, schemes, architecture, dimensions)),
+    )
+    _check_resources(plan, store)
+    return plan
+
+
+def _mistakes(
+    recipe: Recipe, architecture: Architecture, dimensions: Dimensions, matrices: dict[str, tuple[int, int]]
+) -> list[str]:
+    found = [
+        f"stages[{index}]: {sentence}"
+        for index, stage in enumerate(recipe.stages)
+        for sentence in stage.check(matrices, architecture)
+    ]
+    format_ = FORMATS[recipe.export.format]
+    if architecture.transposed_linears and not format_.transposed_linears:
+        able = [name for name, other in FORMATS.items() if other.transposed_linears]
+        found.append(
+            f"export.format: {format_.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: "
+            f"loaders quantise nn.Linear only. Formats that can: {', '.join(able)}"
+        )
+    if dimensions.max_context:
+        texts = [("calibration", recipe.calibration)] if recipe.calibration else []
+        texts += [(f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation)]
+        found += [
+            f"{where}.window_tokens: {spec.window_tokens} is more than the model's context of {dimensions.max_context}"
+            for where, spec in texts
+            if spec is not None and spec.window_tokens > dimensions.max_context
+        ]
+    return found
+
+
+def _warnings(
+    recipe: Recipe, schemes: dict[str, Scheme], architecture: Architecture, dimensions: Dimensions
+) -> list[str]:
+    """Legal, but probably not what is wanted."""
+    found = []
+    sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
+    if sizes:
+        found.append(
+            f"group sizes {sorted(size for size in sizes if size)} load in transformers, but vLLM's kernels take 32, 64, "
+            "128 or channel"
+        )
+    if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes.values()):
+        found.append("asymmetric schemes other than 4 and 8 bits load in transformers; vLLM does not serve them")
+    if dimensions.max_context and recipe.export.context > dimensions.max_context:
+        found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")
+    if not architecture.float16_safe and recipe.export.dtype == "float16":
+        found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
+    return found
+
+
+def _load(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    dimensions: Dimensions,
+    matrices: dict[str, tuple[int, int]],
+    machine: Machine,
+) -> predict.WalkLoad:
+    widest = max(matrices.values(), key=lambda shape: shape[1])
+    calibrated = any(stage.needs_calibration for stage in recipe.stages)
+    tokens = recipe.calibration.windows * recipe.calibration.window_tokens if calibrated and recipe.calibration else 0
+    return predict.WalkLoad(
+        block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
+        widest_input=widest[1],
+        rows_of_widest=max(rows for rows, _ in matrices.values()),
+        outer_parameters=0,
+        hidden=dimensions.hidden,
+        inner=widest[1],
+        tokens=tokens if machine.device.type == "cpu" else 0,
+        batch_tokens=machine.tokens_at_once,
+        vocabulary=dimensions.vocabulary,
+        compute_bytes=machine.compute.itemsize,
+    )
+
+
+def _peak(recipe: Recipe, load: predict.WalkLoad, parameters: int) -> int:
+    """The worst phase: calibrating, measuring, or reloading the whole export through its public loader."""
+    sets = {spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}
+    reload = predict.reload_peak_bytes(parameters, load, sum(sets.values()))
+    return max(
+        predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, sum(sets.values())), reload
+    )
+
+
+def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:
+    """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
+    inside = _inside(matrices)
+    sets = {spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}
+    evaluated = sum(sets.values())
+    head = dimensions.hidden * dimensions.vocabulary
+    flops = 2 * 2 * evaluated * (inside + head)
+    # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
+    flops += 40 * 10 * evaluated * dimensions.vocabulary
+    for stage in recipe.stages:
+        if stage.needs_calibration and recipe.calibration:
+            tokens = recipe.calibration.windows * recipe.calibration.window_tokens
+            flops += 2 * tokens * inside
+            flops += sum(2 * tokens * columns**2 for columns in _inputs(matrices))
+            flops += sum(4 * columns**3 for columns in _inputs(matrices))
+            flops += sum(10 * rows * columns**2 for rows, columns in matrices.values())
+        flops += 2500 * inside
+    return 12.0 + flops / _multiplication_rate()
+
+
+def _inputs(matrices: dict[str, tuple[int, int]]) -> list[int]:
+    """Columns of each distinct input: q, k, v share one, gate and up another."""
+    seen: dict[tuple[str, int], int] = {}
+    for name, (_, columns) in matrices.items():
+        block, leaf = name.rsplit(".", 1)
+        kind = "qkv" if leaf in ("q_proj", "k_proj", "v_proj") else "up" if leaf in ("gate_proj", "up_proj") else leaf
+        seen[(f"{block}.{kind}", columns)] = columns
+    return list(seen.values())
+
+
+def _multiplication_rate() -> float:
+    """float32 operations a second of this machine's matrix product, from a tenth of a second of it."""
+    left = torch.rand(768, 768)
+    left @ left
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        left @ left
+        count += 1
+    return 0.6 * count * 2 * 768**3 / (time.perf_counter() - started)
+
+
+def _inside(matrices: dict[str, tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in matrices.values())
+
+
+def _dtype_bytes(config: dict[str, Any]) -> int:
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return 2 if declared.endswith("16") else 4
+
+
+def _check_resources(plan: Plan, store: Path) -> None:
+    """Disk under store and cache, and host memory. Raises ResourceError with every shortage."""
+    shortages = []
+    for name, folder, needed in (
+        ("store", store, plan.stored_bytes + 10**7),
+        ("cache", cache_folder(), plan.disk_bytes),
+    ):
+        existing = next((path for path in (folder, *folder.resolve().parents) if path.exists()), None)
+        if existing is None:
+            continue
+        free = shutil.disk_usage(existing).free
+        if free < needed:
+            shortages.append(
+                f"disk: the {name} {folder} needs about {needed:,} bytes and has {free:,} free. Free some space, or use "
+                + ("--store elsewhere." if name == "store" else "another COMPRESS_CACHE.")
+            )
+    available = psutil.virtual_memory().available
+    if plan.peak_host_bytes > available:
+        shortages.append(
+            f"memory: about {plan.peak_host_bytes:,} bytes are needed and {available:,} are available. Use fewer "
+            "calibration windows, or a larger machine."
+        )
+    if shortages:
+        raise ResourceError("\n".join(shortages))

@@ -1,0 +1,167 @@
+"""One Report value from everything a run made."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from compress.events import Event, count_by_kind
+from compress.gates import Judgement
+from compress.gates.base import Verdict
+from compress.memory.measure import PeakSampler, device_peak_bytes
+from compress.recipe import Recipe
+from compress.reports.report import (
+    ArtifactRef,
+    GateResult,
+    Measurements,
+    Memory,
+    PredictedMeasured,
+    Report,
+    RoundTrip,
+    StageRecord,
+)
+from compress.steps.environment import provenance
+from compress.steps.fold import Folded
+from compress.steps.judging import Evidence, measured_kv_cache
+from compress.steps.plan import Plan
+from compress.steps.round_trip import BOUND
+from compress.steps.source import OpenedSource
+from compress.steps.texts import Texts, calibration_facts
+
+
+def assemble(
+    plan: Plan,
+    source: OpenedSource,
+    texts: Texts,
+    folded: list[Folded],
+    evidence: Evidence,
+    verdict: Verdict,
+    judgements: list[Judgement],
+    events: list[Event],
+    sampler: PeakSampler,
+    seconds_by_step: dict[str, float],
+    started: datetime,
+    artifact: ArtifactRef,
+) -> Report:
+    """The report of a run; `artifact` is where it will be published."""
+    recipe = plan.recipe
+    return Report(
+        verdict=verdict,
+        gates=[_gate(judgement) for judgement in judgements],
+        measurements=Measurements(
+            source=evidence.source.values,
+            compressed=evidence.compressed.values,
+            intervals=evidence.compressed.intervals,
+        ),
+        memory=_memory(plan, source, evidence, sampler),
+        stages=[StageRecord(**folding.record) for folding in folded],
+        round_trip=_round_trip(evidence),
+        events=events,
+        event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
+        evaluation=_evaluation(recipe, texts),
+        calibration=calibration_facts(texts.calibration),
+        provenance=_provenance(plan, source, started, seconds_by_step),
+        seconds_by_step=seconds_by_step,
+        artifact=artifact,
+    )
+
+
+def _gate(judgement: Judgement) -> GateResult:
+    return GateResult(
+        kind=judgement.kind,
+        measure=judgement.measure,
+        observed=judgement.observed,
+        interval=judgement.interval,
+        limit=judgement.limit,
+        verdict=judgement.verdict,
+        sentence=judgement.sentence,
+    )
+
+
+def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakSampler) -> Memory:
+    reloaded = evidence.reloaded
+    device_peak = device_peak_bytes()
+    return Memory(
+        stored=PredictedMeasured(
+            predicted=plan.stored_bytes, measured=evidence.compressed.values["weight_bytes"], note="safetensors tensors"
+        ),
+        resident=PredictedMeasured(
+            predicted=plan.stored_bytes,
+            measured=reloaded.resident_bytes if reloaded else None,
+            note="parameters and buffers as the public loader holds them before its first forward",
+        ),
+        kv_cache=PredictedMeasured(
+            predicted=plan.kv_cache_bytes,
+            measured=measured_kv_cache(plan, reloaded) if reloaded else None,
+            note=f"measured on {reloaded.prompt_tokens} tokens and scaled" if reloaded else "",
+        ),
+        context=plan.recipe.export.context,
+        concurrency=plan.recipe.export.concurrency,
+        peak_host=PredictedMeasured(
+            predicted=plan.peak_host_bytes,
+            measured=sampler.peak,
+            note="by phase: " + ", ".join(f"{name} {peak >> 20} MiB" for name, peak in sampler.peaks.items()),
+        ),
+        peak_device=PredictedMeasured(measured=device_peak),
+        source_stored=source.checkpoint.weight_bytes,
+    )
+
+
+def _round_trip(evidence: Evidence) -> RoundTrip | None:
+    reloaded = evidence.reloaded
+    if reloaded is None:
+        return None
+    return RoundTrip(
+        loader=reloaded.loader,
+        tokens=reloaded.tokens,
+        max_abs_logit_difference=reloaded.max_abs_logit_difference,
+        mean_kl=reloaded.mean_kl,
+        bound=BOUND,
+        passed=reloaded.mean_kl <= BOUND,
+    )
+
+
+def _evaluation(recipe: Recipe, texts: Texts) -> list[dict[str, Any]]:
+    sets: list[dict[str, Any]] = []
+    for name, windows in texts.evaluation.items():
+        kinds = [spec.kind for spec in recipe.evaluation if spec.set_name == name]
+        protocol = (
+            f"{windows.ids.shape[0]} non-overlapping {windows.ledger['layout']} windows of {windows.ids.shape[1]} tokens; "
+            "every token but a window's first is predicted from those before it in the window; float32 log-softmax over "
+            "the whole vocabulary"
+        )
+        sets.append(
+            {
+                "name": name,
+                "measures": kinds,
+                "protocol": protocol,
+                "overlap_with_calibration": texts.overlap[name],
+                **windows.ledger,
+            }
+        )
+    return sets
+
+
+def _provenance(
+    plan: Plan, source: OpenedSource, started: datetime, seconds_by_step: dict[str, float]
+) -> dict[str, Any]:
+    facts = source.source.facts
+    return {
+        "source": {
+            "name": plan.recipe.model.label,
+            "id": facts.get("id"),
+            "digest": source.digest,
+            "folder": str(source.source.folder),
+            "architecture": plan.architecture.model_type,
+            "parameters": plan.parameters,
+            **facts,
+        },
+        "recipe_digest": plan.recipe.digest(),
+        "machine": plan.machine.to_json(),
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": sum(seconds_by_step.values()),
+        "seconds_predicted": plan.seconds,
+        **provenance(),
+        "recipe": plan.recipe.dump(),
+    }
+

@@ -1,0 +1,107 @@
+"""The export through its public loader, against our own reading of the same files.
+
+`AutoModelForCausalLM.from_pretrained` with the compressed-tensors package, nothing of ours. What it computes must be
+what was measured: both read the same windows, and the divergence between them is bounded. Also measured here, because
+a loaded model is needed: resident weight bytes and the bytes of a real KV cache.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from compress.calibration.windows import Windows
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
+from compress.steps.environment import Machine
+
+BOUND = 1e-4
+"""Largest mean KL (nats) between loader and our reading that counts as rounding. llama.cpp's 16-bit floats differ by
+2.5e-5 (see docs/adr/0006-round-trip.md); a wrong zero point or scale differs by more than 1e-2."""
+PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """What the public loader gave."""
+
+    loader: str
+    tokens: int
+    max_abs_logit_difference: float
+    mean_kl: float
+    resident_bytes: int
+    kv_cache_bytes_per_prompt: int
+    """Bytes of the KV cache of one sequence of `prompt_tokens` tokens, in float32 or the compute dtype."""
+    kv_dtype_bytes: int
+    prompt_tokens: int
+
+
+def fits(parameters: int, machine: Machine) -> bool:
+    """Whether the whole export, dequantised, fits in four fifths of the free memory."""
+    if machine.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(machine.device)
+    else:
+        free = psutil.virtual_memory().available
+    return parameters * 4 < 0.8 * free
+
+
+def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> Reloaded:
+    """Load `folder` publicly and compare logits on the first windows.
+
+    states (windows, tokens, hidden): our final hidden states of the same folder on `windows`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(machine.device).eval()
+    resident = _bytes(model)
+    ids = windows.ids[:2].to(machine.device)
+    mask = None if windows.mask is None else windows.mask[:2].to(machine.device)
+    with torch.no_grad():
+        # The first forward unpacks the weights, in their stored dtype; only then may the model become float32.
+        prompt = ids[:1, : min(PROMPT_TOKENS, ids.shape[1])]
+        cache = model(prompt, use_cache=True).past_key_values
+        kv_bytes, kv_dtype = _cache_bytes(cache)
+        if machine.compute is torch.float32:
+            # transformers forbids .float() on a quantised model, but the weights are plain tensors by now.
+            torch.nn.Module.float(model)
+        theirs = model(ids, attention_mask=mask, use_cache=False).logits.float()
+    checkpoint = Checkpoint(folder)
+    skeleton = Skeleton(checkpoint.config, machine.device, machine.compute)
+    worst, total, count = 0.0, 0.0, 0
+    with skeleton.head(checkpoint) as head:
+        for row in range(len(ids)):
+            keep = slice(None) if mask is None else mask[row].bool()
+            ours = head.logits(states[row].to(machine.device))[keep]
+            other = theirs[row][keep]
+            worst = max(worst, float((ours - other).abs().max()))
+            log_p, log_q = ours.log_softmax(-1), other.log_softmax(-1)
+            total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+            count += ours.shape[0]
+    name = f"transformers AutoModelForCausalLM ({type(model).__name__})"
+    tokens = prompt.shape[1]
+    del model, theirs, cache
+    gc.collect()
+    return Reloaded(name, count, worst, max(0.0, total / count), resident, kv_bytes, kv_dtype, tokens)
+
+
+def _bytes(model: Any) -> int:
+    """Bytes of parameters and buffers, tied ones once."""
+    seen = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        seen[tensor.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def _cache_bytes(cache: Any) -> tuple[int, int]:
+    """(bytes of keys and values, bytes per element) of a transformers cache."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), tensors[0].element_size()

@@ -1,0 +1,80 @@
+"""The source model: on disk, opened, and healthy enough to be a baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.sources import ModelSpec, Source, resolve
+from compress.errors import EnvironmentLacksError, UnhealthySourceError
+from compress.events import Event, Progress
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """A source ready to work with. `digest` covers config, weights and tokenizer."""
+
+    source: Source
+    checkpoint: Checkpoint
+    digest: str
+    tokenizer: Any
+    events: tuple[Event, ...]
+
+
+def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
+    """Fetch or convert, open, check for non-finite weights. Raises UnhealthySourceError naming the tensors."""
+    source = resolve(spec, Path.cwd())
+    checkpoint = Checkpoint(source.folder)
+    _check_finite(checkpoint, progress)
+    events = []
+    if source.was_quantized:
+        events.append(
+            Event(
+                "source_was_quantized",
+                "model",
+                f"the source weights came from a quantised file ({source.facts['previous_quantization']})"
+                + (", moved off its grid by rescaling" if spec.rescale else "; quality on its old grid is flattered"),
+            )
+        )
+    return OpenedSource(source, checkpoint, checkpoint.digest(), _tokenizer(source.folder), tuple(events))
+
+
+def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
+    bad = []
+    with progress.task("source health", len(checkpoint.names)) as advance:
+        for name in checkpoint.names:
+            tensor = checkpoint.read(name)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                bad.append(f"{name} ({int((~torch.isfinite(tensor)).sum())} values)")
+            advance("")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UnhealthySourceError(
+            f"{checkpoint.folder}: NaN or infinite weights in {', '.join(bad[:5])}{more}. The source is damaged; fetch "
+            "it again, or repair it before compressing."
+        )
+
+
+def check_perplexity(perplexities: dict[str, float], limit: float) -> None:
+    """The floor of health: a source that cannot predict the evaluation text is no baseline."""
+    bad = {name: value for name, value in perplexities.items() if not value <= limit}
+    if bad:
+        found = ", ".join(f"{value:.4g} on {name}" for name, value in bad.items())
+        raise UnhealthySourceError(
+            f"the source model's perplexity is {found}, above model.max_perplexity ({limit:g}). It is broken, or the "
+            "text is not what it was trained for; nothing was compressed."
+        )
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise EnvironmentLacksError(f"{folder}: the tokenizer cannot be loaded ({first}).") from error

@@ -1,0 +1,83 @@
+"""Calibration and evaluation windows of a run, disjoint or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.calibration.overlap import LIMIT, NGRAM, shared_fraction
+from compress.calibration.self_generated import sample_windows
+from compress.calibration.texts import SelfGenerated
+from compress.calibration.windows import Windows, build_windows
+from compress.errors import RecipeError
+from compress.events import Event, Progress
+from compress.recipe import Recipe
+from compress.steps.environment import Machine
+from compress.steps.source import OpenedSource
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows: `calibration` may be None; `evaluation` is by set name."""
+
+    calibration: Windows | None
+    evaluation: dict[str, Windows]
+    overlap: dict[str, float]
+    """Share of each evaluation set's n-grams found in the calibration windows."""
+
+    @property
+    def events(self) -> list[Event]:
+        kept = [self.calibration] if self.calibration else []
+        return [event for windows in (*kept, *self.evaluation.values()) for event in windows.events]
+
+
+def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress: Progress) -> Texts:
+    """Build all windows. Raises RecipeError for empty texts and for evaluation text that was calibrated on."""
+    base = Path.cwd()
+    vocabulary = int(source.checkpoint.config["vocab_size"])
+    evaluation = {}
+    with progress.task("texts", len({spec.set_name for spec in recipe.evaluation}) + 1) as advance:
+        for spec in recipe.evaluation:
+            if spec.set_name not in evaluation:
+                where = f"evaluation set {spec.set_name}"
+                evaluation[spec.set_name] = build_windows(
+                    spec.window_spec, base, source.tokenizer, recipe.seed, where
+                )
+                advance(spec.set_name)
+        calibration = _calibration(recipe, source, machine, progress)
+        advance("calibration")
+    for name, windows in {**evaluation, **({"calibration": calibration} if calibration else {})}.items():
+        if int(windows.ids.max()) >= vocabulary:
+            raise RecipeError(f"{name}: the tokenizer gives ids up to {int(windows.ids.max())}, the model knows {vocabulary}")
+    return Texts(calibration, evaluation, _overlap(calibration, evaluation))
+
+
+def _calibration(recipe: Recipe, source: OpenedSource, machine: Machine, progress: Progress) -> Windows | None:
+    spec = recipe.calibration
+    if spec is None:
+        return None
+    descriptor, _ = spec.descriptor(Path.cwd())
+    if isinstance(descriptor.source, SelfGenerated):
+        spec = spec.model_copy(update={"data": descriptor.source})
+        return sample_windows(spec, source.checkpoint, source.tokenizer, recipe.seed, machine.device, progress)
+    return build_windows(spec, Path.cwd(), source.tokenizer, recipe.seed, "calibration")
+
+
+def _overlap(calibration: Windows | None, evaluation: dict[str, Windows]) -> dict[str, float]:
+    if calibration is None:
+        return {name: 0.0 for name in evaluation}
+    shared = {name: shared_fraction(calibration.ids, windows.ids) for name, windows in evaluation.items()}
+    guilty = {name: share for name, share in shared.items() if share > LIMIT}
+    if guilty:
+        found = ", ".join(f"{name} ({share:.0%})" for name, share in guilty.items())
+        raise RecipeError(
+            f"evaluation text overlaps calibration text: {found} of its {NGRAM}-token runs occur in the calibration "
+            f"windows, {LIMIT:.0%} are allowed. A model must be judged on text it was not calibrated on: name another text."
+        )
+    return shared
+
+
+def calibration_facts(windows: Windows | None) -> dict[str, Any]:
+    """The calibration ledger for the report."""
+    return windows.ledger if windows else {"name": None, "note": "no stage of this recipe reads calibration text"}

@@ -92,8 +92,9 @@ class Skeleton:
         return shapes
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every distinct parameter (a tied head is not listed)."""
-        return {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        """Shape of every stored parameter (a tied head is not stored)."""
+        tied = f"{self.architecture.head}.weight" if self.config.tie_word_embeddings else None
+        return {name: tuple(value.shape) for name, value in self.model.named_parameters() if name != tied}
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint, path: str) -> Iterator[nn.Module]:

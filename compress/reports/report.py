@@ -104,7 +104,7 @@ class ArtifactRef(Value):
     path: str
     name: str
     version: str
-    digest: str = Field(description="sha256 over the sorted sha256 lines of the model folder")
+    digest: str = Field(description="sha256 over 'sha256  path' lines of model/, sorted by path, README.md left out")
 
 
 class Report(Value):

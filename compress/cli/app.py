@@ -1,0 +1,111 @@
+"""The Typer application, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import Annotated
+
+import click
+import typer
+
+from compress import __version__
+from compress.cli import inspect, recipes, run
+from compress.errors import CompressError, ExitCode, RecipeError, nearest
+
+app = typer.Typer(
+    name="compress",
+    help="Make a Hugging Face model smaller, judge the result against gates, publish it with its evidence.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+app.command("run")(run.run)
+app.command("plan")(run.plan)
+app.command("init")(recipes.init)
+app.command("validate")(recipes.validate)
+app.command("kinds")(recipes.kinds)
+app.command("schema")(recipes.schema)
+app.command("list")(inspect.list_)
+app.command("show")(inspect.show)
+app.command("verify")(inspect.verify)
+app.command("gc")(inspect.gc)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the `compress` command."""
+    sys.exit(int(guarded(sys.argv[1:] if arguments is None else arguments)))
+
+
+def guarded(arguments: list[str]) -> int:
+    """Run a command and turn every ending into an exit code and a message on stderr."""
+    from compress import console
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(arguments, standalone_mode=False)
+        return int(code or ExitCode.PASSED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.ctx.get_help() if error.ctx else "")
+        return ExitCode.BAD_RECIPE
+    except click.UsageError as error:
+        console.print_error(_usage(error))
+        return ExitCode.BAD_RECIPE
+    except (KeyboardInterrupt, click.Abort):
+        console.print_error("interrupted. Finished blocks are kept: the same command goes on where this one stopped.")
+        return ExitCode.INTERRUPTED
+    except RecipeError as error:
+        count = len(error.mistakes)
+        heading = [f"{count} mistakes:"] if count > 1 else []
+        console.print_error("\n".join([*heading, *error.mistakes]))
+        return error.exit_code
+    except CompressError as error:
+        console.print_error(str(error))
+        return error.exit_code
+    except MemoryError:
+        console.print_error("out of memory. Use fewer calibration windows or a larger machine; `compress plan` predicts.")
+        return ExitCode.OUT_OF_RESOURCES
+    except Exception as error:
+        if _out_of_device_memory(error):
+            console.print_error(f"out of device memory: {error}")
+            return ExitCode.OUT_OF_RESOURCES
+        traceback.print_exc()
+        console.print_error(f"internal error: {type(error).__name__}: {error}. This is a defect of compress; report it.")
+        return ExitCode.INTERNAL_ERROR
+
+
+def _usage(error: click.UsageError) -> str:
+    message = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        return message
+    if "No such command" in message:
+        name = message.split("'")[1] if "'" in message else ""
+        if "Did you mean" not in message:
+            message += nearest(name, [command.name or "" for command in app.registered_commands])
+    return f"{message} See `compress --help`."
+
+
+def _out_of_device_memory(error: Exception) -> bool:
+    """torch's CUDA error, and the CPU allocator's RuntimeError, without importing torch."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return "OutOfMemoryError" in names or "can't allocate memory" in str(error)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt

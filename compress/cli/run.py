@@ -1,0 +1,123 @@
+"""`compress run` and `compress plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from compress.cli.options import DEFAULT_STORE, JsonOption, RecipeArgument, SetOption, StoreOption, quiet_libraries
+
+if TYPE_CHECKING:
+    from compress.pipeline import Outcome
+    from compress.steps.plan import Plan
+
+
+def run(
+    recipe: RecipeArgument,
+    store: StoreOption = DEFAULT_STORE,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and predict only, like `compress plan`.")] = False,
+    json: JsonOption = False,
+) -> int:
+    """Compress a model as a recipe says, judge it, publish it.
+
+    Exit codes: 0 passed, 2 bad recipe, 3 a gate failed, 4 a gate is inconclusive, 5 unhealthy source, 6 out of memory
+    or disk, 7 the environment lacks something, 130 interrupted, 1 internal error.
+    """
+    if dry_run:
+        return plan(recipe, store, set_, json)
+    from compress import console
+    from compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    quiet_libraries()
+    from compress.pipeline import plan as predict
+    from compress.pipeline import run as run_recipe
+
+    if not json:
+        _print_prediction(predict(loaded, store))
+    outcome = run_recipe(loaded, store, console.StageProgress())
+    if json:
+        console.print_json(outcome.report.model_dump(mode="json", by_alias=True))
+    else:
+        _print_outcome(outcome)
+    return int(outcome.exit_code)
+
+
+def plan(recipe: RecipeArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, json: JsonOption = False) -> int:
+    """Check a recipe against model, machine and disk; predict bytes, memory and time. Computes and writes nothing."""
+    from compress import console
+    from compress.recipe import load_recipe
+
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    quiet_libraries()
+    from compress.pipeline import plan as predict
+
+    planned = predict(loaded, store)
+    if json:
+        console.print_json(planned.to_json())
+        return 0
+    facts = planned.to_json()
+    rows = [
+        ["model", f"{planned.recipe.model.label}: {facts['architecture']}, {facts['parameters']:,} parameters"],
+        ["device", f"{facts['device']}, artifact in {facts['stored_dtype']}"],
+        ["quantised", f"{facts['quantised_linears']} of {facts['linears']} linears: {', '.join(facts['schemes'])}"],
+        ["effective bits", f"{facts['effective_bits']:.3f}" if facts["effective_bits"] else "-"],
+        ["stored", f"{console.bytes_text(facts['stored_bytes'])} (source {console.bytes_text(facts['source_bytes'])})"],
+        ["resident", console.bytes_text(facts["resident_bytes"])],
+        [
+            "KV cache",
+            f"{console.bytes_text(facts['kv_cache_bytes'])} at {facts['context']} tokens x {facts['concurrency']}",
+        ],
+        ["peak host memory", console.bytes_text(facts["peak_host_bytes"])],
+        ["disk while running", console.bytes_text(facts["disk_bytes"])],
+        ["time", f"about {console.seconds_text(facts['seconds'])}, within a factor of two"],
+    ]
+    console.print_table(f"plan for {planned.recipe.name}", ["", ""], rows)
+    for warning in planned.warnings:
+        console.print_line(f"warning: {warning}")
+    return 0
+
+
+def _print_prediction(planned: Plan) -> None:
+    from compress import console
+
+    console.note(
+        f"plan: stored {console.bytes_text(planned.stored_bytes)}, KV cache {console.bytes_text(planned.kv_cache_bytes)}, "
+        f"peak host memory {console.bytes_text(planned.peak_host_bytes)}, about {console.seconds_text(planned.seconds)}"
+    )
+    for warning in planned.warnings:
+        console.note(f"warning: {warning}")
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from compress import console
+
+    report = outcome.report
+    memory = report.memory
+    console.print_table(
+        "before and after",
+        ["measure", "source", "compressed", "ratio"],
+        console.before_after(report.measurements.source, report.measurements.compressed),
+    )
+    console.print_line()
+    rows = []
+    for name, value in (
+        ("stored", memory.stored),
+        ("resident", memory.resident),
+        (f"KV cache, {memory.context} tokens x {memory.concurrency}", memory.kv_cache),
+        ("peak host memory of the run", memory.peak_host),
+        ("peak device memory of the run", memory.peak_device),
+    ):
+        if value.predicted is not None or value.measured is not None:
+            rows.append([name, console.bytes_text(value.predicted), console.bytes_text(value.measured)])
+    console.print_table("memory", ["", "predicted", "measured"], rows)
+    console.print_line()
+    console.print_table("gates", ["verdict", ""], [[gate.verdict, gate.sentence] for gate in report.gates])
+    counts = ", ".join(f"{kind} {count}" for kind, count in report.event_counts.items())
+    console.print_line(f"events: {counts or 'none'}")
+    console.print_line()
+    where = "published as" if report.verdict == "passed" else "kept, not published, as"
+    console.print_verdict(report.verdict, f"{where} {outcome.folder} in {console.seconds_text(sum(report.seconds_by_step.values()))}")
+    console.print_line(f"report: {outcome.folder / 'reports' / 'report.html'}")

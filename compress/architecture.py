@@ -128,9 +128,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": replace(_LLAMA, model_type="qwen3"),
     "smollm3": replace(_LLAMA, model_type="smollm3"),
     "gemma": replace(_LLAMA, model_type="gemma", norm_offset=1.0, float16_safe=False),
-    "gemma2": replace(
-        _LLAMA, model_type="gemma2", norm_offset=1.0, float16_safe=False, couplings=_GEMMA_SANDWICH
-    ),
+    "gemma2": replace(_LLAMA, model_type="gemma2", norm_offset=1.0, float16_safe=False, couplings=_GEMMA_SANDWICH),
     "gemma3_text": replace(
         _LLAMA, model_type="gemma3_text", norm_offset=1.0, float16_safe=False, couplings=_GEMMA_SANDWICH
     ),

@@ -112,7 +112,11 @@ class StageProgress:
         )
         with Progress(*columns, console=self.console, transient=False) as progress:
             task = progress.add_task(label, total=total, note="")
-            yield lambda note="": progress.update(task, advance=1, note=note)
+
+            def advance(note: str = "") -> None:
+                progress.update(task, advance=1, note=note)
+
+            yield advance
 
     @contextmanager
     def _lines(self, label: str, total: int) -> Iterator[Callable[[str], None]]:

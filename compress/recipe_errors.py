@@ -110,9 +110,7 @@ def _data_path(loc: Path, data: Any, names_absent_key: bool) -> Path:
     path: list[str | int] = []
     place = data
     for position, part in enumerate(loc):
-        if isinstance(place, dict) and part in place:
-            place = place[part]
-        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
+        if _holds(place, part):
             place = place[part]
         elif names_absent_key and position == len(loc) - 1:
             pass
@@ -120,6 +118,12 @@ def _data_path(loc: Path, data: Any, names_absent_key: bool) -> Path:
             continue
         path.append(part)
     return tuple(path)
+
+
+def _holds(place: Any, part: str | int) -> bool:
+    if isinstance(place, list):
+        return isinstance(part, int) and part < len(place)
+    return isinstance(place, dict) and part in place
 
 
 def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> str:

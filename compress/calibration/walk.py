@@ -87,6 +87,7 @@ def _hold(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         current = greenlet.getcurrent()
         if isinstance(current, _Held) and current.reached is not group:
             current.reached = group
+            assert current.parent is not None
             current.parent.switch((group, args[0]))
 
     return hook
@@ -98,7 +99,8 @@ def forward_of(skeleton: Skeleton, batches: list[Batch], index: int) -> Callable
     def forward(block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         call = skeleton.call(batches[number], hidden, index)
         output = block(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     return forward
 

@@ -81,8 +81,10 @@ class Windows:
     def batches(self, tokens_at_once: int) -> list[Batch]:
         """Cut into batches of about `tokens_at_once` tokens."""
         size = max(1, tokens_at_once // self.ids.shape[1])
-        masks = [None] * len(self.ids.split(size)) if self.mask is None else list(self.mask.split(size))
-        return [Batch(ids, mask) for ids, mask in zip(self.ids.split(size), masks, strict=True)]
+        return [
+            Batch(self.ids[start : start + size], None if self.mask is None else self.mask[start : start + size])
+            for start in range(0, len(self.ids), size)
+        ]
 
 
 def build_windows(spec: WindowSpec, base: Path, tokenizer: Any, seed: int, where: str) -> Windows:
@@ -219,9 +221,7 @@ def _shuffled(encoded: list[list[int]], seed: int) -> list[list[int]]:
     return encoded
 
 
-def _packed(
-    encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally
-) -> tuple[Tensor, Tensor | None]:
+def _packed(encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally) -> tuple[Tensor, Tensor | None]:
     bos, eos = starts_with_bos(tokenizer), getattr(tokenizer, "eos_token_id", None)
     body = spec.window_tokens - (bos is not None)
     stream: list[int] = []
@@ -238,9 +238,7 @@ def _packed(
     return windows, None
 
 
-def _padded(
-    encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally
-) -> tuple[Tensor, Tensor | None]:
+def _padded(encoded: list[list[int]], spec: WindowSpec, tokenizer: Any, tally: _Tally) -> tuple[Tensor, Tensor | None]:
     bos = starts_with_bos(tokenizer)
     start = [] if bos is None else [bos]
     pad = getattr(tokenizer, "pad_token_id", None)

@@ -141,7 +141,9 @@ def schemes_in(config: dict[str, Any], modules: list[str]) -> dict[str, Scheme]:
         weights = group["weights"]
         size = weights.get("group_size")
         scheme = Scheme(
-            int(weights["num_bits"]), bool(weights["symmetric"]), None if weights["strategy"] == "channel" else int(size)
+            int(weights["num_bits"]),
+            bool(weights["symmetric"]),
+            None if weights["strategy"] == "channel" else int(size),
         )
         for module in modules:
             if module not in found and any(_matches(target, module) for target in group["targets"]):

@@ -1,7 +1,7 @@
 """Formats an artifact can have. Adding one is an entry in `FORMATS` and the functions it names.
 
-    compressed-tensors   packed integer weights; loads in transformers and vLLM
-    plain                dense 16-bit safetensors carrying the quantised values: any loader, no memory saved
+compressed-tensors   packed integer weights; loads in transformers and vLLM
+plain                dense 16-bit safetensors carrying the quantised values: any loader, no memory saved
 """
 
 from __future__ import annotations

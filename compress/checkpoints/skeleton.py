@@ -62,7 +62,9 @@ class Skeleton:
             self.model: nn.Module = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
         self.model.eval()
         self._body: nn.Module = self.model.get_submodule(self.architecture.prefix)
-        self._blocks: nn.ModuleList = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        blocks = self.model.get_submodule(self.architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._blocks = blocks
         self._move_outer_buffers()
         self._calls: dict[tuple[int, int], list[Call]] = {}
 
@@ -86,7 +88,7 @@ class Skeleton:
         shapes = {}
         for index in range(self.block_count):
             for name in self.architecture.linears:
-                first, second = self._blocks[index].get_submodule(name).weight.shape  # type: ignore[union-attr]
+                first, second = self._blocks[index].get_submodule(name).get_parameter("weight").shape
                 shape = (int(second), int(first)) if self.architecture.transposed_linears else (int(first), int(second))
                 shapes[f"{self.architecture.block_name(index)}.{name}"] = shape
         return shapes

@@ -79,14 +79,18 @@ def guarded(arguments: list[str]) -> int:
         console.print_error(str(error))
         return error.exit_code
     except MemoryError:
-        console.print_error("out of memory. Use fewer calibration windows or a larger machine; `compress plan` predicts.")
+        console.print_error(
+            "out of memory. Use fewer calibration windows or a larger machine; `compress plan` predicts."
+        )
         return ExitCode.OUT_OF_RESOURCES
     except Exception as error:
         if _out_of_device_memory(error):
             console.print_error(f"out of device memory: {error}")
             return ExitCode.OUT_OF_RESOURCES
         traceback.print_exc()
-        console.print_error(f"internal error: {type(error).__name__}: {error}. This is a defect of compress; report it.")
+        console.print_error(
+            f"internal error: {type(error).__name__}: {error}. This is a defect of compress; report it."
+        )
         return ExitCode.INTERNAL_ERROR
 
 

@@ -48,7 +48,14 @@ def list_(
         console.print_line(f"{store} holds no artifacts.")
     else:
         cells = [
-            [row["name"], row["version"], row["verdict"], row["created"], console.bytes_text(row["bytes"]), row["model_digest"][:12]]
+            [
+                row["name"],
+                row["version"],
+                row["verdict"],
+                row["created"],
+                console.bytes_text(row["bytes"]),
+                row["model_digest"][:12],
+            ]
             for row in rows
         ]
         console.print_table(str(store), ["name", "version", "verdict", "created", "size", "model digest"], cells)
@@ -66,7 +73,9 @@ def show(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, json:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise CompressError(f"{path}: cannot be read ({error}). `compress verify {reference}` tells what is missing.") from error
+        raise CompressError(
+            f"{path}: cannot be read ({error}). `compress verify {reference}` tells what is missing."
+        ) from error
     if json:
         console.print_json(json_.loads(text))
     else:
@@ -95,7 +104,9 @@ def verify(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, jso
         )
     elif result.ok:
         size = console.bytes_text(result.bytes)
-        console.print_line(f"{result.folder}: whole. {result.files} files, {size}, {result.tensors} tensors, all finite.")
+        console.print_line(
+            f"{result.folder}: whole. {result.files} files, {size}, {result.tensors} tensors, all finite."
+        )
     else:
         for problem in result.problems:
             console.print_error(problem)

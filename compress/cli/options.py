@@ -10,9 +10,7 @@ import typer
 
 StoreOption = Annotated[
     Path,
-    typer.Option(
-        "--store", envvar="COMPRESS_STORE", help="Folder of the artifacts.", show_default="artifacts"
-    ),
+    typer.Option("--store", envvar="COMPRESS_STORE", help="Folder of the artifacts.", show_default="artifacts"),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -72,7 +72,9 @@ def validate(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = 
     if json:
         console.print_json(loaded.model_dump(mode="json", by_alias=True))
     else:
-        console.print_line(f"{recipe}: a valid recipe. `compress plan {recipe}` checks it against the model and machine.")
+        console.print_line(
+            f"{recipe}: a valid recipe. `compress plan {recipe}` checks it against the model and machine."
+        )
     return 0
 
 
@@ -121,7 +123,8 @@ def _catalogue() -> dict[str, dict[str, Any]]:
     for group, registry in (("stages", STAGES), ("evaluation", EVALUATIONS), ("gates", GATES)):
         groups[group] = {name: _model(model) for name, model in registry.items()}
     groups["texts"] = {
-        name: {"description": load_descriptor(name, Path.cwd())[0].description} for name in known_descriptors(Path.cwd())
+        name: {"description": load_descriptor(name, Path.cwd())[0].description}
+        for name in known_descriptors(Path.cwd())
     }
     groups["formats"] = {name: {"description": format_.description} for name, format_ in FORMATS.items()}
     groups["measures of every run"] = {name: {"description": "measured by every run"} for name in ALWAYS_MEASURED}
@@ -136,7 +139,9 @@ def _model(model: Any) -> dict[str, Any]:
     for name, field in model.model_fields.items():
         if name == "kind":
             continue
-        default = "required" if field.is_required() else f"default {_shown(field.get_default(call_default_factory=True))}"
+        default = (
+            "required" if field.is_required() else f"default {_shown(field.get_default(call_default_factory=True))}"
+        )
         kind = _type(schema["properties"][name])
         fields[name] = f"{field.description or ''} ({kind}; {default})".strip()
     return {"description": " ".join((model.__doc__ or "").split()), "fields": fields}

@@ -45,7 +45,9 @@ def run(
     return int(outcome.exit_code)
 
 
-def plan(recipe: RecipeArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, json: JsonOption = False) -> int:
+def plan(
+    recipe: RecipeArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, json: JsonOption = False
+) -> int:
     """Check a recipe against model, machine and disk; predict bytes, memory and time. Computes and writes nothing."""
     from compress import console
     from compress.recipe import load_recipe
@@ -84,7 +86,8 @@ def _print_prediction(planned: Plan) -> None:
     from compress import console
 
     console.note(
-        f"plan: stored {console.bytes_text(planned.stored_bytes)}, KV cache {console.bytes_text(planned.kv_cache_bytes)}, "
+        f"plan: stored {console.bytes_text(planned.stored_bytes)}, "
+        f"KV cache {console.bytes_text(planned.kv_cache_bytes)}, "
         f"peak host memory {console.bytes_text(planned.peak_host_bytes)}, about {console.seconds_text(planned.seconds)}"
     )
     for warning in planned.warnings:
@@ -119,5 +122,7 @@ def _print_outcome(outcome: Outcome) -> None:
     console.print_line(f"events: {counts or 'none'}")
     console.print_line()
     where = "published as" if report.verdict == "passed" else "kept, not published, as"
-    console.print_verdict(report.verdict, f"{where} {outcome.folder} in {console.seconds_text(sum(report.seconds_by_step.values()))}")
+    console.print_verdict(
+        report.verdict, f"{where} {outcome.folder} in {console.seconds_text(sum(report.seconds_by_step.values()))}"
+    )
     console.print_line(f"report: {outcome.folder / 'reports' / 'report.html'}")

@@ -1,6 +1,6 @@
 """Measurements of a model on held-out text: perplexity, and KL divergence from the source.
 
-    specs        what a recipe asks for
-    measure      walk a checkpoint, form logits in chunks, reduce to flat measurements
-    statistics   intervals from per-window means
+specs        what a recipe asks for
+measure      walk a checkpoint, form logits in chunks, reduce to flat measurements
+statistics   intervals from per-window means
 """

@@ -29,9 +29,7 @@ class EvaluationSpec(WindowSpec):
 
     @property
     def window_spec(self) -> WindowSpec:
-        return WindowSpec(
-            data=self.data, windows=self.windows, window_tokens=self.window_tokens, layout=self.layout
-        )
+        return WindowSpec(data=self.data, windows=self.windows, window_tokens=self.window_tokens, layout=self.layout)
 
 
 class Perplexity(EvaluationSpec):

@@ -1,4 +1,4 @@
-"""Intervals from window means. Tokens of a window are not independent; windows nearly are, so a window is one sample."""
+"""Intervals from window means: tokens of a window are not independent, windows nearly are; a window is one sample."""
 
 from __future__ import annotations
 

@@ -22,7 +22,9 @@ class EventsGate(Gate):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in EVENT_KINDS:
-            raise ValueError(f"no event is called {value!r}.{nearest(value, EVENT_KINDS)} Known: {', '.join(EVENT_KINDS)}")
+            raise ValueError(
+                f"no event is called {value!r}.{nearest(value, EVENT_KINDS)} Known: {', '.join(EVENT_KINDS)}"
+            )
         return value
 
     def judge(self, facts: Facts) -> Judgement:

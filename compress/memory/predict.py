@@ -1,10 +1,10 @@
 """Bytes before they are spent.
 
-    stored      tensor bytes of the exported files: exact, from shapes and schemes
-    resident    the same, for a runtime that keeps weights packed
-    KV cache    2 x blocks x kv_heads x head_dim x tokens x concurrency x bytes; a sliding block keeps its window only
-    peak host   what the run holds at its worst moment: the interpreter with its libraries, one block, activations of
-                all calibration windows, and the largest Hessian with its factors
+stored      tensor bytes of the exported files: exact, from shapes and schemes
+resident    the same, for a runtime that keeps weights packed
+KV cache    2 x blocks x kv_heads x head_dim x tokens x concurrency x bytes; a sliding block keeps its window only
+peak host   what the run holds at its worst moment: the interpreter with its libraries, one block, activations of
+            all calibration windows, and the largest Hessian with its factors
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def stored_bytes(
     dtype_bytes: int,
     packs: bool,
 ) -> int:
-    """Tensor bytes of the export. `parameters`: shape of each stored parameter; `matrices`: (rows, columns) of linears."""
+    """Tensor bytes of the export. `parameters`: shape of each stored one; `matrices`: (rows, columns) of linears."""
     total = 0
     for name, shape in parameters.items():
         module, _, leaf = name.rpartition(".")

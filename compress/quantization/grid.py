@@ -37,7 +37,7 @@ class Grid:
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Nearest codes, int8 (rows, columns), of `weight` (rows, columns) float32."""
     scheme = grid.scheme
-    grouped = weight.unflatten(1, (grid.scale.shape[1], -1))
+    grouped = _grouped(weight, grid.scale.shape[1])
     codes = grouped / grid.scale.float().unsqueeze(-1)
     if grid.zero is not None:
         codes = codes + grid.zero.float().unsqueeze(-1)
@@ -46,15 +46,20 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """Values (rows, columns) in the stored dtype: the product is rounded to it, as loaders do."""
-    grouped = codes.unflatten(1, (grid.scale.shape[1], -1)).to(grid.scale.dtype)
+    grouped = _grouped(codes, grid.scale.shape[1]).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)
     return (grouped * grid.scale.unsqueeze(-1)).flatten(1)
 
 
+def _grouped(matrix: Tensor, groups: int) -> Tensor:
+    """(rows, columns) -> (rows, groups, width)."""
+    return matrix.reshape(matrix.shape[0], groups, -1)
+
+
 def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
     """The grid that just covers each group. weight (rows, columns) float32."""
-    grouped = weight.unflatten(1, (scheme.groups(weight.shape[1]), -1))
+    grouped = _grouped(weight, scheme.groups(weight.shape[1]))
     one = torch.ones(grouped.shape[:2], device=weight.device)
     return _shrunken(grouped, scheme, stored, one, one)
 
@@ -84,7 +89,7 @@ def search_grid(
 
 def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
     groups = scheme.groups(weight.shape[1])
-    grouped = weight.unflatten(1, (groups, -1))
+    grouped = _grouped(weight, groups)
     weights = importance.view(groups, -1)
     best = minmax_grid(weight, scheme, stored)
     best_error = _error(grouped, weights, best)

@@ -1,4 +1,4 @@
-"""What every stage is: a frozen config that can check itself against a model's shapes, and `apply`: folder in, folder out.
+"""What every stage is: a frozen config that checks itself against a model's shapes, and `apply`: folder in, folder out.
 
 A stage knows no other stage and never sees a recipe.
 """
@@ -49,7 +49,7 @@ class StageOutcome:
 
 
 class Stage(BaseModel):
-    """Base of all stage configs. Subclasses have a Literal `kind` and a docstring that users see in `compress kinds`."""
+    """Base of all stage configs. Subclasses have a Literal `kind`, and a docstring that `compress kinds` shows."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_calibration: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""GPTQ, block by block: each linear is solved with the inputs it will really see, those of the compressed blocks before.
+"""GPTQ, block by block: each linear is solved with the inputs it will really see, those of compressed blocks before.
 
 Notation, as in `quantization.gptq`: H the mean outer product of a linear's inputs over the calibration tokens. Linears
 that read the same input (q, k, v; gate, up) share one H and one factorisation and are solved as one stacked matrix.
@@ -72,7 +72,6 @@ class _Run:
                     states, record = self._solve_block(index, states)
                     self.context.after_block(index)
                 elif index + 1 < count:
-
                     states = self._pass_through(index, states)
                 done, happened = restore(record)
                 modules += done
@@ -86,7 +85,10 @@ class _Run:
 
         finished = Checkpoint(self.output.folder)
         forward = forward_of(self.skeleton, self.batches, index)
-        with self.skeleton.loaded(finished, self.skeleton.architecture.block_name(index)) as block, self._timed("forward"):
+        with (
+            self.skeleton.loaded(finished, self.skeleton.architecture.block_name(index)) as block,
+            self._timed("forward"),
+        ):
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
 
     def _solve_block(self, index: int, states: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -170,7 +172,8 @@ class _BlockWork:
         transposed = self.run.skeleton.architecture.transposed_linears
         started = time.perf_counter()
         linears = [self.block.get_submodule(name) for name in names]
-        weights = [linear.weight.T.float() if transposed else linear.weight.float() for linear in linears]  # type: ignore[union-attr,operator]
+        stored = [linear.get_parameter("weight").data.float() for linear in linears]
+        weights = [weight.T for weight in stored] if transposed else stored
         solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales)
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)

@@ -112,7 +112,9 @@ class QuantizeStage(Stage):
                 names = [f"{architecture.block_name(block)}.{name}" for name in fused]
                 labels = [scheme.label if (scheme := self.scheme_of(name)) else "unquantised" for name in names]
                 if len(set(labels)) > 1:
-                    parts = ", ".join(f"{name.rsplit('.', 1)[1]} {label}" for name, label in zip(fused, labels, strict=True))
+                    parts = ", ".join(
+                        f"{name.rsplit('.', 1)[1]} {label}" for name, label in zip(fused, labels, strict=True)
+                    )
                     mistakes.setdefault(
                         parts,
                         f"{architecture.block_name(block)}: {parts}: serving runtimes fuse these into one matrix, so "

@@ -46,8 +46,8 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
     here = torch.cuda.is_available()
     if asked == "cuda" and not here:
         raise EnvironmentLacksError(
-            "model.device: cuda is asked for, but torch sees no CUDA device here. Use device: auto or cpu, or run where "
-            "`python -c 'import torch; print(torch.cuda.is_available())'` prints True."
+            "model.device: cuda is asked for, but torch sees no CUDA device here. Use device: auto or cpu, or run "
+            "where `python -c 'import torch; print(torch.cuda.is_available())'` prints True."
         )
     if asked == "cpu" or not here:
         return Machine(torch.device("cpu"), torch.float32, 2048)

@@ -58,9 +58,7 @@ def fold(
     return done
 
 
-def fingerprint(
-    before: str, stage: Stage, windows: Windows | None, machine: Machine, stored: torch.dtype
-) -> str:
+def fingerprint(before: str, stage: Stage, windows: Windows | None, machine: Machine, stored: torch.dtype) -> str:
     """sha256 of everything that decides a stage's output."""
     return digest_of_json(
         {

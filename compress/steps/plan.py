@@ -153,8 +153,8 @@ def _warnings(
     sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
     if sizes:
         found.append(
-            f"group sizes {sorted(size for size in sizes if size)} load in transformers, but vLLM's kernels take 32, 64, "
-            "128 or channel"
+            f"group sizes {sorted(size for size in sizes if size)} load in transformers, but vLLM's kernels take 32, "
+            "64, 128 or channel"
         )
     if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes.values()):
         found.append("asymmetric schemes other than 4 and 8 bits load in transformers; vLLM does not serve them")
@@ -193,9 +193,7 @@ def _peak(recipe: Recipe, load: predict.WalkLoad, parameters: int) -> int:
     """The worst phase: calibrating, measuring, or reloading the whole export through its public loader."""
     sets = {spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}
     reload = predict.reload_peak_bytes(parameters, load, sum(sets.values()))
-    return max(
-        predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, sum(sets.values())), reload
-    )
+    return max(predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, sum(sets.values())), reload)
 
 
 def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:
@@ -261,7 +259,8 @@ def _check_resources(plan: Plan, store: Path) -> None:
         free = shutil.disk_usage(existing).free
         if free < needed:
             shortages.append(
-                f"disk: the {name} {folder} needs about {needed:,} bytes and has {free:,} free. Free some space, or use "
+                f"disk: the {name} {folder} needs about {needed:,} bytes and has {free:,} free. Free some space, or "
+                + "use "
                 + ("--store elsewhere." if name == "store" else "another COMPRESS_CACHE.")
             )
     available = psutil.virtual_memory().available

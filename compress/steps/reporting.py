@@ -126,9 +126,9 @@ def _evaluation(recipe: Recipe, texts: Texts) -> list[dict[str, Any]]:
     for name, windows in texts.evaluation.items():
         kinds = [spec.kind for spec in recipe.evaluation if spec.set_name == name]
         protocol = (
-            f"{windows.ids.shape[0]} non-overlapping {windows.ledger['layout']} windows of {windows.ids.shape[1]} tokens; "
-            "every token but a window's first is predicted from those before it in the window; float32 log-softmax over "
-            "the whole vocabulary"
+            f"{windows.ids.shape[0]} non-overlapping {windows.ledger['layout']} windows of {windows.ids.shape[1]} "
+            "tokens; every token but a window's first is predicted from those before it in the window; float32 "
+            "log-softmax over the whole vocabulary"
         )
         sets.append(
             {
@@ -164,4 +164,3 @@ def _provenance(
         **provenance(),
         "recipe": plan.recipe.dump(),
     }
-

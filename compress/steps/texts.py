@@ -41,15 +41,15 @@ def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress:
         for spec in recipe.evaluation:
             if spec.set_name not in evaluation:
                 where = f"evaluation set {spec.set_name}"
-                evaluation[spec.set_name] = build_windows(
-                    spec.window_spec, base, source.tokenizer, recipe.seed, where
-                )
+                evaluation[spec.set_name] = build_windows(spec.window_spec, base, source.tokenizer, recipe.seed, where)
                 advance(spec.set_name)
         calibration = _calibration(recipe, source, machine, progress)
         advance("calibration")
     for name, windows in {**evaluation, **({"calibration": calibration} if calibration else {})}.items():
         if int(windows.ids.max()) >= vocabulary:
-            raise RecipeError(f"{name}: the tokenizer gives ids up to {int(windows.ids.max())}, the model knows {vocabulary}")
+            raise RecipeError(
+                f"{name}: the tokenizer gives ids up to {int(windows.ids.max())}, the model knows {vocabulary}"
+            )
     return Texts(calibration, evaluation, _overlap(calibration, evaluation))
 
 
@@ -73,7 +73,7 @@ def _overlap(calibration: Windows | None, evaluation: dict[str, Windows]) -> dic
         found = ", ".join(f"{name} ({share:.0%})" for name, share in guilty.items())
         raise RecipeError(
             f"evaluation text overlaps calibration text: {found} of its {NGRAM}-token runs occur in the calibration "
-            f"windows, {LIMIT:.0%} are allowed. A model must be judged on text it was not calibrated on: name another text."
+            f"windows, {LIMIT:.0%} are allowed. A model must be judged on text it was not calibrated on: name another."
         )
     return shared
 

@@ -30,7 +30,7 @@ from compress.reports.write import write_report
 from compress.steps import reporting
 from compress.steps.environment import versions
 from compress.steps.fold import fold
-from compress.steps.judging import judge, measure_export, measure_source
+from compress.steps.judging import judge, measure_export, measure_source, round_trip
 from compress.steps.plan import Plan, make_plan
 from compress.steps.source import open_source
 from compress.steps.texts import read_texts
@@ -54,19 +54,17 @@ class Outcome:
         return EXIT_CODES[self.report.verdict]
 
 
-def plan(recipe: Recipe, store: Path) -> Plan:
-    """Check and predict; nothing is computed and nothing written."""
-    return make_plan(recipe, store)
+def plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
+    """Check and predict. The only thing computed, if at all, is the conversion of a .gguf source, which is kept."""
+    return make_plan(recipe, store, progress)
 
 
-def run(recipe: Recipe, store_folder: Path, progress: Progress) -> Outcome:
-    """Take a recipe to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise."""
+def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
+    """Take a plan to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise."""
     started, clock = datetime.now(UTC), _Clock()
-    store = Store(store_folder)
+    recipe, store = planned.recipe, Store(store_folder)
     with PeakSampler() as sampler, disk_errors(cache_folder()):
-        with clock.step("plan"):
-            planned = make_plan(recipe, store_folder)
-            check_writable(store_folder, planned.stored_bytes)
+        check_writable(store_folder, planned.stored_bytes)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
             texts = read_texts(recipe, source, planned.machine, progress)
@@ -88,14 +86,16 @@ def run(recipe: Recipe, store_folder: Path, progress: Progress) -> Outcome:
                 last = folded[-1].checkpoint
                 export(last, staged / "model", recipe.export.format, planned.stored, recipe.export.max_shard_bytes)
             with clock.step("evaluation"), sampler.phase("evaluation"):
-                evidence = measure_export(planned, staged / "model", source, baseline, texts, progress)
+                evidence, states = measure_export(planned, staged / "model", source, baseline, texts, progress)
+            with clock.step("round trip"), sampler.phase("round trip"):
+                evidence = round_trip(planned, staged / "model", texts, evidence, states, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events]
             events += [event for folding in folded for event in folding.events]
             events += evidence.events
             verdict, judgements = judge(recipe, evidence, events)
             (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
             digest = model_digest(staged)
-            with store.reserve(recipe.name, rejected=verdict != "passed") as slot:
+            with sampler.phase("publish"), store.reserve(recipe.name, rejected=verdict != "passed") as slot:
                 artifact = ArtifactRef(path=str(slot.path), name=recipe.name, version=slot.label, digest=digest)
                 report = reporting.assemble(
                     planned,

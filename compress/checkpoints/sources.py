@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compress.checkpoints.files import digest_of_json, sha256_of, write_json
 from compress.checkpoints.rescale import rescale
 from compress.errors import EnvironmentLacksError, RecipeError, nearest
+from compress.events import Progress
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
@@ -107,7 +108,7 @@ def locate(spec: ModelSpec, base: Path) -> Path | None:
     return None
 
 
-def read_config(spec: ModelSpec, base: Path) -> dict[str, Any]:
+def read_config(spec: ModelSpec, base: Path, progress: Progress) -> dict[str, Any]:
     """The model's config, as cheaply as the source allows: hub and folder sources do not fetch or read weights."""
     location = locate(spec, base)
     if location is None:
@@ -120,11 +121,13 @@ def read_config(spec: ModelSpec, base: Path) -> dict[str, Any]:
         from compress.checkpoints.reader import Checkpoint
 
         return Checkpoint(location).config
-    value: dict[str, Any] = json.loads((resolve(spec, base).folder / "config.json").read_text(encoding="utf-8"))
+    value: dict[str, Any] = json.loads(
+        (resolve(spec, base, progress).folder / "config.json").read_text(encoding="utf-8")
+    )
     return value
 
 
-def resolve(spec: ModelSpec, base: Path) -> Source:
+def resolve(spec: ModelSpec, base: Path, progress: Progress) -> Source:
     """Fetch or convert the source where needed and return its folder. `base` is what relative paths start from."""
     location = locate(spec, base)
     if location is None:
@@ -132,10 +135,10 @@ def resolve(spec: ModelSpec, base: Path) -> Source:
     elif location.is_dir():
         source = Source(location, {"kind": "folder", "path": str(location)})
     elif location.suffix == ".gguf":
-        source = _from_gguf(location, spec)
+        source = _from_gguf(location, spec, progress)
     else:
         raise RecipeError(f"model: {location} is neither a folder nor a .gguf file.")
-    return _rescaled(source, spec.rescale) if spec.rescale else source
+    return _rescaled(source, spec.rescale, progress) if spec.rescale else source
 
 
 def _inside_package(package: str, file: str) -> Path:
@@ -172,7 +175,7 @@ def _hub_errors(spec: ModelSpec) -> Iterator[None]:
         ) from error
 
 
-def _from_gguf(path: Path, spec: ModelSpec) -> Source:
+def _from_gguf(path: Path, spec: ModelSpec, progress: Progress) -> Source:
     digest = sha256_of(path)
     folder = cache_folder() / "sources" / f"gguf-{digest[:24]}"
     facts = {
@@ -184,21 +187,23 @@ def _from_gguf(path: Path, spec: ModelSpec) -> Source:
     if not (folder / "source.json").is_file():
         from compress.checkpoints.gguf import convert
 
-        with _building(folder) as staged:
+        with _building(folder) as staged, progress.task("dequantising the GGUF file (once)", 1) as advance:
             write_json(staged / "source.json", {"previous_quantization": convert(path, staged)})
+            advance("")
     notes = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     return Source(folder, {**facts, **notes})
 
 
-def _rescaled(source: Source, how: Rescale) -> Source:
+def _rescaled(source: Source, how: Rescale, progress: Progress) -> Source:
     from compress.checkpoints.reader import Checkpoint
 
     checkpoint = Checkpoint(source.folder)
     key = digest_of_json({"source": checkpoint.digest(), "rescale": how.model_dump(), "version": 1})
     folder = cache_folder() / "sources" / f"rescaled-{key[:24]}"
     if not (folder / "config.json").is_file():
-        with _building(folder) as staged:
+        with _building(folder) as staged, progress.task("rescaling channels (once)", 1) as advance:
             rescale(checkpoint, staged, how.amplitude, how.seed)
+            advance("")
     return Source(folder, {**source.facts, "rescaled": how.model_dump()})
 
 

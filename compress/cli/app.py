@@ -25,6 +25,16 @@ app = typer.Typer(
 )
 
 
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+"""Other libraries read these when they are imported: their bars and warnings would bury our progress."""
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
@@ -55,8 +65,8 @@ def guarded(arguments: list[str]) -> int:
     """Run a command and turn every ending into an exit code and a message on stderr."""
     from compress import console
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(arguments, standalone_mode=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,17 +25,12 @@ DEFAULT_STORE = Path("artifacts")
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and warnings off the screen; ours says what matters."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import logging
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()
     try:
         from loguru import logger
     except ImportError:

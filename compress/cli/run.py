@@ -33,11 +33,12 @@ def run(
     loaded = load_recipe(recipe, tuple(set_ or ()))
     quiet_libraries()
     from compress.pipeline import plan as predict
-    from compress.pipeline import run as run_recipe
+    from compress.pipeline import run as run_plan
 
-    if not json:
-        _print_prediction(predict(loaded, store))
-    outcome = run_recipe(loaded, store, console.StageProgress())
+    progress = console.StageProgress()
+    planned = predict(loaded, store, progress)
+    _print_prediction(planned)
+    outcome = run_plan(planned, store, progress)
     if json:
         console.print_json(outcome.report.model_dump(mode="json", by_alias=True))
     else:
@@ -56,7 +57,7 @@ def plan(
     quiet_libraries()
     from compress.pipeline import plan as predict
 
-    planned = predict(loaded, store)
+    planned = predict(loaded, store, console.StageProgress())
     if json:
         console.print_json(planned.to_json())
         return 0

@@ -66,6 +66,11 @@ def verdict_on(value: float, interval: Interval | None, low: float | None, high:
     return "failed" if outside else "inconclusive"
 
 
+def number_text(measure: str, value: float) -> str:
+    """A measurement as a sentence has it: bytes with separators, everything else with six digits."""
+    return f"{value:,.0f}" if measure.endswith("bytes") else f"{value:.6g}"
+
+
 def bounds_text(low: float | None, high: float | None, suffix: str = "") -> str:
     """'<= 0.1', '>= 0.9', or both."""
     parts = [] if low is None else [f">= {low:g}{suffix}"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compress.gates.base import Facts, Gate, Judgement, bounds_text, verdict_on
+from compress.gates.base import Facts, Gate, Judgement, bounds_text, number_text, verdict_on
 
 
 class RelativeGate(Gate):
@@ -42,7 +42,10 @@ class RelativeGate(Gate):
         ratio = value / base
         interval = facts.ratio_intervals.get(self.measure)
         verdict = verdict_on(ratio, interval if self.use_interval else None, self.min_ratio, self.max_ratio)
-        sentence = f"{self.measure} is {value:.6g} against {base:.6g}, {ratio:.4g} x source; the bound is {limit}"
+        sentence = (
+            f"{self.measure} is {number_text(self.measure, value)} against {number_text(self.measure, base)}, "
+            f"{ratio:.4g} x source; the bound is {limit}"
+        )
         if self.use_interval and interval:
             sentence += f", the 95 % interval {interval[0]:.4g} to {interval[1]:.4g}"
         return Judgement(self.kind, self.measure, ratio, interval, limit, verdict, f"{sentence}: {verdict}.")

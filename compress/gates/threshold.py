@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compress.gates.base import Facts, Gate, Judgement, bounds_text, verdict_on
+from compress.gates.base import Facts, Gate, Judgement, bounds_text, number_text, verdict_on
 
 
 class ThresholdGate(Gate):
@@ -40,7 +40,7 @@ class ThresholdGate(Gate):
             return Judgement(self.kind, self.measure, None, None, limit, "failed", sentence)
         interval = facts.intervals.get(self.measure)
         verdict = verdict_on(value, interval if self.use_interval else None, self.min, self.max)
-        sentence = f"{self.measure} is {value:.6g}; the bound is {limit}: {verdict}."
+        sentence = f"{self.measure} is {number_text(self.measure, value)}; the bound is {limit}: {verdict}."
         if self.use_interval and interval:
             sentence = (
                 f"{self.measure} is {value:.6g} (95 % interval {interval[0]:.6g} to {interval[1]:.6g}); "

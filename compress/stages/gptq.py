@@ -23,6 +23,7 @@ from compress.calibration.walk import forward_of, run_block
 from compress.calibration.windows import Windows
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Event
+from compress.memory.measure import release
 from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
@@ -73,6 +74,7 @@ class _Run:
                     self.context.after_block(index)
                 elif index + 1 < count:
                     states = self._pass_through(index, states)
+                release()
                 done, happened = restore(record)
                 modules += done
                 events += happened

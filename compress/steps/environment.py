@@ -100,7 +100,7 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "command": " ".join(sys.argv),
+        "command": " ".join(sys.argv).encode("utf-8", "backslashreplace").decode(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "host": platform.node(),
         "git": git_state(),

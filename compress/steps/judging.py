@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from compress.checkpoints.files import digest_of_json
@@ -88,8 +88,8 @@ class Evidence:
 
 def measure_export(
     plan: Plan, folder: Path, source: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
-) -> Evidence:
-    """Measure the exported folder, read from disk in its public format."""
+) -> tuple[Evidence, States]:
+    """Measure the exported folder, read from disk in its public format; also its final hidden states."""
     machine = plan.machine
     checkpoint = Checkpoint(folder)
     states = walk_states(
@@ -115,27 +115,29 @@ def measure_export(
     bits = _effective_bits(checkpoint)
     if bits is not None:
         after.values["effective_bits"] = bits
-    del scores
-    reloaded, events = _round_trip(plan, folder, texts, states, progress)
-    if reloaded is not None:
-        after.values["round_trip.mean_kl"] = reloaded.mean_kl
-        after.values["round_trip.max_abs_logit_difference"] = reloaded.max_abs_logit_difference
-        after.values["resident_bytes"] = float(reloaded.resident_bytes)
-        after.values["kv_cache_bytes"] = float(measured_kv_cache(plan, reloaded))
-    return Evidence(before, after, reloaded, events)
+    return Evidence(before, after, None, ()), states
 
 
-def _round_trip(
-    plan: Plan, folder: Path, texts: Texts, states: States, progress: Progress
-) -> tuple[Reloaded | None, tuple[Event, ...]]:
+def round_trip(
+    plan: Plan, folder: Path, texts: Texts, evidence: Evidence, states: States, progress: Progress
+) -> Evidence:
+    """The evidence with what the public loader gave, or with the event that it could not be tried."""
     if not fits(plan.parameters, plan.machine):
         message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
-        return None, (Event("round_trip_skipped", "export", message),)
+        return replace(evidence, events=(Event("round_trip_skipped", "export", message),))
     name = next(iter(texts.evaluation))
     with progress.task("reloading through the public loader", 1) as advance:
         reloaded = reload(folder, texts.evaluation[name], states[name], plan.machine)
         advance("")
-    return reloaded, ()
+    evidence.compressed.values.update(
+        {
+            "round_trip.mean_kl": reloaded.mean_kl,
+            "round_trip.max_abs_logit_difference": reloaded.max_abs_logit_difference,
+            "resident_bytes": float(reloaded.resident_bytes),
+            "kv_cache_bytes": float(measured_kv_cache(plan, reloaded)),
+        }
+    )
+    return replace(evidence, reloaded=reloaded)
 
 
 def measured_kv_cache(plan: Plan, reloaded: Reloaded) -> int:

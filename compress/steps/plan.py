@@ -17,6 +17,7 @@ from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
+from compress.events import Progress
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
@@ -72,9 +73,9 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, store: Path) -> Plan:
+def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     """Check a recipe against model, machine and disk, and predict. Raises with every mistake of one kind together."""
-    config = read_config(recipe.model, Path.cwd())
+    config = read_config(recipe.model, Path.cwd(), progress)
     machine = choose_machine(recipe.model.device, config)
     architecture = architecture_of(config)
     skeleton = Skeleton(config, torch.device("cpu"), torch.float32)

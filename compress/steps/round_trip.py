@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ from torch import Tensor
 
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.skeleton import Skeleton
+from compress.checkpoints.skeleton import Head, Skeleton
 from compress.steps.environment import Machine
 
 BOUND = 1e-4
 """Largest mean KL (nats) between loader and our reading that counts as rounding. llama.cpp's 16-bit floats differ by
 2.5e-5 (see docs/adr/0006-round-trip.md); a wrong zero point or scale differs by more than 1e-2."""
 PROMPT_TOKENS = 32
+COMPARED_WINDOWS = 4
+COMPARED_TOKENS = 256
+"""Tokens of each compared window; attention is causal, so a prefix is computed as in the whole window."""
 
 
 @dataclass(frozen=True)
@@ -59,38 +65,54 @@ def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> 
     """
     from transformers import AutoModelForCausalLM
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _silence():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(machine.device).eval()
     resident = _bytes(model)
-    ids = windows.ids[:2].to(machine.device)
-    mask = None if windows.mask is None else windows.mask[:2].to(machine.device)
     with torch.no_grad():
         # The first forward unpacks the weights, in their stored dtype; only then may the model become float32.
-        prompt = ids[:1, : min(PROMPT_TOKENS, ids.shape[1])]
-        cache = model(prompt, use_cache=True).past_key_values
+        prompt = windows.ids[:1, :PROMPT_TOKENS].to(machine.device)
+        with _silence():
+            cache = model(prompt, use_cache=True).past_key_values
         kv_bytes, kv_dtype = _cache_bytes(cache)
         if machine.compute is torch.float32:
             # transformers forbids .float() on a quantised model, but the weights are plain tensors by now.
             torch.nn.Module.float(model)
-        theirs = model(ids, attention_mask=mask, use_cache=False).logits.float()
     checkpoint = Checkpoint(folder)
     skeleton = Skeleton(checkpoint.config, machine.device, machine.compute)
     worst, total, count = 0.0, 0.0, 0
     with skeleton.head(checkpoint) as head:
-        for row in range(len(ids)):
-            keep = slice(None) if mask is None else mask[row].bool()
-            ours = head.logits(states[row].to(machine.device))[keep]
-            other = theirs[row][keep]
-            worst = max(worst, float((ours - other).abs().max()))
-            log_p, log_q = ours.log_softmax(-1), other.log_softmax(-1)
+        for row in range(min(COMPARED_WINDOWS, len(windows.ids))):
+            ours, theirs = _logits(model, head, windows, states, row, machine)
+            worst = max(worst, float((ours - theirs).abs().max()))
+            log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
             count += ours.shape[0]
     name = f"transformers AutoModelForCausalLM ({type(model).__name__})"
     tokens = prompt.shape[1]
-    del model, theirs, cache
+    del model, cache
     gc.collect()
     return Reloaded(name, count, worst, max(0.0, total / count), resident, kv_bytes, kv_dtype, tokens)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The loader draws its own progress bars on stderr, whatever it is told."""
+    with warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@torch.no_grad()
+def _logits(
+    model: Any, head: Head, windows: Windows, states: Tensor, row: int, machine: Machine
+) -> tuple[Tensor, Tensor]:
+    """Our logits and the loader's for the first tokens of one window, without padding: float32 (tokens, vocabulary)."""
+    ids = windows.ids[row : row + 1, :COMPARED_TOKENS].to(machine.device)
+    mask = None if windows.mask is None else windows.mask[row : row + 1, :COMPARED_TOKENS].to(machine.device)
+    theirs = model(ids, attention_mask=mask, use_cache=False).logits[0].float()
+    ours = head.logits(states[row, :COMPARED_TOKENS].to(machine.device))
+    keep = slice(None) if mask is None else mask[0].bool()
+    return ours[keep], theirs[keep]
 
 
 def _bytes(model: Any) -> int:

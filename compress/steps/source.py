@@ -27,7 +27,7 @@ class OpenedSource:
 
 def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
     """Fetch or convert, open, check for non-finite weights. Raises UnhealthySourceError naming the tensors."""
-    source = resolve(spec, Path.cwd())
+    source = resolve(spec, Path.cwd(), progress)
     checkpoint = Checkpoint(source.folder)
     _check_finite(checkpoint, progress)
     events = []

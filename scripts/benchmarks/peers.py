@@ -90,7 +90,7 @@ def build_environment(peer: Peer) -> None:
         return
     print(f"{peer.name}: building {stamp.parent} (a large download the first time)", flush=True)
     if not peer.python.exists():
-        venv.create(stamp.parent, with_pip=True)
+        venv.create(stamp.parent, with_pip=True, symlinks=True)
     for requirements in peer.installs:
         subprocess.run([peer.python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     stamp.write_text(wanted)

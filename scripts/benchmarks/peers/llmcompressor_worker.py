@@ -53,9 +53,10 @@ def load(job: Job) -> Any:
 def quantise(model: Any, job: Job) -> Any:
     """Run one-shot compression on exactly the given windows; rounding needs none."""
     options = SETTINGS[job.setting]
-    chunks = job.windows.split(options.get("batch_size", 1))
-    batches = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in chunks]
-    data = None if options["method"] == "rtn" else DataLoader(batches, batch_size=None, shuffle=False)
+    windows: Any = job.windows  # torch's stubs leave split and the loader's lists untyped
+    chunks = windows.split(options.get("batch_size", 1))
+    batches: Any = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in chunks]
+    data: Any = None if options["method"] == "rtn" else DataLoader(batches, batch_size=None, shuffle=False)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     return oneshot(model=model, dataset=data, recipe=recipe(job.setting), processor=tokenizer)
 

@@ -1,0 +1,166 @@
+"""`compress list`, `show`, `verify`, `kinds`, `init`, `schema` and the help: small verbs, one document each with --json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers import run_cli
+
+
+@pytest.fixture
+def copy_of_store(published, tmp_path) -> Path:
+    return Path(shutil.copytree(published[0], tmp_path / "store"))
+
+
+def test_list_shows_published_and_rejected_runs(here, published, rejected):
+    passed = json.loads(here("list", "--store", published[0], "--json").out)
+    failed = json.loads(here("list", "--store", rejected[0], "--json").out)
+
+    assert [(row["name"], row["version"], row["verdict"]) for row in passed] == [("glass-int4", "v0001", "passed")]
+    assert [(row["version"], row["verdict"]) for row in failed] == [("r0001", "failed")]
+
+
+def test_list_prints_a_table_for_people(here, published):
+    ended = here("list", "--store", published[0])
+
+    assert ended.code == 0
+    assert "glass-int4" in ended.out and "v0001" in ended.out and "passed" in ended.out
+
+
+def test_list_of_an_empty_store_says_so(here, tmp_path):
+    ended = here("list", "--store", tmp_path)
+
+    assert (ended.code, ended.out) == (0, f"{tmp_path} holds no artifacts.\n")
+
+
+def test_show_prints_the_report(here, published, rejected):
+    assert json.loads(here("show", "glass-int4", "--store", published[0], "--json").out)["verdict"] == "passed"
+    assert json.loads(here("show", "glass-int4@r0001", "--store", rejected[0], "--json").out)["verdict"] == "failed"
+    assert "glass-int4" in here("show", "glass-int4", "--store", published[0]).out
+
+
+def test_verify_finds_a_fresh_artifact_whole(here, published):
+    ended = here("verify", "glass-int4", "--store", published[0], "--json")
+
+    assert ended.code == 0
+    assert json.loads(ended.out)["ok"] is True
+
+
+def test_verify_finds_one_flipped_byte_and_ends_with_1(here, copy_of_store):
+    weights = copy_of_store / "glass-int4" / "v0001" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+
+    ended = here("verify", "glass-int4", "--store", copy_of_store)
+
+    assert ended.code == 1
+    assert "model/model.safetensors" in ended.err and "sha256" in ended.err
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "recipe.yaml", "reports/report.json"])
+def test_verify_finds_a_missing_file(here, copy_of_store, name):
+    (copy_of_store / "glass-int4" / "v0001" / name).unlink()
+
+    ended = here("verify", "glass-int4", "--store", copy_of_store)
+
+    assert ended.code == 1
+    assert name in ended.err
+
+
+def test_verify_finds_a_file_that_nobody_declared(here, copy_of_store):
+    (copy_of_store / "glass-int4" / "v0001" / "model" / "extra.bin").write_bytes(b"x")
+
+    ended = here("verify", "glass-int4", "--store", copy_of_store)
+
+    assert ended.code == 1
+    assert "extra.bin" in ended.err
+
+
+def test_kinds_lists_every_registered_kind_with_its_fields(here):
+    catalogue = json.loads(here("kinds", "--json").out)
+
+    assert set(catalogue["stages"]) == {"gptq", "round_to_nearest"}
+    assert {"threshold", "relative", "events"} == set(catalogue["gates"])
+    assert "group_size" in catalogue["stages"]["gptq"]["fields"]
+    assert all(entry["description"] for group in catalogue.values() for entry in group.values())
+
+
+def test_init_writes_a_recipe_that_validates_and_never_overwrites(here, tmp_path, glass):
+    path = tmp_path / "new.yaml"
+
+    assert here("init", path, "--model", glass).code == 0
+    assert here("validate", path).code == 0
+    assert yaml.safe_load(path.read_text())["model"]["path"] == str(glass)
+    again = here("init", path)
+    assert again.code == 2 and "exists already" in again.err
+
+
+def test_plan_json_predicts_bytes_memory_and_time(here, recipe, tmp_path):
+    ended = here("plan", recipe(), "--store", tmp_path / "store", "--json")
+
+    planned = json.loads(ended.out)
+    assert planned["parameters"] == 852_608
+    assert planned["quantised_linears"] == planned["linears"] == 28
+    for quantity in ("stored_bytes", "kv_cache_bytes", "peak_host_bytes", "disk_bytes", "seconds"):
+        assert planned[quantity] > 0
+    assert not (tmp_path / "store").exists()
+
+
+def test_run_dry_run_is_plan(here, recipe, tmp_path):
+    ended = here("run", recipe(), "--store", tmp_path / "store", "--dry-run", "--json")
+
+    assert ended.code == 0 and json.loads(ended.out)["name"] == "glass-int4"
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("verb", [("kinds",), ("schema",), ("validate", "RECIPE"), ("list",), ("gc",)])
+def test_json_output_is_one_document_in_a_process_of_its_own(recipe, tmp_path, verb):
+    arguments = [str(recipe()) if part == "RECIPE" else part for part in verb]
+    flags = [] if verb == ("schema",) else ["--json"]
+
+    ended = run_cli(*arguments, *flags, cwd=tmp_path, env={"COMPRESS_CACHE": str(tmp_path / "cache")})
+
+    assert ended.code == 0, ended.err
+    json.loads(ended.out)
+
+
+def test_help_does_not_import_torch():
+    program = (
+        "import sys; from compress.cli.app import guarded; code = guarded(['--help']); "
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules); "
+        "print('HEAVY', sorted(heavy), file=sys.stderr); sys.exit(code)"
+    )
+    import subprocess
+
+    from tests.helpers import environment
+
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+
+    assert done.returncode == 0
+    assert "HEAVY []" in done.stderr
+    for verb in ("run", "plan", "validate", "init", "kinds", "list", "show", "verify"):
+        assert verb in done.stdout
+
+
+def test_version_is_printed(here):
+    from compress import __version__
+
+    assert here("--version").out == f"compress {__version__}\n"
+
+
+def test_gc_removes_cached_stages_and_says_how_much(here, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    assert here("run", recipe(), "--store", tmp_path / "store").code == 0
+
+    would = json.loads(here("gc", "--dry-run", "--json").out)
+    assert would["bytes"] > 0 and list((tmp_path / "cache" / "stages").glob("*/stage.json"))
+    assert json.loads(here("gc", "--json").out)["bytes"] == would["bytes"]
+    assert not list((tmp_path / "cache" / "stages").glob("*/stage.json"))
+    assert (tmp_path / "store" / "glass-int4" / "v0001" / "manifest.json").is_file()

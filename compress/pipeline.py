@@ -18,10 +18,10 @@ from typing import Any
 from compress.artifacts.manifest import model_digest
 from compress.artifacts.store import Store, check_writable
 from compress.checkpoints.export import export
-from compress.checkpoints.files import disk_errors
 from compress.checkpoints.sources import cache_folder
 from compress.errors import ExitCode
 from compress.events import Event, Progress
+from compress.files import disk_errors
 from compress.memory.measure import PeakSampler
 from compress.recipe import Recipe
 from compress.reports.card import model_card

@@ -21,10 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compress.calibration.texts import FilesText, SelfGenerated, known_descriptors, load_descriptor, missing
 from compress.calibration.windows import WindowSpec
 from compress.checkpoints.export import FormatName
-from compress.checkpoints.files import digest_of_json
 from compress.checkpoints.sources import ModelSpec
 from compress.errors import CompressError, RecipeError, nearest
 from compress.evaluation.specs import AnyEvaluation
+from compress.files import digest_of_json
 from compress.gates import AnyGate
 from compress.recipe_errors import Lines, describe, parse_yaml
 from compress.stages import AnyStage

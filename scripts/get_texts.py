@@ -5,6 +5,7 @@
 | name          | documents                                          | use         | rights                       |
 |---------------|----------------------------------------------------|-------------|------------------------------|
 | sotu          | State of the Union speeches, 1934 and later        | calibration | public domain                |
+| sotu-heldout  | every eighth of them, left out above               | evaluation  | public domain                |
 | moby-dick     | chapters of the novel, and its epilogue            | evaluation  | public domain                |
 | brown-news    | Brown corpus, press (A, B, C), 1961                | evaluation  | redistribution permitted     |
 | brown-fiction | Brown corpus, fiction and humor (K to R), 1961     | evaluation  | redistribution permitted     |
@@ -127,12 +128,22 @@ def undo_hard_wraps(text: str) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def sotu(files: Files) -> Iterator[Document]:
+def speeches(files: Files) -> Iterator[Document]:
     """Yield speeches of 1934 and later, without the stenographer's '[Laughter]' and '(Applause.)'."""
-    for path, text in files.items():
+    for path, text in sorted(files.items()):
         name = Path(path).stem
         if int(name[:4]) >= 1934:
             yield name, undo_hard_wraps(STAGE_NOTE.sub("", text))
+
+
+def sotu(files: Files) -> Iterator[Document]:
+    """Yield the speeches that are for calibration: all but every eighth."""
+    yield from (speech for number, speech in enumerate(speeches(files)) if number % 8)
+
+
+def sotu_heldout(files: Files) -> Iterator[Document]:
+    """Yield every eighth speech: the same kind of text, never calibrated on."""
+    yield from (speech for number, speech in enumerate(speeches(files)) if number % 8 == 0)
 
 
 def moby_dick(files: Files) -> Iterator[Document]:
@@ -244,6 +255,7 @@ class Text:
 
 TEXTS = {
     "sotu": Text(SOTU, r"data/\d{4}_\w+\.txt", sotu),
+    "sotu-heldout": Text(SOTU, r"data/\d{4}_\w+\.txt", sotu_heldout),
     "moby-dick": Text(MOBY_DICK, r"data/(chapter_\d+|epilogue)\.txt", moby_dick),
     "brown-news": Text(BROWN, r"c[abc]\d\d", brown),
     "brown-fiction": Text(BROWN, r"c[k-r]\d\d", brown),

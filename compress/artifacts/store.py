@@ -18,8 +18,6 @@ Why this is safe:
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import re
 import secrets
@@ -31,23 +29,15 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifacts import manifest
+from compress.artifacts.locks import file_lock, try_lock
 from compress.artifacts.manifest import MANIFEST_NAME, Verdict
 from compress.errors import RecipeError, ResourceError, nearest
+from compress.files import disk_errors, flush
 
 NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _LABEL = re.compile(r"([vr])([0-9]{1,9})")
 _STAGING = ".staging"
 _REJECTED = "rejected"
-_REMEDIES: dict[int, str] = {
-    errno.ENOSPC: "the disk is full; free some space or choose a store on another disk",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose a store on another disk",
-    errno.EROFS: "the file system is read-only; choose a store that can be written",
-    errno.EACCES: "writing is not permitted; change the permissions or choose another store",
-    errno.EPERM: "writing is not permitted; change the permissions or choose another store",
-    errno.ENOLCK: "the file system has no locks to give; choose a store on a local disk",
-    errno.EOPNOTSUPP: "the file system cannot lock files; choose a store on a local disk",
-}
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -312,96 +302,3 @@ def _make(folder: Path) -> None:
 def _refuse_link(folder: Path) -> None:
     if folder.is_symlink():
         raise RecipeError(f"{folder} is a link and could lead outside the store; replace it by a folder")
-
-
-# --- what the store asks of the operating system --------------------------------------------------------------------
-
-
-@contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn disk errors about `place`, its parents or what is below it into a ResourceError with path and remedy.
-
-    Other errors pass, such as a file elsewhere that the block may not read. A full disk is always translated.
-    """
-    try:
-        yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        if remedy is None or not (error.errno in _FULL or _concerns(error.filename, place)):
-            raise
-        raise ResourceError(f"{error.filename or place}: {remedy}") from error
-    except Exception as error:
-        # safetensors writes through Rust and raises an error of its own that is no OSError.
-        if "os error 28" not in str(error):
-            raise
-        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC]}") from error
-
-
-def _concerns(filename: object, place: Path) -> bool:
-    if not isinstance(filename, str):
-        return True
-    path = Path(filename)
-    return path.is_relative_to(place) or place.is_relative_to(path)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive flock on `path`, waiting for others; the file is made if missing.
-
-    The kernel releases it when the process ends in any way. A holder may delete the file it has locked; whoever was
-    waiting then holds a file that has no name any more, notices, and locks the new one.
-    """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _still_named(handle, path):
-                yield
-                return
-        finally:
-            os.close(handle)
-
-
-@contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Give True and hold the flock on the existing file `path` when nobody else does; else give False at once."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield _still_named(handle, path)
-    finally:
-        os.close(handle)
-
-
-def _still_named(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def flush(folder: Path, recurse: bool = True) -> None:
-    """fsync `folder`, and with `recurse` everything below it first: after this a power loss cannot undo it."""
-    if recurse:
-        for parent, _, names in os.walk(folder, topdown=False):
-            for name in names:
-                _fsync(Path(parent) / name)
-            if Path(parent) != folder:
-                _fsync(Path(parent))
-    _fsync(folder)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

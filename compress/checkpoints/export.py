@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 
 from compress.checkpoints import compressed_tensors
-from compress.checkpoints.files import write_json
 from compress.checkpoints.reader import Checkpoint, tokenizer_files
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
+from compress.files import write_json
 from compress.quantization.scheme import Scheme
 
 FormatName = Literal["compressed-tensors", "plain"]

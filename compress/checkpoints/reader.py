@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.architecture import Architecture, architecture_of
-from compress.checkpoints.files import digest_of_json, sha256_of
 from compress.errors import CompressError, RecipeError, UnhealthySourceError
+from compress.files import digest_of_json, sha256_of
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 

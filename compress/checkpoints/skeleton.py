@@ -59,7 +59,8 @@ class Skeleton:
         self.architecture: Architecture = architecture_of(self.config)
         self.device, self.dtype = device, dtype
         with init_empty_weights(include_buffers=False):
-            self.model: nn.Module = AutoModelForCausalLM.from_config(self.config, attn_implementation="sdpa")
+            # transformers chooses the attention: fused where it can, eager for Gemma 2, whose soft caps no kernel has.
+            self.model: nn.Module = AutoModelForCausalLM.from_config(self.config)
         self.model.eval()
         self._body: nn.Module = self.model.get_submodule(self.architecture.prefix)
         blocks = self.model.get_submodule(self.architecture.blocks)

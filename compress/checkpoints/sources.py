@@ -23,10 +23,10 @@ from typing import Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compress.checkpoints.files import digest_of_json, sha256_of, write_json
 from compress.checkpoints.rescale import rescale
 from compress.errors import EnvironmentLacksError, RecipeError, nearest
 from compress.events import Progress
+from compress.files import digest_of_json, sha256_of, write_json
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.checkpoints.files import atomic_path, write_json
+from compress.files import atomic_path, write_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",

@@ -20,9 +20,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoints.files import atomic_path, write_json
 from compress.checkpoints.reader import SCHEMES_KEY, Checkpoint, companion_files
 from compress.checkpoints.stream import Entry, write_safetensors
+from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
 
 STAGE_FILE = "stage.json"

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from compress.calibration.walk import final_hidden_states
 from compress.calibration.windows import Windows
-from compress.checkpoints.files import atomic_path
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
 from compress.evaluation.specs import AnyEvaluation
 from compress.evaluation.statistics import Interval, mean_interval
 from compress.events import Progress
+from compress.files import atomic_path
 
 TOKENS_AT_ONCE = 64
 """Tokens whose logits are formed at a time: with a vocabulary of 128k, 32 MiB a model in float32."""

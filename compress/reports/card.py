@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.reports import markdown as words
+from compress.reports import markdown, tables, words
 from compress.reports.report import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -71,9 +71,9 @@ def _tags(report: Report) -> list[str]:
 
 def _results(report: Report) -> Iterator[dict[str, Any]]:
     """One result per evaluation set. Hub pages refuse numbers that are not finite, so those stay in the table only."""
-    for name, measures in words.measures_by_set(report.measurements.compressed).items():
+    for name, measures in tables.measures_by_set(report.measurements.compressed).items():
         metrics = [
-            {"type": what, "value": value, "name": words.label(what)}
+            {"type": what, "value": value, "name": tables.label(what)}
             for what, value in measures.items()
             if math.isfinite(value)
         ]
@@ -99,7 +99,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("compress.reports", "templates"),
         autoescape=False,  # Markdown, not HTML: `finalize` escapes what comes from outside
-        finalize=lambda value: value if isinstance(value, _Ready) else words.escape(value),
+        finalize=lambda value: value if isinstance(value, _Ready) else markdown.escape(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -112,8 +112,10 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         }
         for stage in report.stages
     ]
-    tables = [{"title": table.title, "text": _Ready(words.table_text(table))} for table in words.quality_tables(report)]
-    calibration = words.table_text(words.Table("", ("Calibration", ""), "ll", words.facts(report.calibration)))
+    quality = [
+        {"title": table.title, "text": _Ready(markdown.table_text(table))} for table in tables.quality_tables(report)
+    ]
+    calibration = markdown.table_text(tables.Table("", ("Calibration", ""), "ll", tables.facts(report.calibration)))
     return environment.get_template("card.md.j2").render(
         report={"artifact": report.artifact, "stages": stages},
         headline=words.headline(report),
@@ -121,8 +123,8 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         source_name=source.get("name") or source.get("id") or "the source model",
         loader=report.round_trip.loader if report.round_trip and report.round_trip.passed else "",
         calibration=_Ready(calibration),
-        tables=tables,
-        gates=_Ready(words.table_text(words.gates_table(report))),
+        tables=quality,
+        gates=_Ready(markdown.table_text(tables.gates_table(report))),
         limits=words.limits(report),
         licence=_licence(source),
     )

@@ -12,8 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import markdown as words
-from compress.reports import pictures
+from compress.reports import pictures, tables, words
 from compress.reports.report import Report, StageRecord
 
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
@@ -29,28 +28,28 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(size=words.size, number=words.number, duration=words.duration)
-    rest, recipe = words.split_recipe(report.provenance)
+    rest, recipe = tables.split_recipe(report.provenance)
     page = environment.get_template("report.html.j2").render(
         report=report,
         marks=_MARKS,
         headline=words.headline(report),
         tiles=_tiles(report),
-        gates=words.gates_table(report),
-        quality=words.quality_tables(report),
+        gates=tables.gates_table(report),
+        quality=tables.quality_tables(report),
         errors=[_errors(stage) for stage in report.stages if stage.modules],
-        memory=words.memory_table(report),
-        stages=words.stages_table(report),
+        memory=tables.memory_table(report),
+        stages=tables.stages_table(report),
         splits=[_split(stage.kind, stage.seconds_by_part) for stage in report.stages if stage.seconds_by_part],
         steps=_split("the whole run", report.seconds_by_step),
-        event_counts=words.event_counts_table(report),
+        event_counts=tables.event_counts_table(report),
         absent=[kind for kind in EVENT_KINDS if not report.event_counts.get(kind)],
-        events=words.events_table(report),
-        round_trip=words.round_trip_table(report),
+        events=tables.events_table(report),
+        round_trip=tables.round_trip_table(report),
         limits=words.limits(report),
-        calibration=words.facts(report.calibration),
-        evaluation=[words.facts(item) for item in report.evaluation],
-        artifact=words.facts({"artifact": report.artifact.model_dump()}),
-        provenance=words.facts(rest),
+        calibration=tables.facts(report.calibration),
+        evaluation=[tables.facts(item) for item in report.evaluation],
+        artifact=tables.facts({"artifact": report.artifact.model_dump()}),
+        provenance=tables.facts(rest),
         recipe=recipe,
     )
     return words.showable(page)
@@ -84,7 +83,7 @@ def _errors(stage: StageRecord) -> dict[str, Any]:
         "kind": stage.kind,
         "panels": pictures.block_error_panels(stage.modules),
         "rounding_known": any(module.rounding_error is not None for module in stage.modules),
-        "worst": words.worst_table(stage),
+        "worst": tables.worst_table(stage),
         "schemes": ", ".join(dict.fromkeys(module.scheme for module in stage.modules)),
     }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from compress.reports.markdown import showable
 from compress.reports.report import GateResult, Report
+from compress.reports.words import showable
 
 
 def render_junit(report: Report) -> str:

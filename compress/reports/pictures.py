@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from compress.reports.markdown import duration, number
 from compress.reports.report import ModuleRecord
+from compress.reports.words import duration, number
 
 WIDTH, HEIGHT = 320, 170
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 22

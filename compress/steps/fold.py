@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock
 
 from compress.calibration.windows import Windows
-from compress.checkpoints.files import digest_of_json, disk_errors
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
+from compress.files import digest_of_json, disk_errors
 from compress.memory.measure import PeakSampler
 from compress.stages import Stage, StageContext
 from compress.steps.environment import Machine, code_digest, versions

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compress.checkpoints.files import digest_of_json
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
 from compress.evaluation.measure import (
@@ -19,6 +18,7 @@ from compress.evaluation.measure import (
     walk_states,
 )
 from compress.events import Event, Progress, count_by_kind
+from compress.files import digest_of_json
 from compress.gates import Facts, Judgement, ThresholdGate, overall
 from compress.gates.base import Verdict
 from compress.recipe import Recipe

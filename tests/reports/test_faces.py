@@ -12,11 +12,12 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compress.events import EVENT_KINDS
-from compress.reports import markdown as words
+from compress.reports import tables, words
 from compress.reports.html import render_html
 from compress.reports.junit import render_junit
-from compress.reports.markdown import headline, limits, render_markdown
+from compress.reports.markdown import render_markdown
 from compress.reports.report import PredictedMeasured, Report, Verdict
+from compress.reports.words import headline, limits
 from compress.reports.write import write_report
 
 from .example import HOSTILE, RECIPE, example_report, hostile_report, memory
@@ -133,12 +134,12 @@ def test_every_section_is_there_with_its_numbers(face: str) -> None:
 def test_a_measurement_that_was_not_made_is_never_shown_as_zero() -> None:
     cell = PredictedMeasured(predicted=None, measured=None)
     report = example_report(memory=memory().model_copy(update={"peak_host": cell}))
-    row = next(row for row in words.memory_table(report).rows if row[0].startswith("Peak host"))
+    row = next(row for row in tables.memory_table(report).rows if row[0].startswith("Peak host"))
     assert row[1:4] == (words.MISSING,) * 3
 
 
 def test_set_names_may_hold_dots() -> None:
-    titles = [table.title for table in words.quality_tables(example_report())]
+    titles = [table.title for table in tables.quality_tables(example_report())]
     assert titles == ["Whole model", "python-docs", "rfc.text-2024"]
 
 

@@ -1,0 +1,108 @@
+"""Files that survive a kill (written beside, flushed, renamed into place), and disk errors in words."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ResourceError
+
+CHUNK = 1 << 22
+_REMEDIES: dict[int, str] = {
+    errno.ENOSPC: "the disk is full; free some space or choose a store on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose a store on another disk",
+    errno.EROFS: "the file system is read-only; choose a store that can be written",
+    errno.EACCES: "writing is not permitted; change the permissions or choose another store",
+    errno.EPERM: "writing is not permitted; change the permissions or choose another store",
+    errno.ENOLCK: "the file system has no locks to give; choose a store on a local disk",
+    errno.EOPNOTSUPP: "the file system cannot lock files; choose a store on a local disk",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_json(value: Any) -> str:
+    """Hex digest of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its place when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Turn disk errors about `place`, its parents or what is below it into a ResourceError with path and remedy.
+
+    Other errors pass, such as a file elsewhere that the block may not read. A full disk is always translated.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None or not (error.errno in _FULL or _concerns(error.filename, place)):
+            raise
+        raise ResourceError(f"{error.filename or place}: {remedy}") from error
+    except Exception as error:
+        # safetensors writes through Rust and raises an error of its own that is no OSError.
+        if "os error 28" not in str(error):
+            raise
+        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC]}") from error
+
+
+def _concerns(filename: object, place: Path) -> bool:
+    if not isinstance(filename, str):
+        return True
+    path = Path(filename)
+    return path.is_relative_to(place) or place.is_relative_to(path)
+
+
+def flush(folder: Path, recurse: bool = True) -> None:
+    """fsync `folder`, and with `recurse` everything below it first: after this a power loss cannot undo it."""
+    if recurse:
+        for parent, _, names in os.walk(folder, topdown=False):
+            for name in names:
+                _fsync(Path(parent) / name)
+            if Path(parent) != folder:
+                _fsync(Path(parent))
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

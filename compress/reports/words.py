@@ -1,0 +1,132 @@
+"""Numbers and sentences as people read them, shared by every face of a report."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from compress.reports.report import Report
+
+MISSING = "–"
+MOST_EVENTS = 200
+MEASURES: dict[str, str] = {
+    "weight_bytes": "Weights",
+    "effective_bits": "Effective bits per quantized weight",
+    "perplexity": "Perplexity",
+    "mean_kl": "KL divergence, mean (nats per token)",
+    "median_kl": "KL divergence, median",
+    "kl_p50": "KL divergence, median",
+    "kl_p99": "KL divergence, 99th percentile",
+    "kl_p999": "KL divergence, 99.9th percentile",
+    "max_kl": "KL divergence, largest",
+    "resident_bytes": "Weights, loaded",
+    "kv_cache_bytes": "KV cache",
+    "top1_agreement": "Same most likely token",
+    "accuracy": "Accuracy",
+}
+ORDER = list(MEASURES)
+
+# Control characters that XML and HTML cannot hold, lone surrogates that UTF-8 cannot, and the marks that make text read
+# in another order than it is written.
+_UNSHOWABLE = re.compile(
+    "[^\t\n\r\u0020-\u007e\u0085-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def size(count: float | None) -> str:
+    """Bytes as MiB or GiB."""
+    if count is None or not math.isfinite(count):
+        return MISSING
+    if abs(count) >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    mebibytes = count / (1 << 20)
+    return f"{mebibytes:.1f} MiB" if abs(mebibytes) >= 10 else f"{mebibytes:.2f} MiB"
+
+
+def number(value: float | None) -> str:
+    """Four digits that matter, with thousands separated."""
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def percent(fraction: float | None) -> str:
+    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def measured(name: str, value: float | None) -> str:
+    """One measurement in the unit its flat name stands for."""
+    if value is None:
+        return MISSING
+    if name.endswith("bytes"):
+        return size(value)
+    return percent(value) if name.endswith(("top1_agreement", "accuracy")) else number(value)
+
+
+def interval_text(name: str, interval: tuple[float, float] | None) -> str:
+    return MISSING if interval is None else f"{measured(name, interval[0])} to {measured(name, interval[1])}"
+
+
+def headline(report: Report) -> str:
+    """The verdict in one sentence."""
+    who = f"{report.artifact.name} {report.artifact.version}"
+    undecided = [gate for gate in report.gates if gate.verdict == "inconclusive"]
+    failed = [gate for gate in report.gates if gate.verdict == "failed"]
+    if not report.gates:
+        return f"{who} was judged by no gate at all; the verdict is {report.verdict}."
+    if report.verdict == "passed":
+        return f"{who} met {_all(len(report.gates))}{_shrunk(report)}."
+    if failed:
+        return f"{who} failed {_of(len(failed), len(report.gates))}: {', '.join(gate.measure for gate in failed)}."
+    what = ", ".join(gate.measure for gate in undecided)
+    return f"{who} failed nothing, but {_of(len(undecided), len(report.gates))} could not be decided: {what}."
+
+
+def limits(report: Report) -> list[str]:
+    """What was not tested, one sentence each. A reader must not take silence for a good result."""
+    said: list[str] = []
+    if report.verdict != "passed":
+        said.append(f"The verdict is {report.verdict}: this model has not earned release.")
+    sets = [str(item.get("name", "?")) for item in report.evaluation]
+    said.append(
+        f"Quality was measured on {', '.join(sets)} only; other text, languages and longer contexts were not tried."
+        if sets
+        else "Quality was not measured on any text."
+    )
+    if not any(name.startswith("task.") for name in report.measurements.compressed):
+        said.append("No task benchmarks (questions, code, tool use) were run.")
+    said.append("Speed when served, and safety or bias of the answers, were not measured; compression can change both.")
+    if report.round_trip is None:
+        said.append("The exported files were not reloaded through their public loader.")
+    if report.event_counts.get("source_was_quantized"):
+        said.append("The source weights came from a quantized file; comparisons are with that source, not its origin.")
+    return said
+
+
+def _all(count: int) -> str:
+    return "its only gate" if count == 1 else f"all {count} gates"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total} gates" if total > 1 else "its only gate"
+
+
+def _shrunk(report: Report) -> str:
+    before, after = (getattr(report.measurements, side).get("weight_bytes") for side in ("source", "compressed"))
+    return f", with {size(after)} of weights in place of {size(before)}" if before and after else ""
+
+
+def showable(text: str) -> str:
+    """`text` with every character that a face cannot show safely replaced by U+FFFD."""
+    return _UNSHOWABLE.sub("\ufffd", text)

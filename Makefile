@@ -8,6 +8,7 @@ DEMO := $(VENV)/.demo-model
 GLASS := .cache/glass
 RECIPES := $(wildcard recipes/*.yaml)
 PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
 
 # Any Python from 3.11 on; 3.11 itself first, because the pins are tested with it. `make install PYTHON=...` overrides.
 PYTHON ?= $(shell for candidate in python3.11 python3; do \
@@ -15,6 +16,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3; do \
 	done)
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help install demo-model glass quickstart test check lint types layers reference recipes unit format constraints clean
 
 help:  ## list these commands
@@ -76,7 +78,8 @@ recipes: demo-model  ## every shipped recipe is valid
 
 # Each worker gets one thread, so that two of them share two cores instead of fighting for them.
 unit: demo-model glass  ## pytest, the whole suite
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COMPRESS_GLASS="$(CURDIR)/$(GLASS)" $(BIN)/pytest -n $(PYTEST_WORKERS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COMPRESS_GLASS="$(CURDIR)/$(GLASS)" \
+	  $(BIN)/pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 format: install  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,10 @@
 """Every error a user can meet, and the exit code each one ends the command with.
 
     CompressError                 1   internal error (anything unexpected ends here too)
+    │   (ManifestError, in artifacts.manifest, also ends with 1)
     ├── RecipeError               2   bad recipe or usage; carries every mistake at once
     ├── UnhealthySourceError      5   the source model cannot be trusted as a baseline
+    │   (DamagedCheckpointError, in checkpoints.reader, also ends with 5)
     ├── ResourceError             6   out of memory or disk
     └── EnvironmentLacksError     7   the environment lacks something the recipe needs
 

@@ -45,7 +45,7 @@ def _own_cache(shared: Path) -> Iterator[None]:
         yield
 
 
-def _once(folder: Path, build: Callable[[Path], None]) -> Path:
+def once(folder: Path, build: Callable[[Path], None]) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             half = folder.with_name(folder.name + ".half")
@@ -69,7 +69,7 @@ def glass(shared: Path) -> Path:
             env.pop("COMPRESS_CACHE")
         subprocess.run([sys.executable, PROJECT / "scripts" / "get_glass.py", folder], env=env, check=True)
 
-    return _once(shared / "glass", fetch)
+    return once(shared / "glass", fetch)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +81,7 @@ def texts(glass: Path, shared: Path) -> Path:
             lines = [json.dumps({"text": text}) for text in _sampled(glass, seed, count)]
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    return _once(shared / "texts", build)
+    return once(shared / "texts", build)
 
 
 def _sampled(glass: Path, seed: int, count: int) -> list[str]:
@@ -132,8 +132,8 @@ def glass_recipe(glass: Path, texts: Path) -> dict[str, Any]:
 def recipe(glass_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     """recipe(gates=[...]) writes the glass recipe with top-level keys replaced, and gives its path."""
 
-    def write(name: str = "recipe.yaml", **changes: Any) -> Path:
-        return write_recipe(tmp_path / name, changed(glass_recipe, **changes))
+    def write(**changes: Any) -> Path:
+        return write_recipe(tmp_path / "recipe.yaml", changed(glass_recipe, **changes))
 
     return write
 

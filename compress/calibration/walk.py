@@ -15,7 +15,9 @@ pre-hook on the linear; everything stays in one thread.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import greenlet
@@ -27,10 +29,13 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Progress
 
-OnInput = Callable[[InputGroup, int, Tensor], None]
-"""Called with a group, the batch number and the group's input (windows, tokens, columns), once a batch."""
+OnInput = Callable[[InputGroup, int, Tensor, Tensor | None], None]
+"""Called with a group, the batch number, the group's input (windows, tokens, columns) and, where a reference stream
+runs beside, its input for the same tokens; once a batch."""
 OnGroup = Callable[[InputGroup], None]
 """Called when every batch has reached a group: the place to replace the group's weights."""
+Forward = Callable[[nn.Module, int, Tensor], Tensor]
+"""forward(block, number, hidden): a block's output for one batch."""
 
 
 class _Held(greenlet.greenlet):
@@ -39,45 +44,75 @@ class _Held(greenlet.greenlet):
     reached: InputGroup | None = None
 
 
+@dataclass
+class Stream:
+    """A block and the hidden states entering it, per batch (windows, tokens, hidden); consumed by `run_block`."""
+
+    block: nn.Module
+    states: list[Tensor]
+
+
 def run_block(
-    block: nn.Module,
+    stream: Stream,
     groups: tuple[InputGroup, ...],
-    inputs: list[Tensor],
-    forward: Callable[[nn.Module, int, Tensor], Tensor],
+    forward: Forward,
     on_input: OnInput,
     on_group: OnGroup,
-) -> list[Tensor]:
-    """Outputs of `block` for every batch, holding all batches at every group of linears on the way.
+    reference: Stream | None = None,
+) -> None:
+    """Run a block on every batch, holding all batches at every group of linears on the way.
 
-    inputs: hidden states per batch (windows, tokens, hidden); entries are dropped as they are consumed.
-    forward(block, number, hidden): the block's output for one batch.
+    `stream.states` become the block's outputs. `reference` is the same block with its source weights, fed with the
+    source's own hidden states: it is held at the same places, so that its inputs can be compared.
     Raises RuntimeError if the block does not reach the groups in the order given: a wrong architecture entry.
     """
+    streams = [stream] if reference is None else [stream, reference]
     handles = [
-        block.get_submodule(name).register_forward_pre_hook(_hold(group)) for group in groups for name in group.linears
+        each.block.get_submodule(name).register_forward_pre_hook(_hold(group))
+        for each in streams
+        for group in groups
+        for name in group.linears
     ]
-    held = [_Held(forward) for _ in inputs]
+    held = [[_Held(forward) for _ in each.states] for each in streams]
     try:
         for position, group in enumerate(groups):
-            for number, flow in enumerate(held):
-                if position == 0:
-                    arrived = flow.switch(block, number, inputs[number])
-                    inputs[number] = inputs[number].new_empty(0)
-                else:
-                    arrived = flow.switch()
-                if flow.dead or arrived[0] is not group:
-                    where = "the end" if flow.dead else arrived[0].name
-                    raise RuntimeError(f"architecture entry is wrong: expected {group.name}, the block reached {where}")
-                on_input(group, number, arrived[1])
-                del arrived
+            for number in range(len(stream.states)):
+                inputs = [
+                    _advance(flows[number], each, number, group, position == 0)
+                    for each, flows in zip(streams, held, strict=True)
+                ]
+                on_input(group, number, inputs[0], inputs[1] if reference is not None else None)
+                del inputs
             on_group(group)
-        return [flow.switch() for flow in held]
+        for each, flows in zip(streams, held, strict=True):
+            each.states = [flow.switch() for flow in flows]
     finally:
         for handle in handles:
             handle.remove()
-        for flow in held:
+        for flow in (flow for flows in held for flow in flows):
             if flow:
                 flow.throw()
+
+
+def _advance(flow: _Held, stream: Stream, number: int, group: InputGroup, first: bool) -> Tensor:
+    """Let one batch run on to `group` and return its input there."""
+    if first:
+        arrived = flow.switch(stream.block, number, stream.states[number])
+        # The flow has the states now; keeping them here would hold every batch twice.
+        stream.states[number] = stream.states[number].new_empty(0)
+    else:
+        arrived = flow.switch()
+    if flow.dead or arrived[0] is not group:
+        where = "its end" if flow.dead else arrived[0].name
+        raise RuntimeError(f"architecture entry is wrong: expected {group.name}, the block reached {where}")
+    inputs: Tensor = arrived[1]
+    return inputs
+
+
+def with_source_weights(block: nn.Module) -> nn.Module:
+    """A second block that shares `block`'s tensors; replacing a parameter of one leaves the other alone."""
+    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    return copy.deepcopy(block, shared)
 
 
 def _hold(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -93,7 +128,7 @@ def _hold(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return hook
 
 
-def forward_of(skeleton: Skeleton, batches: list[Batch], index: int) -> Callable[[nn.Module, int, Tensor], Tensor]:
+def forward_of(skeleton: Skeleton, batches: list[Batch], index: int) -> Forward:
     """The forward of block `index` for batch `number`: the arguments are those the model itself would pass."""
 
     def forward(block: nn.Module, number: int, hidden: Tensor) -> Tensor:

@@ -8,8 +8,12 @@ import sys
 import traceback
 from typing import Annotated
 
-import click
 import typer
+
+try:  # newer typers carry a click of their own; with older ones the errors are click's
+    from typer._click import exceptions as usage
+except ImportError:
+    from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__
 from compress.cli import inspect, recipes, run
@@ -69,15 +73,17 @@ def guarded(arguments: list[str]) -> int:
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(arguments, standalone_mode=False)
-        return int(code or ExitCode.PASSED)
-    except click.exceptions.NoArgsIsHelpError as error:
+        code = int(app(arguments, standalone_mode=False) or ExitCode.PASSED)
+        if code == ExitCode.INTERRUPTED:  # typer swallows the KeyboardInterrupt and returns its code
+            raise KeyboardInterrupt
+        return code
+    except usage.NoArgsIsHelpError as error:
         print(error.ctx.get_help() if error.ctx else "")
         return ExitCode.BAD_RECIPE
-    except click.UsageError as error:
+    except usage.UsageError as error:
         console.print_error(_usage(error))
         return ExitCode.BAD_RECIPE
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         console.print_error("interrupted. Finished blocks are kept: the same command goes on where this one stopped.")
         return ExitCode.INTERRUPTED
     except RecipeError as error:
@@ -104,9 +110,9 @@ def guarded(arguments: list[str]) -> int:
         return ExitCode.INTERNAL_ERROR
 
 
-def _usage(error: click.UsageError) -> str:
+def _usage(error: usage.UsageError) -> str:
     message = error.format_message()
-    if isinstance(error, click.NoSuchOption):
+    if isinstance(error, usage.NoSuchOption):
         return message
     if "No such command" in message:
         name = message.split("'")[1] if "'" in message else ""

@@ -49,7 +49,10 @@ def run(
 def plan(
     recipe: RecipeArgument, store: StoreOption = DEFAULT_STORE, set_: SetOption = None, json: JsonOption = False
 ) -> int:
-    """Check a recipe against model, machine and disk; predict bytes, memory and time. Computes and writes nothing."""
+    """Check a recipe against model, machine and disk; predict bytes, memory and time.
+
+    Computes nothing, but a .gguf source is converted once and kept.
+    """
     from compress import console
     from compress.recipe import load_recipe
 

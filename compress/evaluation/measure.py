@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.calibration.walk import final_hidden_states
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.skeleton import Skeleton
+from compress.checkpoints.skeleton import Head, Skeleton
 from compress.evaluation.specs import AnyEvaluation
 from compress.evaluation.statistics import Interval, mean_interval
 from compress.events import Progress
@@ -38,6 +38,9 @@ class Measured:
     intervals: dict[str, Interval] = field(default_factory=dict)
     ratio_intervals: dict[str, Interval] = field(default_factory=dict)
 
+
+HEALTH_WINDOWS = 4
+"""Windows of each set that the health check looks at; enough to tell a broken model from a healthy one."""
 
 States = dict[str, Tensor]
 """Final hidden states by set name: (windows, tokens, hidden) float32."""
@@ -204,6 +207,30 @@ def _interval(scores: Tensor, counts: Tensor) -> tuple[float, Interval]:
     return mean_interval(means, kept[rows])
 
 
-def source_perplexities(scores: dict[str, TokenScores]) -> dict[str, float]:
-    """Perplexity of the source on each set: what the health check looks at."""
-    return {name: _exp(_interval(tokens.source_loss, tokens.counts)[0]) for name, tokens in scores.items()}
+@torch.no_grad()
+def quick_perplexities(
+    checkpoint: Checkpoint, states: States, sets: dict[str, Windows], device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Perplexity of one model on the first windows of each set: what the health check looks at."""
+    skeleton = Skeleton(checkpoint.config, device, dtype)
+    with skeleton.head(checkpoint) as head:
+        return {
+            name: _exp(float(torch.cat([_losses(head, windows, states[name], row) for row in _first(windows)]).mean()))
+            for name, windows in sets.items()
+        }
+
+
+def _first(windows: Windows) -> range:
+    return range(min(HEALTH_WINDOWS, len(windows.ids)))
+
+
+def _losses(head: Head, windows: Windows, states: Tensor, row: int) -> Tensor:
+    """Negative log-likelihood in nats of every token but the first of one window, float64, padding left out."""
+    ids = windows.ids[row].to(head.weight.device)
+    parts = []
+    for start in range(0, len(ids) - 1, TOKENS_AT_ONCE):
+        stop = min(start + TOKENS_AT_ONCE, len(ids) - 1)
+        logits = head.logits(states[row, start:stop].to(ids.device))
+        parts.append(torch.nn.functional.cross_entropy(logits, ids[start + 1 : stop + 1], reduction="none"))
+    losses = torch.cat(parts).cpu().double()
+    return losses if windows.mask is None else losses[windows.mask[row, 1:].bool()]

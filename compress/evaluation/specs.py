@@ -43,7 +43,7 @@ class Perplexity(EvaluationSpec):
 
 
 class Divergence(EvaluationSpec):
-    """KL(source || compressed) per token in nats over the whole vocabulary, both models reading the same tokens. Measures: divergence.<set>.mean_kl, .median_kl, .kl_p99, .kl_p999, .top1_agreement."""  # noqa: E501
+    """KL(source || compressed) per token in nats over the whole vocabulary, both models reading the same tokens. Measures: divergence.<set>.mean_kl, .median_kl, .kl_p99, .kl_p999, .max_kl, .top1_agreement."""  # noqa: E501
 
     kind: Literal["divergence"] = "divergence"
 

@@ -39,6 +39,17 @@ def release() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def exact_allocation() -> None:
+    """Take tensors of a megabyte and more straight from the system, and return them at once when freed.
+
+    glibc raises its threshold for that to 32 MiB as a program goes, and keeps freed tensors in a fragmented heap. With
+    the threshold fixed, the quickstart's GPTQ stage peaked at 702 instead of 1059 MiB, and ran no slower.
+    """
+    m_mmap_threshold = -3  # from malloc.h
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)
+
+
 class PeakSampler:
     """Samples RssAnon in a thread; `phase(name)` names what is going on. Peaks in bytes, by phase, in `peaks`."""
 

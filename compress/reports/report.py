@@ -58,7 +58,9 @@ class ModuleRecord(Value):
     name: str
     block: int
     scheme: str = Field(description="e.g. int4 symmetric group 64")
-    error: float | None = Field(description="relative output error tr(dW H dW^T) / tr(W H W^T) on calibration inputs")
+    error: float | None = Field(
+        description="relative output error tr(dW H dW^T) / tr(W H W^T) on calibration inputs, W the (shifted) target"
+    )
     rounding_error: float | None = Field(default=None, description="the same for plain rounding to the same grid")
     damping: float | None = Field(default=None, description="damping used, as a fraction of mean(diag H)")
     seconds: float

@@ -56,6 +56,11 @@ class Stage(BaseModel):
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
+    @property
+    def activation_streams(self) -> int:
+        """Sets of calibration activations the stage holds at once: what `plan` predicts memory and time from."""
+        return 1 if self.needs_calibration else 0
+
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""
         raise NotImplementedError

@@ -3,7 +3,9 @@
 Notation, as in `quantization.gptq`: H the mean outer product of a linear's inputs over the calibration tokens. Linears
 that read the same input (q, k, v; gate, up) share one H and one factorisation and are solved as one stacked matrix.
 The walk holds every batch at a group's input, so the statistics, the solve and the rest of the forward pass are one
-pass. A block that is finished is written and never solved again: a killed run redoes its forward and goes on.
+pass. Beside it runs the source's own stream: comparing the two streams' inputs tells how to shift a linear's target so
+that it undoes part of the error before it (`quantization.target_shift`). A block that is finished is written and never
+solved again: a killed run redoes its forward and goes on.
 """
 
 from __future__ import annotations
@@ -18,15 +20,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
-from compress.calibration.statistics import Hessian
-from compress.calibration.walk import forward_of, run_block
+from compress.calibration.statistics import CrossMoment, Hessian
+from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import Windows
+from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Event
 from compress.memory.measure import release
 from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import TOKENS_PER_COLUMN, shift_factor
 from compress.stages.base import StageContext, StageOutcome, restore
 from compress.stages.quantize import QuantizeStage
 
@@ -40,7 +44,18 @@ class Gptq(QuantizeStage):
         default="weighted",
         description="weighted: range, sign and least squares by the cost of an error after feedback; mse; minmax",
     )
+    target_shift: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the error already in a linear's inputs that its target is moved to undo; 0 turns it off, "
+        "and saves a second forward pass",
+    )
     needs_calibration: ClassVar[bool] = True
+
+    @property
+    def activation_streams(self) -> int:
+        return 2 if self.target_shift else 1
 
     def apply(self, context: StageContext) -> StageOutcome:
         return _Run(self, context).blocks()
@@ -65,15 +80,18 @@ class _Run:
         count = self.skeleton.block_count
         with self._timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
+        reference = list(states) if self.stage.target_shift else None
 
         with self.context.progress.task("gptq", count) as advance:
             for index in range(count):
                 record = self.output.block_record(index)
                 if record is None:
-                    states, record = self._solve_block(index, states)
+                    states, reference, record = self._solve_block(index, states, reference)
                     self.context.after_block(index)
                 elif index + 1 < count:
-                    states = self._pass_through(index, states)
+                    states = self._pass_through(index, states, Checkpoint(self.output.folder))
+                    if reference is not None:
+                        reference = self._pass_through(index, reference, self.source)
                 release()
                 done, happened = restore(record)
                 modules += done
@@ -81,27 +99,26 @@ class _Run:
                 advance(f"block {index + 1}/{count}")
         return StageOutcome(modules, events, self.seconds)
 
-    def _pass_through(self, index: int, states: list[Tensor]) -> list[Tensor]:
-        """A finished block: its forward with the weights already written."""
-        from compress.checkpoints.reader import Checkpoint
-
-        finished = Checkpoint(self.output.folder)
+    def _pass_through(self, index: int, states: list[Tensor], checkpoint: Checkpoint) -> list[Tensor]:
+        """A finished block: its forward with weights already written."""
         forward = forward_of(self.skeleton, self.batches, index)
-        with (
-            self.skeleton.loaded(finished, self.skeleton.architecture.block_name(index)) as block,
-            self._timed("forward"),
-        ):
+        prefix = self.skeleton.architecture.block_name(index)
+        with self.skeleton.loaded(checkpoint, prefix) as block, self._timed("forward"):
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
 
-    def _solve_block(self, index: int, states: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+    def _solve_block(
+        self, index: int, states: list[Tensor], reference: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor] | None, dict[str, Any]]:
+        """Solve one block and write it. Returns both streams' states after the block, and the block's record."""
         arch = self.skeleton.architecture
         prefix = arch.block_name(index)
-        work = _BlockWork(self, prefix, index)
         forward = forward_of(self.skeleton, self.batches, index)
         with self.skeleton.loaded(self.source, prefix) as block:
-            work.block = block
+            work = _BlockWork(self, prefix, index, block)
+            stream = Stream(block, states)
+            beside = None if reference is None else Stream(with_source_weights(block), reference)
             started, others = time.perf_counter(), sum(self.seconds.values())
-            states = run_block(block, arch.groups, states, forward, work.on_input, work.on_group)
+            run_block(stream, arch.groups, forward, work.on_input, work.on_group, beside)
             elapsed = time.perf_counter() - started
             self.seconds["forward"] += elapsed - (sum(self.seconds.values()) - others)
         names = [f"{prefix}.{name}" for name in arch.linears]
@@ -109,7 +126,7 @@ class _Run:
         record = {"modules": work.records, "events": [event.to_json() for event in work.events]}
         with self._timed("write"):
             self.output.write_block(self.source, index, work.quantised, record)
-        return states, record
+        return stream.states, beside.states if beside else None, record
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -123,29 +140,35 @@ class _Run:
 class _BlockWork:
     """Statistics and solutions of one block while its forward passes are under way."""
 
-    block: nn.Module
-
-    def __init__(self, run: _Run, prefix: str, index: int) -> None:
-        self.run, self.prefix, self.index = run, prefix, index
+    def __init__(self, run: _Run, prefix: str, index: int, block: nn.Module) -> None:
+        self.run, self.prefix, self.index, self.block = run, prefix, index, block
         self.quantised: dict[str, tuple[Tensor, Grid]] = {}
         self.records: list[dict[str, Any]] = []
         self.events: list[Event] = []
         self._hessian: Hessian | None = None
+        self._cross: CrossMoment | None = None
 
-    def on_input(self, group: InputGroup, number: int, inputs: Tensor) -> None:
+    def on_input(self, group: InputGroup, number: int, inputs: Tensor, reference: Tensor | None) -> None:
         if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
             return
         with self.run._timed("hessian"):
             if self._hessian is None:
                 self._hessian = Hessian(inputs.shape[-1], inputs.device)
-            self._hessian.add(inputs, self.run.batches[number].mask)
+            mask = self.run.batches[number].mask
+            self._hessian.add(inputs, mask)
+            if reference is not None:
+                if self._cross is None:
+                    self._cross = CrossMoment(inputs.shape[-1], inputs.device)
+                self._cross.add(inputs, reference, mask)
 
     def on_group(self, group: InputGroup) -> None:
         if self._hessian is None:
             return
-        hessian, self._hessian = self._hessian.mean(), None
+        tokens, hessian, self._hessian = self._hessian.tokens, self._hessian.mean(), None
+        cross, self._cross = self._cross, None
         with self.run._timed("factorise"):
             factor = factorise(hessian, self.run.stage.damping)
+            shift = None if cross is None or factor is None else self._shift(group, hessian, cross.mean(), tokens)
         self._note(group, hessian, factor)
         by_scheme: dict[Scheme, list[str]] = {}
         for name in group.linears:
@@ -153,7 +176,17 @@ class _BlockWork:
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor)
+            self._solve(names, scheme, hessian, factor, shift)
+
+    def _shift(self, group: InputGroup, hessian: Tensor, cross: Tensor, tokens: int) -> Tensor | None:
+        """What moves the group's targets, or None with an event."""
+        enough = tokens >= TOKENS_PER_COLUMN * len(hessian)
+        shift = shift_factor(hessian, cross, self.run.stage.target_shift) if enough else None
+        if shift is None:
+            where = f"{self.prefix}.{'+'.join(group.linears)}"
+            reason = "no factor of its Hessian" if enough else f"{tokens} tokens for {len(hessian)} columns"
+            self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
+        return shift
 
     def _note(self, group: InputGroup, hessian: Tensor, factor: Factor | None) -> None:
         where = f"{self.prefix}.{'+'.join(group.linears)}"
@@ -169,14 +202,16 @@ class _BlockWork:
             message = f"{factor.dead} of {len(factor.order)} input columns were never excited; rounded, not solved"
             self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
 
-    def _solve(self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None) -> None:
+    def _solve(
+        self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None, shift: Tensor | None
+    ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
         started = time.perf_counter()
         linears = [self.block.get_submodule(name) for name in names]
         stored = [linear.get_parameter("weight").data.float() for linear in linears]
         weights = [weight.T for weight in stored] if transposed else stored
-        solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales)
+        solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, shift)
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from compress import __version__
@@ -54,6 +55,15 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
     declared = str(config.get("dtype") or config.get("torch_dtype") or "")
     compute = torch.bfloat16 if declared == "bfloat16" else torch.float32
     return Machine(torch.device("cuda", torch.cuda.current_device()), compute, 16384)
+
+
+def fits(parameters: int, machine: Machine) -> bool:
+    """Whether the whole export, dequantised, fits in four fifths of the free memory."""
+    if machine.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(machine.device)
+    else:
+        free = psutil.virtual_memory().available
+    return parameters * 4 < 0.8 * free
 
 
 @cache

@@ -5,15 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
 from compress.evaluation.measure import (
     Measured,
     States,
     load_states,
+    quick_perplexities,
     save_states,
     score,
-    source_perplexities,
     summarise,
     walk_states,
 )
@@ -22,9 +26,9 @@ from compress.files import digest_of_json
 from compress.gates import Facts, Judgement, ThresholdGate, overall
 from compress.gates.base import Verdict
 from compress.recipe import Recipe
-from compress.steps.environment import Machine, code_digest, versions
+from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.plan import Plan
-from compress.steps.round_trip import BOUND, Reloaded, fits, reload
+from compress.steps.round_trip import BOUND, COMPARED_WINDOWS, Reloaded, reload
 from compress.steps.source import OpenedSource, check_perplexity
 from compress.steps.texts import Texts
 
@@ -57,10 +61,8 @@ def measure_source(
         save_states(path, states)
     else:
         events = (Event("baseline_reused", "source", "the source's hidden states came from the cache"),)
-    pair = (source.checkpoint, states)
-    first = {name: windows.first(4) for name, windows in texts.evaluation.items()}
-    scores = score(pair, pair, first, machine.device, machine.compute, progress)
-    check_perplexity(source_perplexities(scores), recipe.model.max_perplexity)
+    perplexities = quick_perplexities(source.checkpoint, states, texts.evaluation, machine.device, machine.compute)
+    check_perplexity(perplexities, recipe.model.max_perplexity)
     return Baseline(states, events)
 
 
@@ -126,8 +128,11 @@ def round_trip(
         message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
         return replace(evidence, events=(Event("round_trip_skipped", "export", message),))
     name = next(iter(texts.evaluation))
+    windows, ours = texts.evaluation[name].first(COMPARED_WINDOWS), states[name]
+    if plan.machine.compute is not torch.float32:
+        ours = _float32_states(plan, folder, windows, progress)
     with progress.task("reloading through the public loader", 1) as advance:
-        reloaded = reload(folder, texts.evaluation[name], states[name], plan.machine)
+        reloaded = reload(folder, windows, ours, plan.machine)
         advance("")
     evidence.compressed.values.update(
         {
@@ -138,6 +143,16 @@ def round_trip(
         }
     )
     return replace(evidence, reloaded=reloaded)
+
+
+def _float32_states(plan: Plan, folder: Path, windows: Windows, progress: Progress) -> Tensor:
+    """Our states of a few windows once more, in float32, where the walk computes in 16 bits."""
+    machine, sets = plan.machine, {"round trip": windows}
+    label = "reading the export in float32"
+    states = walk_states(
+        Checkpoint(folder), sets, machine.device, torch.float32, machine.tokens_at_once, progress, label
+    )
+    return states["round trip"]
 
 
 def measured_kv_cache(plan: Plan, reloaded: Reloaded) -> int:

@@ -21,7 +21,7 @@ from compress.events import Progress
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.steps.environment import Machine, choose_machine
+from compress.steps.environment import Machine, choose_machine, fits
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=_peak(recipe, load, parameters),
+        peak_host_bytes=_peak(recipe, load, parameters, machine),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
@@ -190,11 +190,13 @@ def _load(
     )
 
 
-def _peak(recipe: Recipe, load: predict.WalkLoad, parameters: int) -> int:
-    """The worst phase: calibrating, measuring, or reloading the whole export through its public loader."""
-    sets = {spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}
-    reload = predict.reload_peak_bytes(parameters, load, sum(sets.values()))
-    return max(predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, sum(sets.values())), reload)
+def _peak(recipe: Recipe, load: predict.WalkLoad, parameters: int, machine: Machine) -> int:
+    """The worst phase: calibrating, measuring, or, where it fits, reloading the export through its public loader."""
+    evaluated = sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
+    peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, evaluated)]
+    if fits(parameters, machine) and machine.device.type == "cpu":
+        peaks.append(predict.reload_peak_bytes(parameters, load, evaluated))
+    return max(peaks)
 
 
 def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:

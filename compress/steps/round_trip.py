@@ -16,7 +16,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,8 +25,8 @@ from compress.checkpoints.skeleton import Head, Skeleton
 from compress.steps.environment import Machine
 
 BOUND = 1e-4
-"""Largest mean KL (nats) between loader and our reading that counts as rounding. llama.cpp's 16-bit floats differ by
-2.5e-5 (see docs/adr/0006-round-trip.md); a wrong zero point or scale differs by more than 1e-2."""
+"""Largest mean KL (nats) between loader and our reading that counts as rounding; docs/adr/0006-round-trip.md has what
+wrong readings measure (a zero point off by one in a single linear: 9e-3)."""
 PROMPT_TOKENS = 32
 COMPARED_WINDOWS = 4
 COMPARED_TOKENS = 256
@@ -44,24 +43,16 @@ class Reloaded:
     mean_kl: float
     resident_bytes: int
     kv_cache_bytes_per_prompt: int
-    """Bytes of the KV cache of one sequence of `prompt_tokens` tokens, in float32 or the compute dtype."""
+    """Bytes of the KV cache of one sequence of `prompt_tokens` tokens, `kv_dtype_bytes` an element."""
     kv_dtype_bytes: int
     prompt_tokens: int
-
-
-def fits(parameters: int, machine: Machine) -> bool:
-    """Whether the whole export, dequantised, fits in four fifths of the free memory."""
-    if machine.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(machine.device)
-    else:
-        free = psutil.virtual_memory().available
-    return parameters * 4 < 0.8 * free
 
 
 def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> Reloaded:
     """Load `folder` publicly and compare logits on the first windows.
 
-    states (windows, tokens, hidden): our final hidden states of the same folder on `windows`.
+    states (windows, tokens, hidden): our final hidden states of the same folder on `windows`, computed in float32.
+    Both sides compute in float32, so that what differs is the reading and not the arithmetic.
     """
     from transformers import AutoModelForCausalLM
 
@@ -74,11 +65,10 @@ def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> 
         with _silence():
             cache = model(prompt, use_cache=True).past_key_values
         kv_bytes, kv_dtype = _cache_bytes(cache)
-        if machine.compute is torch.float32:
-            # transformers forbids .float() on a quantised model, but the weights are plain tensors by now.
-            torch.nn.Module.float(model)
+        # transformers forbids .float() on a quantised model, but the weights are plain tensors by now.
+        torch.nn.Module.float(model)
     checkpoint = Checkpoint(folder)
-    skeleton = Skeleton(checkpoint.config, machine.device, machine.compute)
+    skeleton = Skeleton(checkpoint.config, machine.device, torch.float32)
     worst, total, count = 0.0, 0.0, 0
     with skeleton.head(checkpoint) as head:
         for row in range(min(COMPARED_WINDOWS, len(windows.ids))):

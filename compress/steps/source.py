@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import ModelSpec, Source, resolve
 from compress.errors import EnvironmentLacksError, UnhealthySourceError
 from compress.events import Event, Progress
@@ -26,9 +27,10 @@ class OpenedSource:
 
 
 def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
-    """Fetch or convert, open, check for non-finite weights. Raises UnhealthySourceError naming the tensors."""
+    """Fetch or convert, open, check that all weights are there and finite. Raises UnhealthySourceError naming them."""
     source = resolve(spec, Path.cwd(), progress)
     checkpoint = Checkpoint(source.folder)
+    _check_complete(checkpoint)
     _check_finite(checkpoint, progress)
     events = []
     if source.was_quantized:
@@ -41,6 +43,28 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
             )
         )
     return OpenedSource(source, checkpoint, checkpoint.digest(), _tokenizer(source.folder), tuple(events))
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    """Every parameter of the model is stored, in the shape its config says."""
+    shapes = Skeleton(checkpoint.config, torch.device("cpu"), torch.float32).parameter_shapes()
+    if checkpoint.tied_head:
+        shapes.pop(f"{checkpoint.architecture.head}.weight", None)
+    bad = []
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in checkpoint.schemes:
+            continue
+        if not checkpoint.has(name):
+            bad.append(f"{name} is missing")
+        elif checkpoint.header(name)[1] != shape:
+            bad.append(f"{name} has shape {checkpoint.header(name)[1]}, the config says {shape}")
+    if bad:
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UnhealthySourceError(
+            f"{checkpoint.folder}: {'; '.join(bad[:5])}{more}. The weight files do not belong to this config or are "
+            "not whole; fetch them again."
+        )
 
 
 def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:

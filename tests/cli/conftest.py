@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import once
 from tests.helpers import changed, run_cli, write_recipe
 
 
@@ -42,21 +43,28 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture(scope="session")
-def published(glass_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def published(glass_recipe: dict[str, Any], shared: Path) -> tuple[Path, str]:
     """A store with one passing run, made by the command, and what the command printed with --json."""
-    folder = tmp_path_factory.mktemp("published")
-    path = write_recipe(folder / "recipe.yaml", glass_recipe)
-    ended = run_cli("run", path, "--store", folder / "store", "--json")
-    assert ended.code == 0, ended.err
-    return folder / "store", ended.out
+    folder = _made_once(shared / "published", glass_recipe, expected_code=0)
+    return folder / "store", (folder / "printed.json").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
-def rejected(glass_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def rejected(glass_recipe: dict[str, Any], shared: Path) -> tuple[Path, dict[str, Any]]:
     """A store with one run whose gate failed, and its report."""
-    folder = tmp_path_factory.mktemp("rejected")
     gates = [{"kind": "threshold", "measure": "divergence.held-out.mean_kl", "max": 1e-9}]
-    path = write_recipe(folder / "recipe.yaml", changed(glass_recipe, gates=gates))
-    ended = run_cli("run", path, "--store", folder / "store", "--json")
-    assert ended.code == 3, ended.err
-    return folder / "store", json.loads(ended.out)
+    folder = _made_once(shared / "rejected", changed(glass_recipe, gates=gates), expected_code=3)
+    return folder / "store", json.loads((folder / "printed.json").read_text(encoding="utf-8"))
+
+
+def _made_once(folder: Path, recipe: dict[str, Any], expected_code: int) -> Path:
+    def build(unused: Path) -> None:
+        # Not in the folder that is renamed: the report names the path of its artifact.
+        place = folder.with_name(folder.name + "-run")
+        place.mkdir()
+        ended = run_cli("run", write_recipe(place / "recipe.yaml", recipe), "--store", place / "store", "--json")
+        assert ended.code == expected_code, ended.err
+        (place / "printed.json").write_text(ended.out, encoding="utf-8")
+
+    once(folder, build)
+    return folder.with_name(folder.name + "-run")

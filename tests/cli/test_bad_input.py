@@ -310,7 +310,7 @@ def test_a_hub_id_that_cannot_be_reached_ends_with_7(recipe, here):
 
 @pytest.mark.parametrize("name", ["../escape", "/etc/escape", "a/b", "..", "", "UPPER"])
 def test_a_name_that_could_leave_the_store_is_refused(recipe, here, tmp_path, name):
-    ended = here("run", recipe(name="r.yaml"), "--store", tmp_path / "store", "--set", f"name={name!r}")
+    ended = here("run", recipe(), "--store", tmp_path / "store", "--set", f"name={name!r}")
 
     assert ended.code == 2
     assert "use lower-case letters, digits" in ended.err
@@ -406,7 +406,7 @@ def test_a_folder_without_a_tokenizer_ends_with_7(recipe, here, copy_of_glass, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rnu",), 'Did you mean "run"?'),
+        (("rnu",), "Did you mean 'run'?"),
         (("run",), "Missing argument 'RECIPE'"),
         (("run", "r.yaml", "--stroe", "x"), "--store"),
         (("plan", "no-such-recipe.yaml"), "no such recipe"),

@@ -40,10 +40,10 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.models.llama import modeling_llama
 
-    import compress.pipeline
-    import compress.recipe
+    from compress import pipeline
+    from compress import recipe as recipes
 
-    del torch, datasets, compressed_tensors, AutoModelForCausalLM, AutoTokenizer, modeling_llama
+    del torch, datasets, compressed_tensors, AutoModelForCausalLM, AutoTokenizer, modeling_llama, pipeline, recipes
     kills, seed, recipe, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     cache = Path(os.environ["COMPRESS_CACHE"])
     arguments = ["run", recipe, "--store", str(store)]

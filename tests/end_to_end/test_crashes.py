@@ -1,4 +1,4 @@
-"""Kill -9 at random points, and run again: the same bytes as an uninterrupted run, and nothing half-made in the store."""
+"""Kill -9 at random points, run again: the bytes of an uninterrupted run, and nothing half-made in the store."""
 
 from __future__ import annotations
 

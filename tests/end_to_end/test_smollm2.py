@@ -1,4 +1,4 @@
-"""The quickstart recipe on its real model, once: SmolLM2-135M from its GGUF, rescaled, compressed, judged, published."""
+"""The quickstart recipe on its real model, once: SmolLM2-135M from its GGUF, rescaled, compressed and published."""
 
 from __future__ import annotations
 

@@ -90,7 +90,11 @@ def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) ->
         }
         for number, scheme in enumerate(ordered)
     }
+    # compressed-tensors 0.18 to 0.20 cannot load packed zero points into a packed module (its meta-device layout leaves
+    # them unpacked: vllm-project/llm-compressor#1618); asked to unpack while loading, transformers reads them right.
+    unpacking = {} if all(scheme.symmetric for scheme in ordered) else {"dequantize": True}
     return {
+        **unpacking,
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",

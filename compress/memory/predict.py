@@ -56,17 +56,18 @@ def kv_cache_bytes(dimensions: Dimensions, context: int, concurrency: int, dtype
 
 @dataclass(frozen=True)
 class WalkLoad:
-    """What decides the peak of a walk. Counts; `compute_bytes` per element."""
+    """What decides the peaks of a run. Counts; `compute_bytes` per element."""
 
+    parameters: int
     block_parameters: int
     widest_input: int
-    rows_of_widest: int
-    outer_parameters: int
-    hidden: int
-    inner: int
     """Columns of the widest linear input (the MLP's inner width)."""
-    tokens: int
-    batch_tokens: int
+    rows_of_widest: int
+    hidden: int
+    calibration_tokens: int
+    streams: int
+    """Sets of calibration activations held at once: 2 where the source's own stream runs beside the compressed one."""
+    evaluation_tokens: int
     vocabulary: int
     compute_bytes: int
 
@@ -74,26 +75,34 @@ class WalkLoad:
 def calibration_peak_bytes(load: WalkLoad) -> int:
     """Peak anonymous host memory while a calibrated stage solves.
 
-    At the worst moment all batches are held at the last group: residual and inner activations of every token; beside
-    them one block (loaded weights and those being written), and the Hessian with its ordered copy, factor and inverse.
+    At the worst moment all batches are held at the last group: the residual, the normed states and the inner
+    activations of every token; beside them the source's evaluation states, one block (its source and new weights), and
+    for the widest input the Hessian and the cross moment with their float32 halves, means, ordered copy, factor and
+    inverse, about twelve matrices of float64.
     """
-    activations = load.tokens * (load.hidden + load.inner) * load.compute_bytes
+    activations = load.streams * load.calibration_tokens * (load.widest_input + 3 * load.hidden) * load.compute_bytes
+    kept = load.evaluation_tokens * load.hidden * 4
     block = 2 * load.block_parameters * load.compute_bytes
-    hessian = 5 * load.widest_input**2 * 8
-    transient = 3 * load.batch_tokens * load.inner * load.compute_bytes
-    solve = 4 * load.rows_of_widest * load.widest_input * 4
-    return INTERPRETER + activations + block + max(hessian, transient, solve)
+    matrices = 12 * load.widest_input**2 * 8
+    solve = 6 * load.rows_of_widest * load.hidden * 4
+    return INTERPRETER + activations + kept + block + max(matrices, solve)
 
 
-def evaluation_peak_bytes(load: WalkLoad, eval_tokens: int) -> int:
+def evaluation_peak_bytes(load: WalkLoad) -> int:
     """Peak anonymous host memory of measuring: final states of both models, both heads, logits of a chunk."""
-    states = 3 * eval_tokens * load.hidden * 4
+    states = 3 * load.evaluation_tokens * load.hidden * 4
     heads = 2 * load.vocabulary * load.hidden * load.compute_bytes
     logits = 4 * 64 * load.vocabulary * 4
     return INTERPRETER + states + heads + logits + load.block_parameters * load.compute_bytes
 
 
-def reload_peak_bytes(parameters: int, load: WalkLoad, eval_tokens: int) -> int:
-    """Peak anonymous host memory of the round trip: the whole export, dequantised to float32 by its public loader."""
-    states = 2 * eval_tokens * load.hidden * 4
-    return INTERPRETER + parameters * 4 + states + load.vocabulary * load.hidden * 4
+def reload_peak_bytes(load: WalkLoad) -> int:
+    """Peak anonymous host memory of the round trip: the whole export as its public loader unpacks it to float32.
+
+    The loader holds 16-bit weights while the last module becomes float32, and our head and the logits of a window are
+    beside them.
+    """
+    states = 2 * load.evaluation_tokens * load.hidden * 4
+    head = load.vocabulary * load.hidden * 4
+    logits = 5 * 256 * load.vocabulary * 4
+    return INTERPRETER + load.parameters * 6 + states + head + logits

@@ -93,7 +93,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     export_bytes = predict.stored_bytes(
         shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
-    load = _load(recipe, skeleton, dimensions, matrices, machine)
+    load = _load(recipe, skeleton, dimensions, matrices, parameters, machine)
     disk = export_bytes + len(recipe.stages) * (parameters + (parameters - _inside(matrices)) * 4)
     plan = Plan(
         recipe=recipe,
@@ -110,7 +110,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=_peak(recipe, load, parameters, machine),
+        peak_host_bytes=_peak(load, machine),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
@@ -171,48 +171,52 @@ def _load(
     skeleton: Skeleton,
     dimensions: Dimensions,
     matrices: dict[str, tuple[int, int]],
+    parameters: int,
     machine: Machine,
 ) -> predict.WalkLoad:
-    widest = max(matrices.values(), key=lambda shape: shape[1])
-    calibrated = any(stage.needs_calibration for stage in recipe.stages)
-    tokens = recipe.calibration.windows * recipe.calibration.window_tokens if calibrated and recipe.calibration else 0
+    streams = max(stage.activation_streams for stage in recipe.stages)
+    calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
     return predict.WalkLoad(
+        parameters=parameters,
         block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
-        widest_input=widest[1],
+        widest_input=max(columns for _, columns in matrices.values()),
         rows_of_widest=max(rows for rows, _ in matrices.values()),
-        outer_parameters=0,
         hidden=dimensions.hidden,
-        inner=widest[1],
-        tokens=tokens if machine.device.type == "cpu" else 0,
-        batch_tokens=machine.tokens_at_once,
+        calibration_tokens=calibrated if streams and machine.device.type == "cpu" else 0,
+        streams=streams,
+        evaluation_tokens=_evaluation_tokens(recipe),
         vocabulary=dimensions.vocabulary,
         compute_bytes=machine.compute.itemsize,
     )
 
 
-def _peak(recipe: Recipe, load: predict.WalkLoad, parameters: int, machine: Machine) -> int:
+def _evaluation_tokens(recipe: Recipe) -> int:
+    """Tokens of all sets, a set measured twice counted once."""
+    return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
+
+
+def _peak(load: predict.WalkLoad, machine: Machine) -> int:
     """The worst phase: calibrating, measuring, or, where it fits, reloading the export through its public loader."""
-    evaluated = sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
-    peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load, evaluated)]
-    if fits(parameters, machine) and machine.device.type == "cpu":
-        peaks.append(predict.reload_peak_bytes(parameters, load, evaluated))
+    peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if fits(load.parameters, machine) and machine.device.type == "cpu":
+        peaks.append(predict.reload_peak_bytes(load))
     return max(peaks)
 
 
 def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:
     """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
     inside = _inside(matrices)
-    sets = {spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}
-    evaluated = sum(sets.values())
+    evaluated = _evaluation_tokens(recipe)
     head = dimensions.hidden * dimensions.vocabulary
-    flops = 2 * 2 * evaluated * (inside + head)
+    flops = 2.0 * 2 * evaluated * (inside + head)
     # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
     flops += 40 * 10 * evaluated * dimensions.vocabulary
     for stage in recipe.stages:
         if stage.needs_calibration and recipe.calibration:
             tokens = recipe.calibration.windows * recipe.calibration.window_tokens
-            flops += 2 * tokens * inside
-            flops += sum(2 * tokens * columns**2 for columns in _inputs(matrices))
+            flops += 2 * tokens * inside * stage.activation_streams
+            moments = 0.7 if stage.activation_streams == 1 else 1.7
+            flops += sum(2 * tokens * moments * columns**2 for columns in _inputs(matrices))
             flops += sum(4 * columns**3 for columns in _inputs(matrices))
             flops += sum(10 * rows * columns**2 for rows, columns in matrices.values())
         flops += 2500 * inside

@@ -40,23 +40,30 @@ def test_quantize_picks_the_nearest_of_all_codes(zero):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3])
-@pytest.mark.parametrize("seed", range(6))
-def test_the_searched_grid_is_near_the_best_of_brute_force_on_four_numbers(bits, symmetric, seed):
-    weight = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
-    scheme = Scheme(bits, symmetric, 4)
-    signs = (1, -1) if symmetric else (1,)
-    zeros = [None] if symmetric else list(range(scheme.lowest, scheme.highest + 1))
+def test_the_searched_grid_is_near_the_best_of_brute_force_on_four_numbers(bits, symmetric):
+    """Over twelve draws; brute force tries 396 scales, both signs or every zero point."""
+    scheme, sums = Scheme(bits, symmetric, 4), {"best": 0.0, "found": 0.0, "covering": 0.0}
+    for seed in range(12):
+        weight = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
+        best = _brute_force(weight, scheme)
+        found = _squared_error(weight, search_grid(weight, None, scheme, torch.float32))
+        covering = _squared_error(weight, minmax_grid(weight, scheme, torch.float32))
+        assert found <= covering + 1e-7
+        for name, error in (("best", best), ("found", found), ("covering", covering)):
+            sums[name] += error
+    print(sums)
+
+    assert sums["best"] - 1e-3 <= sums["found"] <= sums["best"] + 0.5 * (sums["covering"] - sums["best"])
+
+
+def _brute_force(weight: torch.Tensor, scheme: Scheme) -> float:
+    signs = (1, -1) if scheme.symmetric else (1,)
+    zeros = [None] if scheme.symmetric else list(range(scheme.lowest, scheme.highest + 1))
     spread = float(weight.abs().max()) * 2
-    best = min(
+    return min(
         _squared_error(weight, Grid(scheme, torch.tensor([[sign * spread * step / 400]]), _int8(zero)))
         for step, sign, zero in itertools.product(range(4, 400), signs, zeros)
     )
-
-    found = _squared_error(weight, search_grid(weight, None, scheme, torch.float32))
-
-    plain = _squared_error(weight, minmax_grid(weight, scheme, torch.float32))
-    assert best - 1e-4 <= found <= plain + 1e-7
-    assert found <= best + 0.6 * (plain - best) + 1e-3
 
 
 def _int8(zero: int | None) -> torch.Tensor | None:

@@ -90,11 +90,8 @@ def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) ->
         }
         for number, scheme in enumerate(ordered)
     }
-    # compressed-tensors 0.18 to 0.20 cannot load packed zero points into a packed module (its meta-device layout leaves
-    # them unpacked: vllm-project/llm-compressor#1618); asked to unpack while loading, transformers reads them right.
-    unpacking = {} if all(scheme.symmetric for scheme in ordered) else {"dequantize": True}
     return {
-        **unpacking,
+        **({"dequantize": True} if unpacks_while_loading(list(ordered)) else {}),
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
@@ -103,6 +100,21 @@ def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) ->
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def unpacks_while_loading(schemes: list[Scheme]) -> bool:
+    """Whether transformers must be asked to unpack while it loads, rather than in the first forward.
+
+    compressed-tensors 0.18 to 0.20 give an empty packed module an unpacked zero point, which the stored one then does
+    not fit (vllm-project/llm-compressor#1618). Unpacking while loading avoids it, but takes one scheme for the whole
+    model. vLLM reads packed zero points and ignores the key.
+    """
+    return len(schemes) == 1 and not schemes[0].symmetric
+
+
+def cannot_load(schemes: set[Scheme]) -> bool:
+    """Whether transformers cannot load a mix of schemes: see `unpacks_while_loading`."""
+    return len(schemes) > 1 and any(not scheme.symmetric for scheme in schemes)
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

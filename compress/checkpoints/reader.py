@@ -216,7 +216,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> Iterable[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise DamagedCheckpointError(f"{index}: not an index of weight files ({error}); fetch it again.") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise DamagedCheckpointError(f"{folder}: the index names files that are not there: {', '.join(missing)}.")

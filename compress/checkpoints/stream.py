@@ -66,7 +66,8 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, 
             if tuple(tensor.shape) != entry.shape:
                 raise AssertionError(f"{entry.name}: promised shape {entry.shape}, got {tuple(tensor.shape)}")
             if tensor.numel():
-                file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+                # Not view(-1): a single element counts as contiguous whatever its stride, and then has no bytes view.
+                file.write(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 def write_sharded(folder: Path, entries: Iterable[Entry], max_shard_bytes: int = 5 * 10**9) -> int:

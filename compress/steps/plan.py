@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
+from compress.checkpoints.compressed_tensors import cannot_load
 from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
@@ -134,6 +135,13 @@ def _mistakes(
         found.append(
             f"export.format: {format_.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: "
             f"loaders quantise nn.Linear only. Formats that can: {', '.join(able)}"
+        )
+    schemes = {scheme for stage in recipe.stages for scheme in stage.schemes(matrices).values()}
+    if format_.packs and cannot_load(schemes):
+        labels = ", ".join(sorted(scheme.label for scheme in schemes))
+        found.append(
+            f"export.format: transformers cannot load an asymmetric scheme beside another one from {format_.name} "
+            f"({labels}). Use one scheme for all modules, symmetric ones, or format: plain"
         )
     if dimensions.max_context:
         texts = [("calibration", recipe.calibration)] if recipe.calibration else []

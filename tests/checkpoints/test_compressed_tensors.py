@@ -106,7 +106,9 @@ def test_the_librarys_decompressor_gives_our_values(odd_model, tmp_path, bits, s
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_width_loads_in_transformers_with_our_logits(odd_model, tmp_path, bits, symmetric):
-    _, folder = _exported(odd_model, tmp_path, _stage(bits, symmetric))
+    """Asymmetric schemes load only where all modules share one: see `cannot_load`."""
+    stage = _stage(bits, symmetric) if symmetric else RoundToNearest(bits=bits, symmetric=False, group_size="channel")
+    _, folder = _exported(odd_model, tmp_path, stage)
     windows = random_windows(count=2, tokens=12)
 
     ours, theirs = our_logits(folder, windows), their_logits(load_publicly(folder), windows)
@@ -122,7 +124,7 @@ def test_mixed_schemes_and_ignored_modules_load_in_transformers(tmp_path):
         ignore=("model.layers.1.mlp.*",),
         overrides=(
             {"match": "*.down_proj", "bits": 8, "group_size": "channel"},
-            {"match": r"re:model\.layers\.2\.self_attn\.(q|k|v)_proj", "symmetric": False},
+            {"match": r"re:model\.layers\.2\.self_attn\.(q|k|v)_proj", "bits": 3},
         ),
     )
     checkpoint, folder = _exported(tmp_path / "model", tmp_path, stage)
@@ -131,6 +133,18 @@ def test_mixed_schemes_and_ignored_modules_load_in_transformers(tmp_path):
     assert len(set(checkpoint.schemes.values())) == 3
     assert "model.layers.1.mlp.up_proj" not in checkpoint.schemes
     assert Checkpoint(folder).schemes == checkpoint.schemes
+    torch.testing.assert_close(
+        our_logits(folder, windows), their_logits(load_publicly(folder), windows), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("group_size", [32, "channel"])
+def test_an_asymmetric_scheme_with_ignored_modules_loads_in_transformers(tmp_path, group_size):
+    random_model("llama", tmp_path / "model", num_hidden_layers=3)
+    stage = RoundToNearest(bits=4, symmetric=False, group_size=group_size, ignore=("model.layers.1.*",))
+    _, folder = _exported(tmp_path / "model", tmp_path, stage)
+    windows = random_windows(count=2)
+
     torch.testing.assert_close(
         our_logits(folder, windows), their_logits(load_publicly(folder), windows), atol=1e-5, rtol=1e-4
     )

@@ -375,6 +375,16 @@ def test_half_of_a_fused_projection_cannot_be_left_out(recipe, here):
     assert "k_proj unquantised" in ended.err and "fuse these into one matrix" in ended.err
 
 
+def test_a_mix_of_schemes_that_transformers_could_not_load_is_refused_by_plan(recipe, here, glass_recipe):
+    (stage,) = glass_recipe["stages"]
+
+    ended = here("plan", recipe(stages=[{**stage, "symmetric": False}]))
+
+    assert ended.code == 2
+    assert "export.format: transformers cannot load an asymmetric scheme beside another one" in ended.err
+    assert "or format: plain" in ended.err
+
+
 def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name(recipe, here):
     ended = here("plan", recipe(stages=[{"kind": "gptq", "group_size": "channel", "ignore": ["*.donw_proj"]}]))
 

@@ -133,3 +133,12 @@ def test_a_sharded_export_is_found_and_read_by_transformers(recipe, here, tmp_pa
     model = tmp_path / "store" / "glass-int4" / "v0001" / "model"
     assert len(list(model.glob("model-*-of-*.safetensors"))) == 2
     assert json.loads(ended.out)["round_trip"]["passed"] is True
+
+
+def test_an_asymmetric_model_survives_its_public_loader(recipe, here, tmp_path):
+    stages = [{"kind": "gptq", "bits": 4, "symmetric": False, "group_size": "channel"}]
+
+    ended = here("run", recipe(stages=stages), "--store", tmp_path / "store", "--json")
+
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["round_trip"]["passed"] is True

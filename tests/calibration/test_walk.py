@@ -1,0 +1,239 @@
+"""The walk: each block runs once, statistics see compressed weights before them, and nothing is kept too long."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+from compress.architecture import InputGroup
+from compress.calibration.statistics import CrossMoment, Hessian
+from compress.calibration.walk import Stream, final_hidden_states, forward_of, run_block, with_source_weights
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Batch, Skeleton
+from compress.events import Quiet
+from tests.tiny import CPU, random_model, random_windows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    random_model("llama", folder)
+    return folder
+
+
+def _setting(model, padded=False):
+    checkpoint = Checkpoint(model)
+    skeleton = Skeleton(checkpoint.config, CPU, torch.float32)
+    batches = random_windows(padded=padded).batches(48)
+    return checkpoint, skeleton, batches, skeleton.embed(checkpoint, batches)
+
+
+def _halve(block, group):
+    """Stands in for solving: every linear of the group gets other weights."""
+    for name in group.linears:
+        linear = block.get_submodule(name)
+        linear.weight = torch.nn.Parameter(linear.weight.data * 0.5, requires_grad=False)
+
+
+@torch.no_grad()
+def _sequential_reference(block, groups, batches, states, forward):
+    """True-sequential order the slow way: a whole forward per group, with plain hooks, then the group's new weights."""
+    hessians = {}
+    for group in groups:
+        seen = []
+        hook = block.get_submodule(group.linears[0]).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0].clone())
+        )
+        for number, hidden in enumerate(states):
+            forward(block, number, hidden)
+        hook.remove()
+        rows = []
+        for batch, inputs in zip(batches, seen, strict=True):
+            flat = inputs.flatten(0, 1).double()
+            rows.append(flat if batch.mask is None else flat[batch.mask.flatten().bool()])
+        stacked = torch.cat(rows)
+        hessians[group.name] = stacked.T @ stacked / len(stacked)
+        _halve(block, group)
+    return hessians, [forward(block, number, hidden) for number, hidden in enumerate(states)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_statistics_and_outputs_equal_a_slow_sequential_reference(model, padded):
+    checkpoint, skeleton, batches, states = _setting(model, padded)
+    groups = skeleton.architecture.groups
+    forward = forward_of(skeleton, batches, 0)
+    found: dict[str, Hessian] = {}
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        expected, outputs = _sequential_reference(copy.deepcopy(block), groups, batches, states, forward)
+        stream = Stream(block, list(states))
+
+        def on_input(group, number, inputs, reference):
+            assert reference is None
+            found.setdefault(group.name, Hessian(inputs.shape[-1], CPU)).add(inputs, batches[number].mask)
+
+        run_block(stream, groups, forward, on_input, lambda group: _halve(block, group))
+
+    for group in groups:
+        torch.testing.assert_close(found[group.name].mean(), expected[group.name], rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(stream.states, outputs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_block_runs_once_per_batch_however_many_groups_it_has(model):
+    checkpoint, skeleton, batches, states = _setting(model)
+    calls = []
+    original = forward_of(skeleton, batches, 0)
+
+    def forward(block, number, hidden):
+        calls.append(number)
+        return original(block, number, hidden)
+
+    order = []
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        run_block(
+            Stream(block, states),
+            skeleton.architecture.groups,
+            forward,
+            lambda group, number, inputs, reference: order.append((group.name, number)),
+            lambda group: order.append((group.name, "solve")),
+        )
+
+    numbers = list(range(len(batches)))
+    assert sorted(calls) == numbers
+    expected = [(group.name, step) for group in skeleton.architecture.groups for step in [*numbers, "solve"]]
+    assert order == expected
+
+
+@torch.no_grad()
+def test_a_reference_stream_keeps_the_source_weights_and_is_held_at_the_same_places(model):
+    checkpoint, skeleton, batches, states = _setting(model)
+    forward = forward_of(skeleton, batches, 0)
+    differences = {}
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        untouched = [forward(block, number, hidden) for number, hidden in enumerate(states)]
+        stream, reference = Stream(block, list(states)), Stream(with_source_weights(block), list(states))
+
+        def on_input(group, number, inputs, beside):
+            differences.setdefault(group.name, []).append(float((inputs - beside).abs().max()))
+
+        run_block(
+            stream, skeleton.architecture.groups, forward, on_input, lambda group: _halve(block, group), reference
+        )
+
+    for ours, theirs in zip(reference.states, untouched, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert max(differences["attention_input"]) == 0, "nothing was compressed before the first group"
+    assert min(differences["attention_output"]) > 0
+
+
+@torch.no_grad()
+def test_hidden_states_are_handed_over_and_gone_after_the_block(model):
+    """While a batch is held its forward has the states, the list no longer does; afterwards nobody has."""
+    checkpoint, skeleton, batches, states = _setting(model)
+    watched = [weakref.ref(state) for state in states]
+    stream = Stream(skeleton.block(0), states)
+    del states
+    listed = []
+
+    with skeleton.loaded(checkpoint, "model.layers.0"):
+        run_block(
+            stream,
+            skeleton.architecture.groups,
+            forward_of(skeleton, batches, 0),
+            lambda *_: None,
+            lambda group: listed.append(sum(state.numel() for state in stream.states)),
+        )
+
+    assert listed == [0, 0, 0, 0]
+    gc.collect()
+    assert not any(reference() is not None for reference in watched)
+
+
+def test_groups_in_the_wrong_order_are_an_error_that_names_both(model):
+    checkpoint, skeleton, batches, states = _setting(model)
+    wrong = (InputGroup("mlp_input", ("mlp.gate_proj",)), InputGroup("attention_input", ("self_attn.q_proj",)))
+
+    with (
+        skeleton.loaded(checkpoint, "model.layers.0") as block,
+        pytest.raises(RuntimeError, match="expected mlp_input, the block reached attention_input"),
+    ):
+        run_block(Stream(block, states), wrong, forward_of(skeleton, batches, 0), lambda *_: None, lambda _: None)
+
+
+def test_hooks_are_gone_after_an_error_in_the_middle(model):
+    checkpoint, skeleton, batches, states = _setting(model)
+
+    def fail(group):
+        raise KeyboardInterrupt
+
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        with pytest.raises(KeyboardInterrupt):
+            run_block(
+                Stream(block, states),
+                skeleton.architecture.groups,
+                forward_of(skeleton, batches, 0),
+                lambda *_: None,
+                fail,
+            )
+        assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_only_one_block_has_weights_at_a_time(model, monkeypatch):
+    checkpoint, skeleton, batches, _ = _setting(model)
+    resident = []
+    from compress.checkpoints import skeleton as module
+
+    load = module.load_module
+
+    def counting(part, *arguments):
+        load(part, *arguments)
+        blocks = [skeleton.block(index) for index in range(skeleton.block_count)]
+        resident.append(sum(all(p.device.type != "meta" for p in block.parameters()) for block in blocks))
+
+    monkeypatch.setattr(module, "load_module", counting)
+    list(final_hidden_states(skeleton, checkpoint, batches, Quiet(), ""))
+
+    assert max(resident) == 1
+
+
+@pytest.mark.parametrize("columns", [5, 512, 700])
+def test_the_hessian_is_the_mean_outer_product_of_unmasked_tokens(columns):
+    generator = torch.Generator().manual_seed(columns)
+    hessian, rows = Hessian(columns, CPU), []
+    for _ in range(3):
+        inputs = torch.randn(2, 7, columns, generator=generator)
+        mask = (torch.rand(2, 7, generator=generator) > 0.3).long()
+        hessian.add(inputs, mask)
+        rows.append(inputs[mask.bool()])
+    kept = torch.cat(rows).double()
+
+    assert hessian.tokens == len(kept)
+    torch.testing.assert_close(hessian.mean(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [5, 700])
+def test_the_cross_moment_is_the_mean_product_of_the_inputs_error_and_the_input(columns):
+    generator = torch.Generator().manual_seed(columns)
+    inputs, reference = (torch.randn(2, 7, columns, generator=generator) for _ in range(2))
+    moment = CrossMoment(columns, CPU)
+    moment.add(inputs, reference, None)
+
+    x, error = inputs.flatten(0, 1).double(), (reference - inputs).flatten(0, 1).double()
+    torch.testing.assert_close(moment.mean(), error.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_of_its_own_gives_the_same_states(model):
+    """Neither batch size nor neighbours change what a window computes."""
+    checkpoint, skeleton, _, _ = _setting(model)
+    windows = random_windows()
+
+    (together,) = final_hidden_states(skeleton, checkpoint, [Batch(windows.ids)], Quiet(), "")
+    alone = list(final_hidden_states(skeleton, checkpoint, windows.batches(1), Quiet(), ""))
+
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,73 @@
+"""Measured memory is this process's anonymous memory, by phase; predicted bytes are sums anybody can redo."""
+
+from __future__ import annotations
+
+import mmap
+import time
+
+import torch
+
+from compress.architecture import Dimensions
+from compress.memory.measure import PeakSampler, release, rss_anon
+from compress.memory.predict import effective_bits, kv_cache_bytes, stored_bytes
+from compress.quantization.scheme import Scheme
+
+MIB = 2**20
+
+
+def test_memory_that_is_touched_counts_and_is_given_back():
+    release()
+    before = rss_anon()
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+
+    assert 60 * MIB < rss_anon() - before < 80 * MIB
+    del block
+    release()
+    assert rss_anon() - before < 10 * MIB
+
+
+def test_a_file_that_is_mapped_does_not_count(tmp_path):
+    path = tmp_path / "big"
+    path.write_bytes(bytes(64 * MIB))
+    release()
+    before = rss_anon()
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[::4096]) == 0
+        assert rss_anon() - before < 10 * MIB
+
+
+def test_the_sampler_keeps_the_peak_of_each_phase():
+    with PeakSampler(interval=0.005) as sampler:
+        with sampler.phase("small"):
+            time.sleep(0.05)
+        with sampler.phase("large"):
+            block = torch.ones(64 * MIB, dtype=torch.uint8)
+            time.sleep(0.05)
+            del block
+        with sampler.phase("after"):
+            time.sleep(0.05)
+
+    assert sampler.peaks["large"] - sampler.peaks["small"] > 55 * MIB
+    assert sampler.peaks["after"] - sampler.peaks["small"] < 15 * MIB
+    assert sampler.peak == max(sampler.peaks.values())
+
+
+def test_the_kv_cache_is_two_tensors_per_block_and_a_sliding_block_keeps_its_window():
+    full = Dimensions(2, 64, 4, 2, 16, 100, 0, None, 0)
+    mixed = Dimensions(2, 64, 4, 2, 16, 100, 0, 8, 1)
+
+    assert kv_cache_bytes(full, context=100, concurrency=3, dtype_bytes=2) == 2 * 2 * 100 * 2 * 16 * 3 * 2
+    assert kv_cache_bytes(mixed, 100, 1, 2) == 2 * (100 + 8) * 2 * 16 * 2
+    assert kv_cache_bytes(mixed, 4, 1, 2) == kv_cache_bytes(full, 4, 1, 2)
+
+
+def test_stored_bytes_are_packed_codes_scales_and_everything_else_in_sixteen_bits():
+    shapes = {"a.weight": (64, 128), "a.bias": (64,), "norm.weight": (128,)}
+    matrices, schemes = {"a": (64, 128)}, {"a": Scheme(4, True, 64)}
+
+    packed = 64 * 128 // 2 + 64 * 2 * 2 + 16
+    assert stored_bytes(shapes, matrices, schemes, 2, packs=True) == packed + 2 * (64 + 128)
+    assert stored_bytes(shapes, matrices, schemes, 2, packs=False) == 2 * (64 * 128 + 64 + 128)
+    assert effective_bits(matrices, schemes, 2) == 8 * packed / (64 * 128)
+    assert effective_bits(matrices, {}, 2) is None

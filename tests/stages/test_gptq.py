@@ -1,0 +1,204 @@
+"""The GPTQ stage on small models: true-sequential statistics, resuming, events, and agreement with the solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compress.checkpoints.reader import Checkpoint
+from compress.events import count_by_kind
+from compress.quantization.gptq import factorise, solve
+from compress.quantization.grid import dequantize
+from compress.quantization.scheme import Scheme
+from compress.stages import Gptq, RoundToNearest
+from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, their_logits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    random_model("llama", folder, num_hidden_layers=3)
+    return folder
+
+
+WINDOWS = random_windows(count=24)
+
+
+def test_codes_are_those_of_the_solver_on_inputs_of_an_already_compressed_model(model, tmp_path):
+    """o_proj of block 1, from a plain forward of a model whose block 0 and q/k/v of block 1 are replaced by hand."""
+    from transformers import AutoModelForCausalLM
+
+    stage = Gptq(bits=4, group_size=32, target_shift=0)
+    done, _ = apply_stage(stage, model, tmp_path / "stage", WINDOWS)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    earlier = [f"model.layers.0.{name}" for name in done.architecture.linears]
+    earlier += [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
+    for name in earlier:
+        plain.get_submodule(name).weight.data = done.dense(name).float()
+    rows = []
+    target = plain.get_submodule("model.layers.1.self_attn.o_proj")
+    target.register_forward_pre_hook(lambda module, args: rows.append(args[0].flatten(0, 1).double()))
+    their_logits(plain, WINDOWS)
+    inputs = torch.cat(rows)
+    hessian = inputs.T @ inputs / len(inputs)
+
+    weight = target.weight.data.float()
+    (expected,) = solve([weight], hessian, factorise(hessian, 0.01), Scheme(4, True, 32), torch.float16)
+
+    codes, grid = done.codes("model.layers.1.self_attn.o_proj")
+    assert (codes == expected.codes).float().mean() > 0.99
+    torch.testing.assert_close(grid.scale.float(), expected.grid.scale.float(), rtol=2e-2, atol=0)
+
+
+def test_gptq_stays_closer_to_the_source_than_rounding(model, tmp_path):
+    source = our_logits(model, random_windows(seed=99)).log_softmax(-1)
+    distances = {}
+    for name, stage in (
+        ("rounding", RoundToNearest(bits=3, group_size=32)),
+        ("gptq", Gptq(bits=3, group_size=32, target_shift=0)),
+    ):
+        apply_stage(stage, model, tmp_path / name, random_windows(count=64))
+        logits = our_logits(tmp_path / name, random_windows(seed=99)).log_softmax(-1)
+        distances[name] = float((source.exp() * (source - logits)).sum(-1).mean())
+
+    assert distances["gptq"] < 0.9 * distances["rounding"]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1])
+def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path, stop_after):
+    from compress.checkpoints.working import WorkingCheckpoint
+    from compress.events import Quiet
+    from compress.stages import StageContext
+
+    whole, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "whole", WINDOWS)
+    solved = []
+
+    def context(after_block):
+        return StageContext(
+            source=Checkpoint(model),
+            output=WorkingCheckpoint(tmp_path / "stopped"),
+            windows=WINDOWS,
+            device=CPU,
+            compute=torch.float32,
+            stored=torch.float16,
+            tokens_at_once=48,
+            progress=Quiet(),
+            after_block=after_block,
+        )
+
+    def stop(index):
+        if index == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Gptq(group_size=32).apply(context(stop))
+    again = Gptq(group_size=32).apply(context(solved.append))
+
+    assert solved == list(range(stop_after + 1, 3)), "finished blocks are not solved again"
+    assert [_without_seconds(module) for module in again.modules] == [
+        _without_seconds(module) for module in outcome.modules
+    ]
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+    assert whole.names == Checkpoint(tmp_path / "stopped").names
+
+
+def _without_seconds(module):
+    return {key: value for key, value in module.items() if key != "seconds"}
+
+
+def test_padding_never_enters_the_statistics(model, tmp_path):
+    """Right padding of other token ids changes nothing."""
+    from compress.calibration.windows import Windows
+
+    windows = random_windows(count=12, padded=True)
+    other = Windows(windows.ids + (1 - windows.mask) * 77, windows.mask, windows.ledger)
+    for name, each in (("zeros", windows), ("others", other)):
+        apply_stage(Gptq(group_size=32), model, tmp_path / name, each)
+
+    first, second = (load_file(tmp_path / name / "block-00002.safetensors") for name in ("zeros", "others"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_ignored_modules_are_kept_as_they_are_and_said_so(model, tmp_path):
+    stage = Gptq(group_size=32, ignore=("model.layers.1.*",), overrides=({"match": "*.o_proj", "bits": 8},))
+
+    done, outcome = apply_stage(stage, model, tmp_path / "stage", WINDOWS)
+
+    source = Checkpoint(model)
+    for name in source.module_tensors("model.layers.1"):
+        assert torch.equal(done.read(name), source.read(name))
+    kept = [event.where for event in outcome.events if event.kind == "module_kept"]
+    assert kept == [f"model.layers.1.{name}" for name in done.architecture.linears]
+    assert done.schemes["model.layers.0.self_attn.o_proj"].bits == 8
+
+
+def test_a_channel_the_data_never_excites_is_an_event_and_still_rounded(model, tmp_path):
+    damaged = tmp_path / "model"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((model / "config.json").read_text())
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][5] = 0
+    save_file(tensors, damaged / "model.safetensors")
+
+    done, outcome = apply_stage(Gptq(group_size=32), damaged, tmp_path / "stage", WINDOWS)
+
+    (event,) = [event for event in outcome.events if event.kind == "dead_columns"]
+    assert event.where == "model.layers.0.self_attn.q_proj+self_attn.k_proj+self_attn.v_proj"
+    assert event.data["columns"] == 1
+    column = dequantize(*done.codes("model.layers.0.self_attn.q_proj"))[:, 5].float()
+    expected = tensors["model.layers.0.self_attn.q_proj.weight"][:, 5]
+    assert float((column - expected).abs().max()) < 0.1 and bool(column.any())
+
+
+def test_inputs_that_are_not_finite_fall_back_to_rounding_with_an_event(model, tmp_path):
+    """An overflow inside a block, as float16 models have: the run goes on, and the report says what happened."""
+    damaged = tmp_path / "model"
+    damaged.mkdir()
+    (damaged / "config.json").write_text((model / "config.json").read_text())
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e25
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e25
+    save_file(tensors, damaged / "model.safetensors")
+
+    done, outcome = apply_stage(Gptq(group_size=32), damaged, tmp_path / "stage", WINDOWS, stored=torch.float32)
+
+    where = [event.where for event in outcome.events if event.kind == "rounding_fallback"]
+    assert "model.layers.1.mlp.down_proj" in where
+    records = {record["name"]: record for record in outcome.modules}
+    assert records["model.layers.1.mlp.down_proj"]["damping"] is None
+    assert records["model.layers.1.mlp.down_proj"]["events"] == ["rounding_fallback"]
+    assert records["model.layers.0.mlp.down_proj"]["damping"] == 0.01
+    assert "model.layers.1.mlp.down_proj" in done.schemes
+
+
+def test_too_few_tokens_are_events(model, tmp_path):
+    _, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "stage", random_windows(count=2))
+
+    counts = count_by_kind(outcome.events)
+    assert counts["few_calibration_tokens"] == 1
+    assert counts["target_shift_skipped"] > 0
+
+
+def test_every_record_says_what_was_done(model, tmp_path):
+    _, outcome = apply_stage(Gptq(bits=3, symmetric=False, group_size=32), model, tmp_path / "stage", WINDOWS)
+
+    assert len(outcome.modules) == 21
+    for record in outcome.modules:
+        assert record["scheme"] == "int3 asymmetric group 32"
+        assert 0 < record["error"] <= record["rounding_error"]
+        assert record["effective_bits"] > 3
+    assert set(outcome.seconds_by_part) == {"forward", "hessian", "factorise", "solve", "write"}
+
+
+def test_rounding_a_quantised_checkpoint_again_keeps_what_the_second_stage_ignores(model, tmp_path):
+    first, _ = apply_stage(RoundToNearest(bits=8, group_size=32), model, tmp_path / "first")
+    second, _ = apply_stage(
+        Gptq(bits=4, group_size=32, ignore=("*.self_attn.*",)), tmp_path / "first", tmp_path / "second", WINDOWS
+    )
+
+    assert second.schemes["model.layers.0.self_attn.q_proj"].bits == 8
+    assert second.schemes["model.layers.0.mlp.up_proj"].bits == 4
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.o_proj"):
+        assert torch.equal(first.codes(module)[0], second.codes(module)[0])

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 EVENT_KINDS: dict[str, str] = {
     "calibration_shortfall": "fewer calibration samples or tokens were obtained than asked for",
     "rounding_fallback": "a module was rounded because the GPTQ factorisation failed at every damping",
+    "rounding_kept": "solving a module came out worse than rounding it to the same grid; the rounded codes were kept",
     "damping_raised": "the factorisation needed more damping than the recipe asked for",
     "dead_columns": "input columns never excited by the calibration data; their weights were rounded, not solved",
     "target_shift_skipped": "a linear's target was not shifted: too few calibration tokens, or no factor",

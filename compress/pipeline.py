@@ -29,7 +29,7 @@ from compress.reports.report import ArtifactRef, Report
 from compress.reports.write import write_report
 from compress.steps import reporting
 from compress.steps.environment import versions
-from compress.steps.fold import fold
+from compress.steps.fold import fold, stage_events
 from compress.steps.judging import judge, measure_export, measure_source, round_trip
 from compress.steps.plan import Plan, make_plan
 from compress.steps.source import open_source
@@ -91,7 +91,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             with clock.step("round trip"), sampler.phase("round trip"):
                 evidence = round_trip(planned, staged / "model", texts, evidence, states, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events]
-            events += [event for folding in folded for event in folding.events]
+            events += stage_events(folded)
             events += evidence.events
             verdict, judgements = judge(recipe, evidence, events)
             (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")

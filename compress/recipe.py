@@ -18,9 +18,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compress.calibration.texts import FilesText, SelfGenerated, known_descriptors, load_descriptor, missing
+from compress.calibration.texts import OWN_DESCRIPTORS, FilesText, SelfGenerated, missing
 from compress.calibration.windows import WindowSpec
-from compress.checkpoints.export import FormatName
+from compress.checkpoints.export import FORMATS, FormatName
 from compress.checkpoints.sources import ModelSpec
 from compress.errors import CompressError, RecipeError, nearest
 from compress.evaluation.specs import AnyEvaluation
@@ -146,12 +146,29 @@ def _cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
     known = recipe.measures()
     for index, gate in enumerate(recipe.gates):
         for measure in gate.measures:
-            if measure not in known:
-                place = lines.place(("gates", index, "measure"))
-                mistakes.append(
-                    f"{place}: nothing measures {measure!r}.{nearest(measure, known)} Measured: {', '.join(known)}"
-                )
+            sentence = _gate_mistake(recipe, gate, measure, known)
+            if sentence:
+                mistakes.append(f"{lines.place(('gates', index, 'measure'))}: {sentence}")
     return mistakes
+
+
+def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> str | None:
+    """Why a gate could never be judged as it is written, or None."""
+    if measure not in known:
+        return f"nothing measures {measure!r}.{nearest(measure, known)} Measured: {', '.join(known)}"
+    relative = gate.kind == "relative"
+    both = [name for name in known if name.startswith("perplexity.")] + ["weight_bytes"]
+    if relative and measure not in both:
+        return f"the source has no {measure}, so there is no ratio; relative gates take {', '.join(both)}"
+    if gate.use_interval and not measure.startswith("perplexity.") and (relative or not _has_interval(measure)):
+        return f"{measure} has no interval; leave out use_interval, or judge perplexity, mean_kl or top1_agreement"
+    if measure == "effective_bits" and not FORMATS[recipe.export.format].packs:
+        return f"format {recipe.export.format} packs nothing, so there are no effective_bits"
+    return None
+
+
+def _has_interval(measure: str) -> bool:
+    return measure.startswith("divergence.") and measure.endswith((".mean_kl", ".top1_agreement"))
 
 
 def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
@@ -202,22 +219,21 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
 
 
 def _absolute_text(spec: Any, base: Path) -> Any:
-    """Named texts found beside the recipe, and inline files, no longer depend on where the recipe lies."""
-    if isinstance(spec.data, str):
-        own = known_descriptors(Path("/nonexistent"))
-        if own.get(spec.data) == known_descriptors(base).get(spec.data):
-            return spec
-        descriptor, folder = load_descriptor(spec.data, base)
-        source, name = descriptor.source, spec.data
-    else:
-        source, folder, name = spec.data, base, ""
+    """Texts described outside the project are written out, so that the recipe no longer depends on where it lies."""
+    descriptor, folder = spec.descriptor(base)
+    named = isinstance(spec.data, str)
+    if named and folder == OWN_DESCRIPTORS and not isinstance(descriptor.source, FilesText):
+        return spec
+    source = descriptor.source
     if isinstance(source, FilesText):
         source = source.model_copy(
             update={"paths": tuple(str((folder / Path(path).expanduser()).resolve()) for path in source.paths)}
         )
     update: dict[str, Any] = {"data": source}
-    if name and hasattr(spec, "set") and not spec.set:
-        update["set"] = name
+    if named:
+        update["data"] = source.model_copy(update={"name": spec.data, "licence": descriptor.licence})
+        if hasattr(spec, "set") and not spec.set:
+            update["set"] = spec.data
     return spec.model_copy(update=update)
 
 

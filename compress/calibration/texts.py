@@ -29,7 +29,14 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class HubText(_Frozen):
+class _Source(_Frozen):
+    """Fields of every source. A stored recipe carries its texts inline, so that it runs from anywhere."""
+
+    name: str = Field(default="", description="how reports name the text; by default the kind of source")
+    licence: str = Field(default="", description="what may be done with the text")
+
+
+class HubText(_Source):
     """A data set on the Hugging Face hub."""
 
     kind: Literal["hub"] = "hub"
@@ -41,7 +48,7 @@ class HubText(_Frozen):
     streaming: bool = Field(default=True, description="read only as many rows as are needed")
 
 
-class FilesText(_Frozen):
+class FilesText(_Source):
     """Local files; `paths` may hold wildcards and start from the descriptor's or recipe's folder."""
 
     kind: Literal["files"] = "files"
@@ -51,19 +58,19 @@ class FilesText(_Frozen):
     hint: str = Field(default="", description="what to run if the files are missing")
 
 
-class PythonTopics(_Frozen):
+class PythonTopics(_Source):
     """Help topics of the running CPython: nothing to download."""
 
     kind: Literal["python-topics"] = "python-topics"
 
 
-class PythonDocstrings(_Frozen):
+class PythonDocstrings(_Source):
     """Docstrings of the running CPython's standard library: nothing to download, nothing imported."""
 
     kind: Literal["python-docstrings"] = "python-docstrings"
 
 
-class SelfGenerated(_Frozen):
+class SelfGenerated(_Source):
     """Text sampled from the source model, each window from the start token on."""
 
     kind: Literal["self-generated"] = "self-generated"
@@ -89,10 +96,12 @@ Document = str | list[dict[str, Any]]
 """Plain text, or chat messages."""
 
 
+OWN_DESCRIPTORS = Path(__file__).resolve().parent.parent.parent / "calibration"
+
+
 def descriptor_folders(base: Path) -> list[Path]:
     """Where descriptors are looked for: beside the recipe, in the working directory, then the project's own."""
-    own = Path(__file__).resolve().parent.parent.parent / "calibration"
-    return [base / "calibration", base.parent / "calibration", Path.cwd() / "calibration", own]
+    return [base / "calibration", base.parent / "calibration", Path.cwd() / "calibration", OWN_DESCRIPTORS]
 
 
 def known_descriptors(base: Path) -> dict[str, Path]:

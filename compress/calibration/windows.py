@@ -54,7 +54,11 @@ class WindowSpec(BaseModel):
         """The descriptor and the folder its relative paths start from."""
         if isinstance(self.data, str):
             return load_descriptor(self.data, base)
-        return Descriptor(name=self.data.kind, source=self.data), base
+        return Descriptor(name=self.data.name or self.data.kind, licence=self.data.licence, source=self.data), base
+
+
+CHARACTERS_PER_TOKEN = 6
+"""More than any common tokenizer packs into a token on average."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,12 @@ def build_windows(spec: WindowSpec, base: Path, tokenizer: Any, seed: int, where
         raise AssertionError("self-generated windows are sampled by calibration.self_generated")
     tally = _Tally()
     texts = _texts(documents(descriptor.source, folder), tokenizer, tally, where)
-    streaming = getattr(descriptor.source, "streaming", False)
-    enough = spec.windows * spec.window_tokens * 3 if streaming else None
-    encoded = _shuffled(_encode(texts, tokenizer, enough), seed)
+    if getattr(descriptor.source, "streaming", False):
+        # Rows arrive one by one and cannot all be fetched: shuffle among a few times more than is needed.
+        texts = _until(texts, spec.windows * spec.window_tokens * 3 * CHARACTERS_PER_TOKEN)
+    ordered = list(texts)
+    random.Random(seed).shuffle(ordered)
+    encoded = _encode(ordered, tokenizer, spec, tally)
     cut = _packed if spec.layout == "packed" else _padded
     ids, mask = cut(encoded, spec, tokenizer, tally)
     if not len(ids):
@@ -171,6 +178,7 @@ class _Tally:
     documents: int = 0
     documents_empty: int = 0
     documents_shortened: int = 0
+    documents_used: int = 0
     tokens: int = 0
     tokens_dropped: int = 0
 
@@ -178,6 +186,7 @@ class _Tally:
         return {
             "documents": self.documents,
             "documents_empty": self.documents_empty,
+            "documents_used": self.documents_used,
             "documents_shortened": self.documents_shortened,
             "tokens_read": self.tokens,
             "tokens_dropped": self.tokens_dropped,
@@ -203,21 +212,31 @@ def _chat(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> str:
         raise RecipeError(f"{where}: the chat template refuses a conversation ({error}).") from error
 
 
-def _encode(texts: Iterator[str], tokenizer: Any, enough: int | None) -> list[list[int]]:
+def _until(texts: Iterator[str], characters: int) -> Iterator[str]:
+    """Texts until they have about `characters` characters together."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def _encode(texts: list[str], tokenizer: Any, spec: WindowSpec, tally: _Tally) -> list[list[int]]:
+    """Token ids of as many texts as the windows need, without special tokens of the tokenizer's own."""
+    bos = starts_with_bos(tokenizer)
     encoded: list[list[int]] = []
     total = 0
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if bos is not None and ids[:1] == [bos]:
+            ids = ids[1:]  # a chat template wrote it; every window gets one anyway
         if ids:
             encoded.append(ids)
-            total += len(ids)
-        if enough is not None and total >= enough:
+            total += len(ids) + 1
+        enough = len(encoded) >= spec.windows if spec.layout == "padded" else total >= spec.windows * spec.window_tokens
+        if enough:
             break
-    return encoded
-
-
-def _shuffled(encoded: list[list[int]], seed: int) -> list[list[int]]:
-    random.Random(seed).shuffle(encoded)
+    tally.documents_used = len(encoded)
     return encoded
 
 

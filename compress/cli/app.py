@@ -66,9 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def guarded(arguments: list[str]) -> int:
-    """Run a command and turn every ending into an exit code and a message on stderr."""
-    from compress import console
-
+    """Run a command and turn every ending into an exit code, a message on stderr, and with --json a document."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -80,34 +78,45 @@ def guarded(arguments: list[str]) -> int:
     except usage.NoArgsIsHelpError as error:
         print(error.ctx.get_help() if error.ctx else "")
         return ExitCode.BAD_RECIPE
-    except usage.UsageError as error:
-        console.print_error(_usage(error))
-        return ExitCode.BAD_RECIPE
-    except (KeyboardInterrupt, typer.Abort):
-        console.print_error("interrupted. Finished blocks are kept: the same command goes on where this one stopped.")
-        return ExitCode.INTERRUPTED
-    except RecipeError as error:
-        count = len(error.mistakes)
-        heading = [f"{count} mistakes:"] if count > 1 else []
-        console.print_error("\n".join([*heading, *error.mistakes]))
-        return error.exit_code
-    except CompressError as error:
-        console.print_error(str(error))
-        return error.exit_code
-    except MemoryError:
-        console.print_error(
-            "out of memory. Use fewer calibration windows or a larger machine; `compress plan` predicts."
-        )
-        return ExitCode.OUT_OF_RESOURCES
-    except Exception as error:
-        if _out_of_device_memory(error):
-            console.print_error(f"out of device memory: {error}")
-            return ExitCode.OUT_OF_RESOURCES
-        traceback.print_exc()
-        console.print_error(
-            f"internal error: {type(error).__name__}: {error}. This is a defect of compress; report it."
-        )
-        return ExitCode.INTERNAL_ERROR
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        code, mistakes = _explain(error)
+        if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError):
+            traceback.print_exc()
+        _report(code, mistakes, as_json="--json" in arguments)
+        return code
+
+
+def _explain(error: BaseException) -> tuple[ExitCode, list[str]]:
+    """The exit code of an error, and what to tell the user."""
+    if isinstance(error, usage.UsageError):
+        return ExitCode.BAD_RECIPE, [_usage(error)]
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        return ExitCode.INTERRUPTED, [
+            "interrupted. Finished blocks are kept: the same command goes on where this one stopped."
+        ]
+    if isinstance(error, RecipeError):
+        return error.exit_code, error.mistakes
+    if isinstance(error, CompressError):
+        return error.exit_code, [str(error)]
+    if isinstance(error, MemoryError):
+        remedy = "Use fewer calibration windows or a larger machine; `compress plan` predicts."
+        return ExitCode.OUT_OF_RESOURCES, [f"out of memory. {remedy}"]
+    if _out_of_device_memory(error):
+        return ExitCode.OUT_OF_RESOURCES, [f"out of device memory: {error}"]
+    return ExitCode.INTERNAL_ERROR, [
+        f"internal error: {type(error).__name__}: {error}. This is a defect of compress; report it."
+    ]
+
+
+def _report(code: ExitCode, mistakes: list[str], as_json: bool) -> None:
+    from compress import console
+
+    heading = [f"{len(mistakes)} mistakes:"] if len(mistakes) > 1 else []
+    console.print_error("\n".join([*heading, *mistakes]))
+    if as_json:
+        console.print_json({"error": {"class": code.name.lower(), "exit_code": int(code), "messages": mistakes}})
 
 
 def _usage(error: usage.UsageError) -> str:
@@ -121,7 +130,7 @@ def _usage(error: usage.UsageError) -> str:
     return f"{message} See `compress --help`."
 
 
-def _out_of_device_memory(error: Exception) -> bool:
+def _out_of_device_memory(error: BaseException) -> bool:
     """torch's CUDA error, and the CPU allocator's RuntimeError, without importing torch."""
     names = {cls.__name__ for cls in type(error).__mro__}
     return "OutOfMemoryError" in names or "can't allocate memory" in str(error)

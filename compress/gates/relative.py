@@ -26,6 +26,8 @@ class RelativeGate(Gate):
     def _bounded(self) -> RelativeGate:
         if self.max_ratio is None and self.min_ratio is None:
             raise ValueError("give max_ratio, min_ratio or both: a gate without a bound judges nothing")
+        if self.max_ratio is not None and self.min_ratio is not None and self.min_ratio > self.max_ratio:
+            raise ValueError(f"min_ratio {self.min_ratio:g} is above max_ratio {self.max_ratio:g}: no value passes")
         return self
 
     @property

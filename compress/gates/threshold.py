@@ -26,6 +26,8 @@ class ThresholdGate(Gate):
     def _bounded(self) -> ThresholdGate:
         if self.max is None and self.min is None:
             raise ValueError("give max, min or both: a gate without a bound judges nothing")
+        if self.max is not None and self.min is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}: no value passes")
         return self
 
     @property

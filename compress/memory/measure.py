@@ -64,6 +64,12 @@ class PeakSampler:
     def peak(self) -> int:
         return max(self.peaks.values(), default=0)
 
+    @property
+    def current_peak(self) -> int:
+        """Peak of the phase that is going on."""
+        self._sample()
+        return self.peaks[self._phase]
+
     def __enter__(self) -> PeakSampler:
         self._sample()
         self._thread.start()

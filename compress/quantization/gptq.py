@@ -57,6 +57,8 @@ class Solution:
     rounding_error: float
     damping: float | None
     """None if the Hessian could not be factorised and the matrix was rounded."""
+    kept_rounding: bool = False
+    """True where solving came out worse than rounding to the same grid, and the rounded codes were kept."""
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
@@ -125,7 +127,7 @@ def _judged(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, damping:
     error = relative_error(weight, dequantize(codes, grid), hessian)
     rounding_error = relative_error(weight, dequantize(nearest, grid), hessian)
     if rounding_error < error:
-        codes, error = nearest, rounding_error
+        return Solution(nearest, grid, rounding_error, rounding_error, damping, kept_rounding=True)
     return Solution(codes, grid, error, rounding_error, damping)
 
 

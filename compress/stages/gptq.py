@@ -221,6 +221,8 @@ class _BlockWork:
         for name, weight, solution in zip(names, weights, solutions, strict=True):
             module = f"{self.prefix}.{name}"
             self.quantised[module] = (solution.codes, solution.grid)
+            if solution.kept_rounding:
+                self.events.append(Event("rounding_kept", module, "rounding was better than solving, and was kept"))
             share = spent * weight.shape[0] / rows
             self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
 
@@ -237,7 +239,7 @@ class _BlockWork:
             "damping": solution.damping,
             "seconds": spent,
             "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
-            "events": ["rounding_fallback"] if fell_back else [],
+            "events": ["rounding_fallback"] * fell_back + ["rounding_kept"] * solution.kept_rounding,
         }
 
 

@@ -63,7 +63,7 @@ class RoundToNearest(QuantizeStage):
                     "block": index,
                     "scheme": scheme.label,
                     "error": solution.error,
-                    "rounding_error": solution.rounding_error,
+                    "rounding_error": None,
                     "damping": None,
                     "seconds": spent,
                     "effective_bits": bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from compress import __version__
 from compress.errors import EnvironmentLacksError
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
-_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "stages")
+_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "stages", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "command": " ".join(sys.argv).encode("utf-8", "backslashreplace").decode(),
+        "command": shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode(),
+        "working_directory": str(Path.cwd()).encode("utf-8", "backslashreplace").decode(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "host": platform.node(),
-        "git": git_state(),
+        "git_of_working_directory": git_state(),
         "code": code_digest(),
     }
 

@@ -58,6 +58,17 @@ def fold(
     return done
 
 
+def stage_events(folded: list[Folded]) -> list[Event]:
+    """Events of all stages. A module that one stage left alone and another quantised was not kept."""
+    quantised = folded[-1].checkpoint.schemes if folded else {}
+    found: list[Event] = []
+    for event in (event for folding in folded for event in folding.events):
+        kept = event.kind == "module_kept"
+        if not (kept and (event.where in quantised or event in found)):
+            found.append(event)
+    return found
+
+
 def fingerprint(before: str, stage: Stage, windows: Windows | None, machine: Machine, stored: torch.dtype) -> str:
     """sha256 of everything that decides a stage's output."""
     return digest_of_json(
@@ -106,7 +117,7 @@ def _apply(
     checkpoint = Checkpoint(folder)
     sizes = {"weight_bytes_before": source.weight_bytes, "weight_bytes_after": packed_bytes(checkpoint, stored)}
     report = {key: value for key, value in record.items() if key != "events"} | sizes
-    report |= {"reused": reused, "peak_host_bytes": None if reused else sampler.peak}
+    report |= {"reused": reused, "peak_host_bytes": None if reused else sampler.current_peak}
     return Folded(checkpoint, key, report, tuple([*events, *(Event(**event) for event in record["events"])]))
 
 

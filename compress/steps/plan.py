@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
-from compress.checkpoints.compressed_tensors import cannot_load
+from compress.checkpoints.compressed_tensors import cannot_load, unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
@@ -40,6 +40,7 @@ class Plan:
     stored: torch.dtype
     source_bytes: int
     stored_bytes: int
+    resident_bytes: int
     kv_cache_bytes: int
     peak_host_bytes: int
     disk_bytes: int
@@ -62,7 +63,7 @@ class Plan:
             "effective_bits": self.effective_bits,
             "source_bytes": self.source_bytes,
             "stored_bytes": self.stored_bytes,
-            "resident_bytes": self.stored_bytes,
+            "resident_bytes": self.resident_bytes,
             "kv_cache_bytes": self.kv_cache_bytes,
             "context": self.recipe.export.context,
             "concurrency": self.recipe.export.concurrency,
@@ -108,6 +109,13 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         stored=stored,
         source_bytes=source_bytes,
         stored_bytes=export_bytes,
+        resident_bytes=predict.stored_bytes(
+            shapes,
+            matrices,
+            schemes,
+            stored.itemsize,
+            packs=FORMATS[recipe.export.format].packs and not unpacks_while_loading(list(set(schemes.values()))),
+        ),
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),

@@ -86,9 +86,10 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
             predicted=plan.stored_bytes, measured=evidence.compressed.values["weight_bytes"], note="safetensors tensors"
         ),
         resident=PredictedMeasured(
-            predicted=plan.stored_bytes,
+            predicted=plan.resident_bytes,
             measured=reloaded.resident_bytes if reloaded else None,
-            note="parameters and buffers as the public loader holds them before its first forward",
+            note="parameters and buffers as the public loader holds them before its first forward"
+            + ("" if plan.resident_bytes == plan.stored_bytes else "; it unpacks this scheme while loading"),
         ),
         kv_cache=PredictedMeasured(
             predicted=plan.kv_cache_bytes,

@@ -105,8 +105,8 @@ def test_the_ledger_adds_up(text, tokenizer, tmp_path):
     assert ledger["windows_requested"] == ledger["windows_obtained"] == 5
     assert ledger["tokens_requested"] == ledger["tokens_obtained"] == 80
     assert ledger["tokens_read"] == ledger["tokens_obtained"] + ledger["tokens_dropped"]
-    expected = sum(len(tokenizer(row).input_ids) + 1 for row in rows if row.strip())
-    assert ledger["tokens_read"] == expected
+    assert ledger["tokens_read"] >= 80
+    assert 0 < ledger["documents_used"] < ledger["documents"]  # reading stops when the windows are full
 
 
 def test_fewer_windows_than_asked_is_an_event_with_both_numbers(text, tokenizer, tmp_path):

@@ -28,6 +28,7 @@ from compress.architecture import InputGroup
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Progress
+from compress.memory.measure import trim
 
 OnInput = Callable[[InputGroup, int, Tensor, Tensor | None], None]
 """Called with a group, the batch number, the group's input (windows, tokens, columns) and, where a reference stream
@@ -152,6 +153,7 @@ def final_hidden_states(
             with skeleton.loaded(checkpoint, skeleton.architecture.block_name(index)) as block:
                 for number, hidden in enumerate(states):
                     states[number] = forward(block, number, hidden)
+            trim()
             advance(f"block {index + 1}/{skeleton.block_count}")
     with skeleton.loaded(checkpoint, skeleton.architecture.final_norm) as norm:
         for hidden in states:

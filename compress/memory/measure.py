@@ -35,6 +35,11 @@ def release() -> None:
     would start from the peak of the one before.
     """
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Give back what the C allocator keeps of freed memory, where it is glibc; cheap enough for every block."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -117,8 +117,9 @@ def run_logged(command: list[str], threads: int, log: Path) -> None:
 def run_peer(peer: Peer, setting: str, arguments: argparse.Namespace) -> Path:
     """Return the folder with the dense checkpoint and result.json of one (peer, setting), run now or found cached."""
     key = [*identity(arguments.model), sha256(arguments.calibration), str(arguments.threads), *map(str, peer.installs)]
+    key.append(str(arguments.bits))
     digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
-    out = PEERS_DIR / "results" / f"{peer.name}-{setting}-{digest}"
+    out = PEERS_DIR / "results" / f"{peer.name}-{setting}-{arguments.bits}bit-{digest}"
     if (out / "result.json").exists() and not arguments.fresh:
         print(f"{peer.name} {setting}: cached", flush=True)
         return out
@@ -127,7 +128,7 @@ def run_peer(peer: Peer, setting: str, arguments: argparse.Namespace) -> Path:
     out.mkdir(parents=True)
     start = time.perf_counter()
     command = [str(peer.python), str(WORKERS / peer.worker), "--setting", setting, "--out", str(out)]
-    command += ["--model", str(arguments.model), "--windows", str(arguments.calibration)]
+    command += ["--model", str(arguments.model), "--windows", str(arguments.calibration), "--bits", str(arguments.bits)]
     run_logged(command, arguments.threads, out / "log.txt")
     print(f"{peer.name} {setting}: {time.perf_counter() - start:.0f} s in all", flush=True)
     return out
@@ -233,6 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--peers", help=f"comma-separated; default: {','.join(PEERS)}; 'none' for candidates alone")
     parser.add_argument("--settings", help="comma-separated; default: all of each peer")
+    parser.add_argument("--bits", type=int, default=4, help="bits a weight (default 4)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--fresh", action="store_true", help="quantise again instead of using .peers/results")
     return parser.parse_args()
@@ -257,7 +259,7 @@ def main() -> None:
             "name": arguments.model.name,
             "sha256": hashlib.sha256("".join(identity(arguments.model)).encode()).hexdigest(),
         },
-        "bits": 4,
+        "bits": arguments.bits,
         "group_size": 64,
         "calibration": {"windows": windows, "tokens": tokens, "sha256": sha256(arguments.calibration)},
         "evaluation": {name: window_shape(path) for name, path in arguments.evaluation},

@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BITS = 4
 GROUP_SIZE = 64  # columns that share a scale; divides 576 and 1536, the widths of SmolLM2-135M
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "numpy", "llmcompressor", "gptqmodel")
 
@@ -38,6 +37,7 @@ class Job:
     model: Path
     windows: torch.Tensor
     setting: str
+    bits: int
     out: Path
     started: float = field(default_factory=time.perf_counter)
 
@@ -50,10 +50,12 @@ def parse_job(settings: Iterable[str]) -> Job:
         "--windows", type=Path, required=True, help="safetensors with input_ids, int64 [windows, tokens]"
     )
     parser.add_argument("--setting", choices=sorted(settings), required=True)
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    return Job(arguments.model, load_file(arguments.windows)["input_ids"], arguments.setting, arguments.out)
+    windows = load_file(arguments.windows)["input_ids"]
+    return Job(arguments.model, windows, arguments.setting, arguments.bits, arguments.out)
 
 
 def memory_bytes(name: str) -> int:
@@ -131,7 +133,7 @@ def run_job(
     load: Callable[[Job], Any],
     quantise: Callable[[Any, Job], Any],
     export: Callable[[Any, Path], None],
-    read_back: Callable[[Path], dict[str, torch.Tensor]],
+    read_back: Callable[[Path, Job], dict[str, torch.Tensor]],
 ) -> None:
     """Load, quantise, export, read back and write the dense checkpoint and result.json.
 
@@ -146,14 +148,14 @@ def run_job(
     export(quantised, exported)
     export_seconds = time.perf_counter() - export_start
     hwm = memory_bytes("VmHWM")
-    w_hat = read_back(exported)
+    w_hat = read_back(exported, job)
     change = save_dense(job.model, w_hat, job.out)
     result = {
         "peer": package,
         "version": versions()[package],
         "setting": job.setting,
         "options": dict(options),
-        "bits": BITS,
+        "bits": job.bits,
         "group_size": GROUP_SIZE,
         "seconds": measured.seconds,
         "cpu_seconds": measured.cpu_seconds,

@@ -21,7 +21,7 @@ from typing import Any
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own default asks for more threads than a small machine has
 
 import torch
-from common import BITS, GROUP_SIZE, Job, parse_job, run_job
+from common import GROUP_SIZE, Job, parse_job, run_job
 from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
 from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig  # type: ignore[import-not-found]
 from safetensors import safe_open
@@ -43,7 +43,7 @@ def load(job: Job) -> Any:
         options["gptaq"] = GPTAQConfig(**options["gptaq"])
     if "foem" in options:
         options["foem"] = FOEMConfig(**options["foem"])
-    config = QuantizeConfig(bits=BITS, group_size=GROUP_SIZE, sym=True, **options)
+    config = QuantizeConfig(bits=job.bits, group_size=GROUP_SIZE, sym=True, **options)
     return GPTQModel.load(str(job.model), config, dtype=torch.float32)
 
 
@@ -60,7 +60,7 @@ def export(model: Any, out: Path) -> None:
     model.save(str(out))
 
 
-def read_back(exported: Path) -> dict[str, torch.Tensor]:
+def read_back(exported: Path, job: Job) -> dict[str, torch.Tensor]:
     """Return the dequantised weights by module name, unpacked from the file."""
     w_hat = {}
     for file in sorted(exported.glob("*.safetensors")):
@@ -68,21 +68,29 @@ def read_back(exported: Path) -> dict[str, torch.Tensor]:
             names = [key.removesuffix(".qweight") for key in sorted(tensors.keys()) if key.endswith(".qweight")]
             for name in names:
                 parts = ("qweight", "qzeros", "scales", "g_idx")
-                w_hat[name] = unpack(*(tensors.get_tensor(f"{name}.{part}") for part in parts))
+                w_hat[name] = unpack(*(tensors.get_tensor(f"{name}.{part}") for part in parts), bits=job.bits)
     return w_hat
 
 
-def unpack(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor) -> torch.Tensor:
+def unpack(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int
+) -> torch.Tensor:
     """Return float32 weights `[out, in]` from the GPTQ (version 1) layout.
 
-    qweight int32 `[in / 8, out]` holds eight codes of successive inputs, lowest bits first; qzeros int32
-    `[groups, out / 8]` holds zero points less one; scales `[groups, out]`; g_idx `[in]` names each input's group.
+    qweight int32 `[in x bits / 32, out]` is a stream of codes of successive inputs, lowest bits first; qzeros int32
+    `[groups, out x bits / 32]` holds zero points less one; scales `[groups, out]`; g_idx `[in]` names each input's
+    group.
     """
-    shifts = torch.arange(0, 32, BITS, dtype=torch.int32)
-    codes = (qweight[:, None, :] >> shifts[None, :, None] & 15).flatten(0, 1)
-    zeros = (qzeros[:, :, None] >> shifts[None, None, :] & 15).flatten(1, 2) + 1
+    codes = stream(qweight.T, bits).T
+    zeros = (stream(qzeros, bits) + 1) % (1 << bits)
     groups = g_idx.long()
     return (scales.float()[groups] * (codes - zeros[groups])).T.contiguous()
+
+
+def stream(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return int64 codes `[rows, words x 32 / bits]` from int32 words `[rows, words]`; a code may span two words."""
+    single = (words[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    return (single.flatten(1).unflatten(1, (-1, bits)).long() << torch.arange(bits)).sum(-1)
 
 
 def main() -> None:

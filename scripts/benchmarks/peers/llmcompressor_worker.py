@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import BITS, GROUP_SIZE, Job, parse_job, run_job
+from common import GROUP_SIZE, Job, parse_job, run_job
 from llmcompressor import oneshot  # type: ignore[import-not-found]
 from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
 from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
@@ -35,10 +35,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(setting: str) -> Any:
-    """Return the modifier for W4A16, symmetric, grouped; lm_head and embeddings stay as they are."""
+def recipe(setting: str, bits: int) -> Any:
+    """Return the modifier for weights alone, symmetric, grouped; lm_head and embeddings stay as they are."""
     options = SETTINGS[setting]
-    weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP_SIZE}
+    weights = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP_SIZE}
     if "observer" in options:
         weights["observer"] = options["observer"]
     modifier = GPTQModifier if options["method"] == "gptq" else QuantizationModifier
@@ -58,7 +58,7 @@ def quantise(model: Any, job: Job) -> Any:
     batches: Any = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in chunks]
     data: Any = None if options["method"] == "rtn" else DataLoader(batches, batch_size=None, shuffle=False)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    return oneshot(model=model, dataset=data, recipe=recipe(job.setting), processor=tokenizer)
+    return oneshot(model=model, dataset=data, recipe=recipe(job.setting, job.bits), processor=tokenizer)
 
 
 def export(model: Any, out: Path) -> None:
@@ -66,7 +66,7 @@ def export(model: Any, out: Path) -> None:
     model.save_pretrained(out, save_compressed=True)
 
 
-def read_back(exported: Path) -> dict[str, torch.Tensor]:
+def read_back(exported: Path, job: Job) -> dict[str, torch.Tensor]:
     """Return the dequantised weights by module name, decompressed by compressed-tensors."""
     config = CompressedTensorsConfig(run_compressed=False)
     model = AutoModelForCausalLM.from_pretrained(exported, quantization_config=config, dtype=torch.float32)

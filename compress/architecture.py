@@ -22,10 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of a block that read the same input, by their names inside the block."""
+    """Linears of a block that read the same input, by their names inside the block.
+
+    `residual` names the module (a norm) that reads the residual stream to which the group's output is added as it is;
+    None where the output goes elsewhere, or through a norm of its own first.
+    """
 
     name: str
     linears: tuple[str, ...]
+    residual: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,17 +90,22 @@ class Architecture:
         return int(tensor_name[len(start) :].split(".", 1)[0])
 
 
-def _groups(qkv: tuple[str, ...], out: str, up: tuple[str, ...], down: str) -> tuple[InputGroup, ...]:
+def _groups(
+    qkv: tuple[str, ...], out: str, up: tuple[str, ...], down: str, norms: tuple[str, str] | None
+) -> tuple[InputGroup, ...]:
+    """`norms`: those before attention and MLP, whose inputs the outputs are added to; None for sandwich norms."""
+    attention, mlp = norms or (None, None)
     return (
         InputGroup("attention_input", qkv),
-        InputGroup("attention_output", (out,)),
+        InputGroup("attention_output", (out,), attention),
         InputGroup("mlp_input", up),
-        InputGroup("mlp_output", (down,)),
+        InputGroup("mlp_output", (down,), mlp),
     )
 
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 _LLAMA = Architecture(
     model_type="llama",
@@ -104,7 +114,7 @@ _LLAMA = Architecture(
     blocks="model.layers",
     final_norm="model.norm",
     head="lm_head",
-    groups=_groups(_QKV, "self_attn.o_proj", _GATE_UP, "mlp.down_proj"),
+    groups=_groups(_QKV, "self_attn.o_proj", _GATE_UP, "mlp.down_proj", _NORMS),
     fused=(_QKV, _GATE_UP),
     couplings=(
         Coupling("norm", "input_layernorm", _QKV),
@@ -114,11 +124,21 @@ _LLAMA = Architecture(
     ),
 )
 
+_SANDWICHED = _groups(_QKV, "self_attn.o_proj", _GATE_UP, "mlp.down_proj", None)
 _GEMMA_SANDWICH = (
     Coupling("norm", "input_layernorm", _QKV),
     Coupling("norm", "pre_feedforward_layernorm", _GATE_UP),
     Coupling("rows", "mlp.up_proj", ("mlp.down_proj",)),
     Coupling("value_heads", "self_attn.v_proj", ("self_attn.o_proj",)),
+)
+
+_GEMMA_2 = replace(
+    _LLAMA,
+    model_type="gemma2",
+    norm_offset=1.0,
+    float16_safe=False,
+    groups=_SANDWICHED,
+    couplings=_GEMMA_SANDWICH,
 )
 
 _ARCHITECTURES: dict[str, Architecture] = {
@@ -128,14 +148,12 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": replace(_LLAMA, model_type="qwen3"),
     "smollm3": replace(_LLAMA, model_type="smollm3"),
     "gemma": replace(_LLAMA, model_type="gemma", norm_offset=1.0, float16_safe=False),
-    "gemma2": replace(_LLAMA, model_type="gemma2", norm_offset=1.0, float16_safe=False, couplings=_GEMMA_SANDWICH),
-    "gemma3_text": replace(
-        _LLAMA, model_type="gemma3_text", norm_offset=1.0, float16_safe=False, couplings=_GEMMA_SANDWICH
-    ),
+    "gemma2": _GEMMA_2,
+    "gemma3_text": replace(_GEMMA_2, model_type="gemma3_text"),
     "phi3": replace(
         _LLAMA,
         model_type="phi3",
-        groups=_groups(("self_attn.qkv_proj",), "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj"),
+        groups=_groups(("self_attn.qkv_proj",), "self_attn.o_proj", ("mlp.gate_up_proj",), "mlp.down_proj", _NORMS),
         fused=(),
         couplings=(
             Coupling("norm", "input_layernorm", ("self_attn.qkv_proj",)),
@@ -150,7 +168,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
         blocks="transformer.h",
         final_norm="transformer.ln_f",
         head="lm_head",
-        groups=_groups(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj"),
+        groups=_groups(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", ("ln_1", "ln_2")),
         transposed_linears=True,
     ),
 }

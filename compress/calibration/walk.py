@@ -30,9 +30,19 @@ from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Progress
 from compress.memory.measure import trim
 
-OnInput = Callable[[InputGroup, int, Tensor, Tensor | None], None]
-"""Called with a group, the batch number, the group's input (windows, tokens, columns) and, where a reference stream
-runs beside, its input for the same tokens; once a batch."""
+
+@dataclass(frozen=True)
+class Arrival:
+    """What one batch brings to a group: its inputs (windows, tokens, columns) and, where the group names one, the
+    residual stream (windows, tokens, hidden) that the group's output will be added to."""
+
+    inputs: Tensor
+    residual: Tensor | None = None
+
+
+OnInput = Callable[[InputGroup, int, Arrival, Arrival | None], None]
+"""Called with a group, the batch number, what the batch brings and, where a reference stream runs beside it for this
+batch, what that brings for the same tokens; once a batch."""
 OnGroup = Callable[[InputGroup], None]
 """Called when every batch has reached a group: the place to replace the group's weights."""
 Forward = Callable[[nn.Module, int, Tensor], Tensor]
@@ -40,9 +50,16 @@ Forward = Callable[[nn.Module, int, Tensor], Tensor]
 
 
 class _Held(greenlet.greenlet):
-    """One batch's forward through a block; `reached` is the last group it was held at."""
+    """One batch's forward through a block; `reached` is the last group it was held at.
+
+    `residuals` has the inputs of the modules that groups name as their residual; the forward keeps them alive anyway.
+    """
 
     reached: InputGroup | None = None
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__(run)
+        self.residuals: dict[str, Tensor] = {}
 
 
 @dataclass
@@ -64,7 +81,8 @@ def run_block(
     """Run a block on every batch, holding all batches at every group of linears on the way.
 
     `stream.states` become the block's outputs. `reference` is the same block with its source weights, fed with the
-    source's own hidden states: it is held at the same places, so that its inputs can be compared.
+    source's own hidden states: it is held at the same places, so that its inputs can be compared. It may have fewer
+    batches than `stream`; the first ones are then compared.
     Raises RuntimeError if the block does not reach the groups in the order given: a wrong architecture entry.
     """
     streams = [stream] if reference is None else [stream, reference]
@@ -74,16 +92,22 @@ def run_block(
         for group in groups
         for name in group.linears
     ]
+    handles += [
+        each.block.get_submodule(name).register_forward_pre_hook(_keep(name))
+        for each in streams
+        for name in {group.residual for group in groups if group.residual}
+    ]
     held = [[_Held(forward) for _ in each.states] for each in streams]
     try:
         for position, group in enumerate(groups):
             for number in range(len(stream.states)):
-                inputs = [
+                arrived = [
                     _advance(flows[number], each, number, group, position == 0)
                     for each, flows in zip(streams, held, strict=True)
+                    if number < len(flows)
                 ]
-                on_input(group, number, inputs[0], inputs[1] if reference is not None else None)
-                del inputs
+                on_input(group, number, arrived[0], arrived[1] if len(arrived) > 1 else None)
+                del arrived
             on_group(group)
         for each, flows in zip(streams, held, strict=True):
             each.states = [flow.switch() for flow in flows]
@@ -95,8 +119,8 @@ def run_block(
                 flow.throw()
 
 
-def _advance(flow: _Held, stream: Stream, number: int, group: InputGroup, first: bool) -> Tensor:
-    """Let one batch run on to `group` and return its input there."""
+def _advance(flow: _Held, stream: Stream, number: int, group: InputGroup, first: bool) -> Arrival:
+    """Let one batch run on to `group` and return what it brings there."""
     if first:
         arrived = flow.switch(stream.block, number, stream.states[number])
         # The flow has the states now; keeping them here would hold every batch twice.
@@ -106,8 +130,8 @@ def _advance(flow: _Held, stream: Stream, number: int, group: InputGroup, first:
     if flow.dead or arrived[0] is not group:
         where = "its end" if flow.dead else arrived[0].name
         raise RuntimeError(f"architecture entry is wrong: expected {group.name}, the block reached {where}")
-    inputs: Tensor = arrived[1]
-    return inputs
+    residual = None if group.residual is None else flow.residuals.pop(group.residual)
+    return Arrival(arrived[1], residual)
 
 
 def with_source_weights(block: nn.Module) -> nn.Module:
@@ -125,6 +149,17 @@ def _hold(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             current.reached = group
             assert current.parent is not None
             current.parent.switch((group, args[0]))
+
+    return hook
+
+
+def _keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A pre-hook that remembers what a module reads, until the group that is added to it takes it."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        current = greenlet.getcurrent()
+        if isinstance(current, _Held):
+            current.residuals[name] = args[0]
 
     return hook
 

@@ -202,6 +202,10 @@ class Head:
     @torch.no_grad()
     def logits(self, normed: Tensor) -> Tensor:
         """Logits float32 (tokens, vocabulary) of final hidden states (tokens, hidden), after the norm."""
+        return self.differentiable_logits(normed)
+
+    def differentiable_logits(self, normed: Tensor) -> Tensor:
+        """The same, with gradients where they are on."""
         logits = torch.nn.functional.linear(normed.to(self.weight), self.weight, self.bias).float()
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap

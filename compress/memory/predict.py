@@ -65,8 +65,8 @@ class WalkLoad:
     rows_of_widest: int
     hidden: int
     calibration_tokens: int
-    streams: int
-    """Sets of calibration activations held at once: 2 where the source's own stream runs beside the compressed one."""
+    streams: float
+    """Sets of calibration activations held at once: 1.25 where a quarter of the source's run beside the compressed."""
     evaluation_tokens: int
     vocabulary: int
     compute_bytes: int
@@ -85,7 +85,7 @@ def calibration_peak_bytes(load: WalkLoad) -> int:
     block = 2 * load.block_parameters * load.compute_bytes
     matrices = 12 * load.widest_input**2 * 8
     solve = 6 * load.rows_of_widest * load.hidden * 4
-    return INTERPRETER + activations + kept + block + max(matrices, solve)
+    return INTERPRETER + round(activations) + kept + block + max(matrices, solve)
 
 
 def evaluation_peak_bytes(load: WalkLoad) -> int:

@@ -96,20 +96,16 @@ def solve(
     scheme: Scheme,
     stored: torch.dtype,
     scales: ScaleSearch = "weighted",
-    shift: Tensor | None = None,
     block: int = 64,
 ) -> list[Solution]:
     """Codes for linears that read the same input, solved as one matrix stacked by rows (rows are independent).
 
     weights: (rows_i, columns) float32 each; hessian (columns, columns) float64; `stored` is the dtype scales are kept
-    in; `shift` (columns, columns) float32 moves the target to W + W @ shift (see `target_shift`). Never worse than
-    rounding the same target, in the H norm: where it is, the rounded codes are returned.
+    in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned.
     """
     if factor is None:
         fallback: ScaleSearch = "mse" if scales == "weighted" else scales
         return [rounded(weight, hessian, scheme, stored, fallback) for weight in weights]
-    if shift is not None:
-        weights = [torch.addmm(weight, weight, shift) for weight in weights]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
     codes = _columns(stacked, factor, grid, block)

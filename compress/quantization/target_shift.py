@@ -1,40 +1,81 @@
-"""Move a linear's target so that it undoes part of the error already in its inputs.
+"""Move a linear's target so that it undoes part of the error already in its inputs and beside it.
 
 After some blocks have been compressed a linear sees inputs x that differ from the source model's x~. Reproducing W x
 then faithfully reproduces the error. What should be reproduced is W x~:
 
     min_Q E||W x~ - Q x||^2   is solved without a grid by   W* = W + W D H^-1,   D = E[(x~ - x) x^T],  H = E[x x^T]
 
-and GPTQ then rounds W* instead of W. The full step over-fits the calibration tokens, so only a share `alpha` of it is
-taken, with a ridge on H: W* = W + alpha W D (H + ridge mean(diag H) I)^-1.
-Source: quantization error propagation, arXiv 2504.09629.
+and GPTQ then rounds W* instead of W. Where the output is added to a residual stream r that differs from the source's
+r~, the sum is what counts, and it can make up for that too: W* += R H^-1, R = E[(r~ - r) x^T]. The full steps over-fit
+the calibration tokens, so only shares alpha and beta are taken, with a ridge on H:
+
+    W* = W + (alpha W D + beta R) (H + ridge mean(diag H) I)^-1
+
+Sources: quantization error propagation, arXiv 2504.09629; the residual term is LoaQ's.
 
 Example with one column: W = 2, x~ = 1.1, x = 1.0 on every token: D = 0.1, H = 1, so W* = 2.2 for alpha 1 and no ridge.
+If moreover r~ - r = 0.05 on every token, R = 0.05, and beta 1 gives W* = 2.25.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 RIDGE = 0.1
-"""Fraction of mean(diag H); best of {0.05, 0.1} for alpha 0.5 in ../adr/0004-scale-search.md's sources."""
+"""Fraction of mean(diag H); the value quantization error propagation uses, see docs/adr/0010-target-shift.md."""
 TOKENS_PER_COLUMN = 4
 """With fewer calibration tokens per input column the shift over-corrects and is left out."""
 
 
-def shift_factor(hessian: Tensor, cross: Tensor, alpha: float) -> Tensor | None:
-    """alpha D (H + ridge)^-1, float32 (columns, columns), or None if H cannot be factorised.
+@dataclass(frozen=True)
+class Mismatch:
+    """Means over the tokens for which the source's activations are known, float64."""
 
-    hessian, cross: (columns, columns) float64, means over the same tokens. W* = W + W @ factor.
-    """
-    mean = float(hessian.diagonal().mean())
+    hessian: Tensor
+    """H = E[x x^T] (columns, columns)."""
+    cross: Tensor
+    """D = E[(x~ - x) x^T] (columns, columns)."""
+    residual: Tensor | None
+    """R = E[(r~ - r) x^T] (hidden, columns), or None where the output is not simply added to the residual stream."""
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What moves targets: W* = W + W @ factor + offset, float32."""
+
+    factor: Tensor
+    """(columns, columns)."""
+    offset: Tensor | None
+    """(rows, columns), the same for every linear that reads the input; None without a residual term."""
+
+    def target(self, weight: Tensor) -> Tensor:
+        """W* (rows, columns) float32 for W (rows, columns) float32."""
+        moved = torch.addmm(weight, weight, self.factor)
+        return moved if self.offset is None else moved.add_(self.offset)
+
+
+def shift_of(mismatch: Mismatch, alpha: float, beta: float, ridge: float = RIDGE) -> Shift | None:
+    """The shift for shares `alpha` of D and `beta` of R, or None if the damped H cannot be factorised."""
+    mean = float(mismatch.hessian.diagonal().mean())
     if not (mean > 0 and mean < float("inf")):
         return None
-    damped = hessian.clone()
-    damped.diagonal().add_(RIDGE * mean)
+    damped = mismatch.hessian.clone()
+    damped.diagonal().add_(ridge * mean)
     lower, failed = torch.linalg.cholesky_ex(damped)
-    if int(failed) or not bool(torch.isfinite(cross).all()):
+    residual = mismatch.residual if beta else None
+    finite = bool(torch.isfinite(mismatch.cross).all()) and (residual is None or bool(torch.isfinite(residual).all()))
+    if int(failed) or not finite:
         return None
-    # D A^-1 = (A^-1 D^T)^T, A symmetric.
-    return (alpha * torch.cholesky_solve(cross.T.contiguous(), lower).T).float()
+    return Shift(
+        _right_divided(mismatch.cross, lower).mul_(alpha).float(),
+        None if residual is None else _right_divided(residual, lower).mul_(beta).float(),
+    )
+
+
+def _right_divided(moment: Tensor, lower: Tensor) -> Tensor:
+    """moment (A)^-1 with A = lower lower^T symmetric: (A^-1 moment^T)^T."""
+    return torch.cholesky_solve(moment.T.contiguous(), lower).T

@@ -57,8 +57,9 @@ class Stage(BaseModel):
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
     @property
-    def activation_streams(self) -> int:
-        """Sets of calibration activations the stage holds at once: what `plan` predicts memory and time from."""
+    def activation_streams(self) -> float:
+        """Sets of calibration activations the stage holds at once, 0.25 for a quarter of one beside: what `plan`
+        predicts memory and time from."""
         return 1 if self.needs_calibration else 0
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:

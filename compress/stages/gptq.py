@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
-from compress.calibration.statistics import CrossMoment, Hessian
-from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
+from compress.calibration.statistics import InputStatistics
+from compress.calibration.token_weights import TokenWeights, token_weights
+from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
@@ -30,15 +31,30 @@ from compress.memory.measure import release
 from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import TOKENS_PER_COLUMN, shift_factor
+from compress.quantization.target_shift import TOKENS_PER_COLUMN, Mismatch, Shift, shift_of
 from compress.stages.base import StageContext, StageOutcome, restore
 from compress.stages.quantize import QuantizeStage
+
+WEIGHTS_SEED = 0
+"""Of the labels that token weights are computed from."""
+Quality = Literal["fast", "balanced", "max"]
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"target_shift": 0.0, "residual_shift": 0.0},
+    "balanced": {},
+    "max": {"shift_share": 1.0, "token_weights": True},
+}
+"""What each quality changes of the defaults; docs/benchmarks/ablation.md has the measurements behind it."""
 
 
 class Gptq(QuantizeStage):
     """GPTQ with static activation order, shared Hessians and a weighted scale search."""
 
     kind: Literal["gptq"] = "gptq"
+    quality: Quality = Field(
+        default="balanced",
+        description="fast: one stream of activations; balanced: targets shifted by the source's activations; max: "
+        "moreover token weights from a backward pass. Fields that are given win over it",
+    )
     damping: float = Field(default=0.01, gt=0, le=1, description="fraction of mean(diag H) added to the diagonal")
     scales: ScaleSearch = Field(
         default="weighted",
@@ -48,14 +64,40 @@ class Gptq(QuantizeStage):
         default=0.5,
         ge=0,
         le=1,
-        description="share of the error already in a linear's inputs that its target is moved to undo; 0 turns it off, "
-        "and saves a second forward pass",
+        description="share of the error already in a linear's inputs that its target is moved to undo",
+    )
+    residual_shift: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="share of the residual stream's error that attention and MLP outputs are moved to undo; with both "
+        "shifts 0 the source's activations are not computed",
+    )
+    shift_ridge: float = Field(default=0.1, ge=0, le=10, description="ridge of the shifts, fraction of mean(diag H)")
+    shift_share: float = Field(
+        default=0.25, gt=0, le=1, description="share of the calibration windows that shifts are computed from"
+    )
+    token_weights: bool = Field(
+        default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
     needs_calibration: ClassVar[bool] = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, data: Any) -> Any:
+        """Fill in what `quality` stands for, so that a resolved recipe says what ran."""
+        if not isinstance(data, dict):
+            return data
+        return {**PRESETS.get(str(data.get("quality", "balanced")), {}), **data}
+
     @property
-    def activation_streams(self) -> int:
-        return 2 if self.target_shift else 1
+    def activation_streams(self) -> float:
+        return 1 + (self.shift_share if self.shifts else 0)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the source's own activations run beside the compressed ones."""
+        return bool(self.target_shift or self.residual_shift)
 
     def apply(self, context: StageContext) -> StageOutcome:
         return _Run(self, context).blocks()
@@ -70,6 +112,7 @@ class _Run:
         self.source, self.output = context.source, context.output
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
         self.batches: list[Batch] = self.windows.batches(context.tokens_at_once)
+        self.weights: TokenWeights | None = None
         self.seconds = {"forward": 0.0, "hessian": 0.0, "factorise": 0.0, "solve": 0.0, "write": 0.0}
 
     @torch.no_grad()
@@ -78,9 +121,14 @@ class _Run:
         events = _token_events(self.windows, self.skeleton)
         self.output.write_outer(self.source)
         count = self.skeleton.block_count
+        if self.stage.token_weights:
+            started = time.perf_counter()
+            progress = self.context.progress
+            self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
+            self.seconds["token weights"] = time.perf_counter() - started
         with self._timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
-        reference = list(states) if self.stage.target_shift else None
+        reference = states[: self._shifting_batches()] if self.stage.shifts else None
 
         with self.context.progress.task("gptq", count) as advance:
             for index in range(count):
@@ -98,6 +146,9 @@ class _Run:
                 events += happened
                 advance(f"block {index + 1}/{count}")
         return StageOutcome(modules, events, self.seconds)
+
+    def _shifting_batches(self) -> int:
+        return max(1, round(self.stage.shift_share * len(self.batches)))
 
     def _pass_through(self, index: int, states: list[Tensor], checkpoint: Checkpoint) -> list[Tensor]:
         """A finished block: its forward with weights already written."""
@@ -145,30 +196,33 @@ class _BlockWork:
         self.quantised: dict[str, tuple[Tensor, Grid]] = {}
         self.records: list[dict[str, Any]] = []
         self.events: list[Event] = []
-        self._hessian: Hessian | None = None
-        self._cross: CrossMoment | None = None
+        self._statistics: InputStatistics | None = None
 
-    def on_input(self, group: InputGroup, number: int, inputs: Tensor, reference: Tensor | None) -> None:
+    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
             return
         with self.run._timed("hessian"):
-            if self._hessian is None:
-                self._hessian = Hessian(inputs.shape[-1], inputs.device)
+            if self._statistics is None:
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
             mask = self.run.batches[number].mask
-            self._hessian.add(inputs, mask)
-            if reference is not None:
-                if self._cross is None:
-                    self._cross = CrossMoment(inputs.shape[-1], inputs.device)
-                self._cross.add(inputs, reference, mask)
+            weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
+            if there is None:
+                self._statistics.add(here.inputs, mask, weights)
+                return
+            residual = None
+            if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
+                residual = (here.residual, there.residual)
+            self._statistics.add_pair(here.inputs, there.inputs, mask, residual, weights)
 
     def on_group(self, group: InputGroup) -> None:
-        if self._hessian is None:
+        if self._statistics is None:
             return
-        tokens, hessian, self._hessian = self._hessian.tokens, self._hessian.mean(), None
-        cross, self._cross = self._cross, None
+        statistics, self._statistics = self._statistics, None
+        hessian, mismatch = statistics.hessian(), statistics.mismatch()
+        del statistics
         with self.run._timed("factorise"):
             factor = factorise(hessian, self.run.stage.damping)
-            shift = None if cross is None or factor is None else self._shift(group, hessian, cross.mean(), tokens)
+            shift = None if mismatch is None or factor is None else self._shift(group, mismatch)
         self._note(group, hessian, factor)
         by_scheme: dict[Scheme, list[str]] = {}
         for name in group.linears:
@@ -178,13 +232,14 @@ class _BlockWork:
         for scheme, names in by_scheme.items():
             self._solve(names, scheme, hessian, factor, shift)
 
-    def _shift(self, group: InputGroup, hessian: Tensor, cross: Tensor, tokens: int) -> Tensor | None:
+    def _shift(self, group: InputGroup, mismatch: Mismatch) -> Shift | None:
         """What moves the group's targets, or None with an event."""
-        enough = tokens >= TOKENS_PER_COLUMN * len(hessian)
-        shift = shift_factor(hessian, cross, self.run.stage.target_shift) if enough else None
+        stage, columns = self.run.stage, len(mismatch.hessian)
+        enough = mismatch.tokens >= TOKENS_PER_COLUMN * columns
+        shift = shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge) if enough else None
         if shift is None:
             where = f"{self.prefix}.{'+'.join(group.linears)}"
-            reason = "no factor of its Hessian" if enough else f"{tokens} tokens for {len(hessian)} columns"
+            reason = "no factor of its Hessian" if enough else f"{mismatch.tokens} tokens for {columns} columns"
             self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
         return shift
 
@@ -203,7 +258,7 @@ class _BlockWork:
             self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
 
     def _solve(
-        self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None, shift: Tensor | None
+        self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None, shift: Shift | None
     ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
@@ -211,7 +266,8 @@ class _BlockWork:
         linears = [self.block.get_submodule(name) for name in names]
         stored = [linear.get_parameter("weight").data.float() for linear in linears]
         weights = [weight.T for weight in stored] if transposed else stored
-        solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, shift)
+        targets = weights if shift is None else [shift.target(weight) for weight in weights]
+        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales)
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)

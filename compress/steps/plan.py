@@ -231,7 +231,8 @@ def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: D
         if stage.needs_calibration and recipe.calibration:
             tokens = recipe.calibration.windows * recipe.calibration.window_tokens
             flops += 2 * tokens * inside * stage.activation_streams
-            moments = 0.7 if stage.activation_streams == 1 else 1.7
+            # H takes a little over half of a product, D and R one and a third, of the tokens they cover.
+            moments = 0.6 + 1.35 * (stage.activation_streams - 1)
             flops += sum(2 * tokens * moments * columns**2 for columns in _inputs(matrices))
             flops += sum(4 * columns**3 for columns in _inputs(matrices))
             flops += sum(10 * rows * columns**2 for rows, columns in matrices.values())

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compress.architecture import InputGroup
-from compress.calibration.statistics import CrossMoment, Hessian
+from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Stream, final_hidden_states, forward_of, run_block, with_source_weights
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
@@ -67,19 +67,20 @@ def test_statistics_and_outputs_equal_a_slow_sequential_reference(model, padded)
     checkpoint, skeleton, batches, states = _setting(model, padded)
     groups = skeleton.architecture.groups
     forward = forward_of(skeleton, batches, 0)
-    found: dict[str, Hessian] = {}
+    found: dict[str, InputStatistics] = {}
     with skeleton.loaded(checkpoint, "model.layers.0") as block:
         expected, outputs = _sequential_reference(copy.deepcopy(block), groups, batches, states, forward)
         stream = Stream(block, list(states))
 
-        def on_input(group, number, inputs, reference):
-            assert reference is None
-            found.setdefault(group.name, Hessian(inputs.shape[-1], CPU)).add(inputs, batches[number].mask)
+        def on_input(group, number, here, there):
+            assert there is None
+            statistics = found.setdefault(group.name, InputStatistics(here.inputs.shape[-1], CPU))
+            statistics.add(here.inputs, batches[number].mask)
 
         run_block(stream, groups, forward, on_input, lambda group: _halve(block, group))
 
     for group in groups:
-        torch.testing.assert_close(found[group.name].mean(), expected[group.name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[group.name].hessian(), expected[group.name], rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(stream.states, outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -100,7 +101,7 @@ def test_a_block_runs_once_per_batch_however_many_groups_it_has(model):
             Stream(block, states),
             skeleton.architecture.groups,
             forward,
-            lambda group, number, inputs, reference: order.append((group.name, number)),
+            lambda group, number, here, there: order.append((group.name, number)),
             lambda group: order.append((group.name, "solve")),
         )
 
@@ -119,8 +120,8 @@ def test_a_reference_stream_keeps_the_source_weights_and_is_held_at_the_same_pla
         untouched = [forward(block, number, hidden) for number, hidden in enumerate(states)]
         stream, reference = Stream(block, list(states)), Stream(with_source_weights(block), list(states))
 
-        def on_input(group, number, inputs, beside):
-            differences.setdefault(group.name, []).append(float((inputs - beside).abs().max()))
+        def on_input(group, number, here, there):
+            differences.setdefault(group.name, []).append(float((here.inputs - there.inputs).abs().max()))
 
         run_block(
             stream, skeleton.architecture.groups, forward, on_input, lambda group: _halve(block, group), reference
@@ -202,30 +203,45 @@ def test_only_one_block_has_weights_at_a_time(model, monkeypatch):
     assert max(resident) == 1
 
 
-@pytest.mark.parametrize("columns", [5, 512, 700])
-def test_the_hessian_is_the_mean_outer_product_of_unmasked_tokens(columns):
-    generator = torch.Generator().manual_seed(columns)
-    hessian, rows = Hessian(columns, CPU), []
-    for _ in range(3):
-        inputs = torch.randn(2, 7, columns, generator=generator)
-        mask = (torch.rand(2, 7, generator=generator) > 0.3).long()
-        hessian.add(inputs, mask)
-        rows.append(inputs[mask.bool()])
-    kept = torch.cat(rows).double()
+@torch.no_grad()
+def test_a_shorter_reference_is_compared_with_the_first_batches(model):
+    checkpoint, skeleton, batches, states = _setting(model)
+    compared = []
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        reference = Stream(with_source_weights(block), states[:1])
+        run_block(
+            Stream(block, list(states)),
+            skeleton.architecture.groups,
+            forward_of(skeleton, batches, 0),
+            lambda group, number, here, there: compared.append((number, there is not None)),
+            lambda group: None,
+            reference,
+        )
 
-    assert hessian.tokens == len(kept)
-    torch.testing.assert_close(hessian.mean(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
+    assert len(batches) > 1 and set(compared) == {(number, number == 0) for number in range(len(batches))}
+    assert len(reference.states) == 1
 
 
-@pytest.mark.parametrize("columns", [5, 700])
-def test_the_cross_moment_is_the_mean_product_of_the_inputs_error_and_the_input(columns):
-    generator = torch.Generator().manual_seed(columns)
-    inputs, reference = (torch.randn(2, 7, columns, generator=generator) for _ in range(2))
-    moment = CrossMoment(columns, CPU)
-    moment.add(inputs, reference, None)
+@torch.no_grad()
+def test_the_residual_is_what_the_groups_output_is_added_to(model):
+    """Block output = residual before the MLP + down_proj of its input; likewise for attention."""
+    checkpoint, skeleton, batches, states = _setting(model)
+    entering = [state.clone() for state in states]
+    seen = {}
+    with skeleton.loaded(checkpoint, "model.layers.0") as block:
+        stream = Stream(block, states)
 
-    x, error = inputs.flatten(0, 1).double(), (reference - inputs).flatten(0, 1).double()
-    torch.testing.assert_close(moment.mean(), error.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        def on_input(group, number, here, there):
+            seen[group.name, number] = here
+
+        run_block(stream, skeleton.architecture.groups, forward_of(skeleton, batches, 0), on_input, lambda _: None)
+        for number, output in enumerate(stream.states):
+            down, attention = seen["mlp_output", number], seen["attention_output", number]
+            torch.testing.assert_close(down.residual + block.mlp.down_proj(down.inputs), output)
+            assert torch.equal(attention.residual, entering[number])
+            between = attention.residual + block.self_attn.o_proj(attention.inputs)
+            torch.testing.assert_close(between, down.residual)
+            assert seen["attention_input", number].residual is None
 
 
 def test_a_batch_of_its_own_gives_the_same_states(model):

@@ -1,0 +1,63 @@
+"""Sums over a linear's inputs equal their definitions, with masks, weights, and a source stream beside some tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.calibration.statistics import InputStatistics
+from tests.tiny import CPU
+
+
+def _random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("columns", [5, 192, 500])
+def test_the_hessian_is_the_mean_outer_product_of_unmasked_tokens(columns):
+    generator = torch.Generator().manual_seed(columns)
+    statistics, rows = InputStatistics(columns, CPU), []
+    for _ in range(3):
+        inputs = torch.randn(2, 7, columns, generator=generator)
+        mask = (torch.rand(2, 7, generator=generator) > 0.3).long()
+        statistics.add(inputs, mask)
+        rows.append(inputs[mask.bool()])
+    kept = torch.cat(rows).double()
+
+    assert statistics.tokens == len(kept)
+    torch.testing.assert_close(statistics.hessian(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
+    assert statistics.mismatch() is None
+
+
+@pytest.mark.parametrize("columns", [5, 500])
+def test_the_mismatch_covers_just_the_tokens_with_a_reference(columns):
+    alone, inputs, reference = (_random(2, 7, columns, seed=seed) for seed in range(3))
+    residual, source_residual = (_random(2, 7, 3, seed=seed) for seed in (3, 4))
+    statistics = InputStatistics(columns, CPU)
+    statistics.add_pair(inputs, reference, None, (residual, source_residual))
+    statistics.add(alone, None)
+
+    x, error = inputs.flatten(0, 1).double(), (reference - inputs).flatten(0, 1).double()
+    beside = (source_residual - residual).flatten(0, 1).double()
+    mismatch = statistics.mismatch()
+    assert mismatch.tokens == 14 and statistics.tokens == 28
+    torch.testing.assert_close(mismatch.hessian, x.T @ x / 14, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mismatch.cross, error.T @ x / 14, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mismatch.residual, beside.T @ x / 14, rtol=1e-4, atol=1e-5)
+    every = torch.cat([x, alone.flatten(0, 1).double()])
+    torch.testing.assert_close(statistics.hessian(), every.T @ every / 28, rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
+    inputs, reference = _random(1, 4, 6, seed=0), _random(1, 4, 6, seed=1)
+    mask = torch.tensor([[1, 1, 1, 0]])
+    weights = torch.tensor([[2.0, 0.5, 0.5, 9.0]])
+    statistics = InputStatistics(6, CPU)
+    statistics.add_pair(inputs, reference, mask, (reference, inputs), weights)
+
+    rows, others = inputs[0, :3].double(), reference[0, :3].double()
+    weighted = rows * weights[0, :3, None].double()
+    torch.testing.assert_close(statistics.hessian(), weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
+    mismatch = statistics.mismatch()
+    torch.testing.assert_close(mismatch.cross, (others - rows).T @ weighted / 3, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mismatch.residual, (rows - others).T @ weighted / 3, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,8 @@ for U and the order):
     error_j = (w_j - value_j) / U_jj        value_j = (code_j - z) s, rounded to the stored dtype as a loader does
     w_k    -= U_jk error_j                  for all k > j
 
-Example, one row, s = 1, U = [[1, 0.5], [0, 1]]: w = [0.4, 0.3] gives code_0 = 0, error_0 = 0.4; then w_1 = 0.3 - 0.2,
-code_1 = 0.
+Example, one row, s = 1, U = [[1, 0.5], [0, 1]]: w = [0.4, 0.6] gives code_0 = 0 and error_0 = 0.4; then w_1 = 0.6 - 0.2
+and code_1 = 0.
 
 Only the columns of one block are brought up to date after every column. The columns behind it wait for the block's
 errors and take them as one product; with two levels (blocks of 64 inside spans of 512) the columns behind a span wait

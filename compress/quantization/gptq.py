@@ -65,29 +65,41 @@ class Solution:
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
     """Factor of a Hessian (columns, columns) float64, or None if no damping on the ladder makes it definite.
 
-    Dead columns get a unit diagonal, which leaves them and everybody else alone.
+    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most two more float64
+    matrices of the Hessian's size are alive.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         return None
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = hessian[order][:, order]
+    backward = order.flip(0)
+    damped = hessian[backward][:, backward]
     mean = float(diagonal.mean()) or 1.0
-    ordered.diagonal().add_(dead[order].to(ordered.dtype) * mean)
+    undamped = damped.diagonal() + dead[backward].to(damped.dtype) * mean
     for multiple in DAMPING_LADDER:
         strength = damping * multiple
-        damped = ordered.clone()
-        damped.diagonal().add_(strength * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped.diagonal().copy_(undamped + strength * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            del damped
             factor = lower.flip(0, 1)
-            identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
-            upper = torch.linalg.solve_triangular(factor, identity, upper=True)
+            del lower
             pivots = torch.empty_like(diagonal)
             pivots[order] = factor.diagonal().square()
+            upper = _inverse_of_upper(factor)
+            del factor
             return Factor(order, upper.float(), pivots.float(), strength, int(dead.sum()))
+        del lower
     return None
+
+
+def _inverse_of_upper(factor: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix (n, n), in the memory of the identity that is solved for."""
+    # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
+    torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
+    return identity
 
 
 def solve(

@@ -1,6 +1,6 @@
 """The columns of one block of GPTQ, rounded by one Triton kernel. See `quantization.columns` for the arithmetic.
 
-    tile (n, rows)          one program takes 16 rows and all n <= 64 or 128 columns, and keeps them in registers
+    tile (n, rows)          one program takes 32 rows and all n columns, and keeps them in registers
 
        rows ->
     c  [ . . | . . | . . ]  for j = 0 .. n - 1:
@@ -8,9 +8,9 @@
     l  [ . . | . . | . . ]      round it, write codes and errors
     |  [ . . | . . | . . ]      subtract error x U_j from what is left of the tile
 
-Launching torch operations for every column costs more than a hundred microseconds a column on a GPU; here a block is
-one launch. One warp a program, so that taking a column out needs shuffles and no barrier; rows are many, so programs
-are.
+Launching a dozen torch operations for every column costs a GPU far more than the arithmetic; here a block is one
+launch. A program is one warp, a lane for each row, so that no step waits for another warp. Blocks of 64 or 128
+columns fit its registers.
 
 The result is meant to equal torch's to the last bit but for the one fused step, so the compiler may not fuse on its
 own (`enable_fp_fusion=False`), division is the correctly rounded one, and the subtraction of the error is written as
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from compress.quantization.columns import ColumnGrid
 
-ROWS = 16
-"""Rows of a program. 16 x 64 float32 are 32 registers for each of 32 threads."""
+ROWS = 32
+"""Rows of a program. With 64 columns that are 64 float32 registers for each of 32 threads, of 255 there are."""
+OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 class TritonRounder:
@@ -56,8 +57,7 @@ class TritonRounder:
             STORED={torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[grid.stored],
             ROWS=ROWS,
             COLUMNS=triton.next_power_of_2(count),
-            num_warps=1,
-            enable_fp_fusion=False,
+            **OPTIONS,
         )
 
 
@@ -79,9 +79,10 @@ def _round_block(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """tile, errors (count, rows) float32; corner (count, count) float32; group (count,) int64; codes (count, rows) int8.
+    """Arguments of `BlockRounder.round_block`, all contiguous, as pointers.
 
-    scale, zero (groups, rows) float32. All contiguous.
+    tile, errors (count, rows), corner (count, count) and scale, zero (groups, rows) float32; group (count,) int64;
+    codes (count, rows) int8.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)

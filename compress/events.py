@@ -19,6 +19,7 @@ EVENT_KINDS: dict[str, str] = {
     "damping_raised": "the factorisation needed more damping than the recipe asked for",
     "dead_columns": "input columns never excited by the calibration data; their weights were rounded, not solved",
     "target_shift_skipped": "a linear's target was not shifted: too few calibration tokens, or no factor",
+    "torch_columns": "a GPU without Triton: torch rounded the columns, by the same arithmetic but slowly",
     "module_kept": "a linear was left in its source precision because the recipe ignores it",
     "round_trip_skipped": "the exported model was not reloaded through its public loader",
     "stage_reused": "a finished stage with the same fingerprint was reused",

@@ -22,7 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 from filelock import FileLock
+
+# Before triton is imported: where nothing could run its compiled kernels, its interpreter does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.helpers import PROJECT, Ended, changed, environment, run_cli, write_recipe
 

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.quantization.columns import solve_columns
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
 from compress.quantization.scheme import Scheme
 
@@ -64,29 +65,41 @@ class Solution:
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
     """Factor of a Hessian (columns, columns) float64, or None if no damping on the ladder makes it definite.
 
-    Dead columns get a unit diagonal, which leaves them and everybody else alone.
+    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most two more float64
+    matrices of the Hessian's size are alive.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         return None
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = hessian[order][:, order]
+    backward = order.flip(0)
+    damped = hessian[backward][:, backward]
     mean = float(diagonal.mean()) or 1.0
-    ordered.diagonal().add_(dead[order].to(ordered.dtype) * mean)
+    undamped = damped.diagonal() + dead[backward].to(damped.dtype) * mean
     for multiple in DAMPING_LADDER:
         strength = damping * multiple
-        damped = ordered.clone()
-        damped.diagonal().add_(strength * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped.diagonal().copy_(undamped + strength * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            del damped
             factor = lower.flip(0, 1)
-            identity = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
-            upper = torch.linalg.solve_triangular(factor, identity, upper=True)
+            del lower
             pivots = torch.empty_like(diagonal)
             pivots[order] = factor.diagonal().square()
+            upper = _inverse_of_upper(factor)
+            del factor
             return Factor(order, upper.float(), pivots.float(), strength, int(dead.sum()))
+        del lower
     return None
+
+
+def _inverse_of_upper(factor: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix (n, n), in the memory of the identity that is solved for."""
+    # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
+    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
+    torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
+    return identity
 
 
 def solve(
@@ -108,7 +121,7 @@ def solve(
         return [rounded(weight, hessian, scheme, stored, fallback) for weight in weights]
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
-    codes = _columns(stacked, factor, grid, block)
+    codes = solve_columns(stacked, factor.order, factor.upper, grid, block)
     solutions, start = [], 0
     for weight in weights:
         stop = start + weight.shape[0]
@@ -155,50 +168,3 @@ def relative_error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> flo
     lost = float(((difference @ single) * difference).sum(dtype=torch.float64))
     kept = float(((weight @ single) * weight).sum(dtype=torch.float64))
     return max(lost, 0.0) / max(kept, 1e-30)
-
-
-def _columns(weight: Tensor, factor: Factor, grid: Grid, block: int) -> Tensor:
-    """The column loop, on the transpose so that a column is contiguous. Returns codes (rows, columns) int8.
-
-    For column j in order: q_j = round(w_j), e_j = (w_j - q_j) / U_jj, w_k -= e_j U_jk for k > j; inside a block one
-    column at a time, the columns behind the block in one product.
-    """
-    scheme, order, upper = grid.scheme, factor.order, factor.upper
-    columns = weight.shape[1]
-    width = scheme.width(columns)
-    group_of = order // width
-    scale_by_group = grid.scale.T.contiguous()
-    zero_by_group = None if grid.zero is None else grid.zero.T.float().contiguous()
-    work = weight.T[order].contiguous()
-    codes = torch.empty_like(work, dtype=torch.int8)
-    groups = group_of.tolist()
-    diagonal = upper.diagonal().tolist()
-    stored = grid.scale.dtype
-    scales32 = scale_by_group.float()
-    inverse = scales32.reciprocal()
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        tile = work[start:stop]
-        errors = torch.empty_like(tile)
-        corner = upper[start:stop, start:stop]
-        for j in range(stop - start):
-            group = groups[start + j]
-            target = tile[j]
-            code = target * inverse[group]
-            if zero_by_group is not None:
-                code += zero_by_group[group]
-            code.round_().clamp_(scheme.lowest, scheme.highest)
-            codes[start + j] = code
-            if zero_by_group is not None:
-                code -= zero_by_group[group]
-            # The value a runtime computes: the product rounded to the stored dtype.
-            value = (code * scales32[group]).to(stored).float()
-            error = target.sub(value).div_(diagonal[start + j])
-            errors[j] = error
-            if j + 1 < stop - start:
-                tile[j + 1 :].addr_(corner[j, j + 1 :], error, alpha=-1)
-        if stop < columns:
-            work[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T.contiguous()

@@ -28,6 +28,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Event
 from compress.memory.measure import release
+from compress.quantization.columns import column_kernel
 from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
@@ -118,7 +119,7 @@ class _Run:
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
         modules: list[dict[str, Any]] = []
-        events = _token_events(self.windows, self.skeleton)
+        events = _token_events(self.windows, self.skeleton) + kernel_events(self.context.device)
         self.output.write_outer(self.source)
         count = self.skeleton.block_count
         if self.stage.token_weights:
@@ -306,3 +307,11 @@ def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:
         return []
     message = f"{windows.tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
     return [Event("few_calibration_tokens", "calibration", message, {"tokens": windows.tokens, "columns": widest})]
+
+
+def kernel_events(device: torch.device) -> list[Event]:
+    """A GPU whose columns torch rounds: the same arithmetic, in many times the launches."""
+    if device.type == "cpu" or column_kernel(device) == "triton":
+        return []
+    message = "triton is not installed, so torch rounds column by column; pip install 'compress-models[triton]'"
+    return [Event("torch_columns", "gptq", message)]

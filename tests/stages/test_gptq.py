@@ -12,6 +12,7 @@ from compress.quantization.gptq import factorise, solve
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, RoundToNearest
+from compress.stages.gptq import kernel_events
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, their_logits
 
 
@@ -179,6 +180,13 @@ def test_too_few_tokens_are_events(model, tmp_path):
     counts = count_by_kind(outcome.events)
     assert counts["few_calibration_tokens"] == 1
     assert counts["target_shift_skipped"] > 0
+
+
+def test_a_gpu_without_triton_is_one_event(monkeypatch):
+    monkeypatch.setattr("compress.quantization.columns.find_spec", lambda name: None)
+
+    assert [event.kind for event in kernel_events(torch.device("cuda"))] == ["torch_columns"]
+    assert kernel_events(CPU) == []
 
 
 def test_every_record_says_what_was_done(model, tmp_path):

@@ -97,7 +97,7 @@ def test_mistakes_that_no_single_field_can_see_are_listed_together_too(tmp_path)
     assert [mistake.split(": ")[0] for mistake in found] == ["r.yaml:5", "r.yaml:8", "r.yaml:10"]
     assert "gptq needs a calibration text; add `calibration:`" in found[0]
     assert "set 'python-docstrings' is defined twice with different windows" in found[1]
-    assert 'nothing measures \'perplexity.python-docstring\'. Did you mean "perplexity.python-docstrings"?' in found[2]
+    assert "nothing measures 'perplexity.python-docstring'. Did you mean \"perplexity.python-docstrings\"?" in found[2]
 
 
 def test_an_unknown_text_is_answered_with_the_nearest(tmp_path):

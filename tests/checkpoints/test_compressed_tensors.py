@@ -94,9 +94,7 @@ def test_the_librarys_decompressor_gives_our_values(odd_model, tmp_path, bits, s
             if (group["weights"]["group_size"] or None) == scheme.group_size
         ]
         state = {
-            name.removeprefix(module + "."): tensor
-            for name, tensor in packed.items()
-            if name.startswith(module + ".")
+            name.removeprefix(module + "."): tensor for name, tensor in packed.items() if name.startswith(module + ".")
         }
         given = {key: value for key, value in group.items() if key != "format"}
         theirs = PackedQuantizationCompressor.decompress(state, QuantizationScheme(**given))["weight"]

@@ -44,9 +44,7 @@ def _measured(folder, windows):
     checkpoints = [Checkpoint(folder / name) for name in ("source", "candidate")]
     sets = {"text": windows}
     states = [walk_states(checkpoint, sets, CPU, torch.float32, 48, Quiet(), "") for checkpoint in checkpoints]
-    scores = score(
-        (checkpoints[0], states[0]), (checkpoints[1], states[1]), sets, CPU, torch.float32, Quiet()
-    )
+    scores = score((checkpoints[0], states[0]), (checkpoints[1], states[1]), sets, CPU, torch.float32, Quiet())
     return summarise(ASKED, scores)
 
 

@@ -76,10 +76,18 @@ class InputStatistics:
         self._paired: _Strips | None = None
         self._cross: _Strips | None = None
         self._residual: _Strips | None = None
+        self._held_out: _Strips | None = None
 
     @property
     def tokens(self) -> int:
-        return self._alone.tokens + (self._paired.tokens if self._paired else 0)
+        return self._alone.tokens + sum(part.tokens for part in (self._paired, self._held_out) if part)
+
+    def hold_out(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
+        """As `add`, for tokens whose H is also kept apart, to judge by what was not fitted."""
+        if self._held_out is None:
+            self._held_out = _Strips(self.columns, self.columns, upper_only=True, device=self._device)
+        rows = token_rows(inputs, mask)
+        self._held_out.add(_weighted(rows, mask, weights), rows)
 
     def add(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """inputs (windows, tokens, columns); mask (windows, tokens), 1 where a token counts, or None; weights the
@@ -115,9 +123,20 @@ class InputStatistics:
     def hessian(self) -> Tensor:
         """H (columns, columns) float64 over all tokens."""
         upper = self._alone.sum()
-        if self._paired is not None:
-            upper += self._paired.sum()
+        for part in (self._paired, self._held_out):
+            if part is not None:
+                upper += part.sum()
         return _mirrored(upper.div_(max(1, self.tokens)))
+
+    def split(self) -> tuple[Tensor, Tensor] | None:
+        """H over the tokens not held out, and over those held out; None if either has none."""
+        if self._held_out is None or self.tokens == self._held_out.tokens:
+            return None
+        held, rest = self._held_out.sum(), self._alone.sum()
+        if self._paired is not None:
+            rest += self._paired.sum()
+        count = self._held_out.tokens
+        return _mirrored(rest.div_(self.tokens - count)), _mirrored(held.div_(count))
 
     def mismatch(self) -> Mismatch | None:
         """D, R and their own H, or None if no source stream ran beside."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compress.quantization.columns import solve_columns
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
+from compress.quantization.refine import refined
 from compress.quantization.scheme import Scheme
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
@@ -60,6 +61,12 @@ class Solution:
     """None if the Hessian could not be factorised and the matrix was rounded."""
     kept_rounding: bool = False
     """True where solving came out worse than rounding to the same grid, and the rounded codes were kept."""
+    refined: bool = False
+    """True where codes and scales were refined, because tokens not used for it agreed."""
+
+
+Candidate = tuple[Tensor, Grid]
+"""Codes (rows, columns) int8 and their grid."""
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
@@ -109,12 +116,14 @@ def solve(
     scheme: Scheme,
     stored: torch.dtype,
     scales: ScaleSearch = "weighted",
+    held_out: tuple[Tensor, Tensor] | None = None,
     block: int = 64,
 ) -> list[Solution]:
     """Codes for linears that read the same input, solved as one matrix stacked by rows (rows are independent).
 
     weights: (rows_i, columns) float32 each; hessian (columns, columns) float64; `stored` is the dtype scales are kept
-    in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned.
+    in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned. `held_out`: two Hessians
+    over disjoint tokens; codes and scales are refined with the first where the second says that it helps (`refine`).
     """
     if factor is None:
         fallback: ScaleSearch = "mse" if scales == "weighted" else scales
@@ -122,22 +131,40 @@ def solve(
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
     grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
     codes = solve_columns(stacked, factor.order, factor.upper, grid, block)
+    refit: Candidate | None = None
+    if held_out is not None:
+        refit = refined(stacked, codes, grid, _damped(held_out[0], factor.damping))
     solutions, start = [], 0
     for weight in weights:
         stop = start + weight.shape[0]
-        solutions.append(_judged(weight, codes[start:stop], grid.rows(start, stop), hessian, factor.damping))
+        found = codes[start:stop], grid.rows(start, stop)
+        accepted = False
+        if held_out is not None and refit is not None:
+            other = refit[0][start:stop], refit[1].rows(start, stop)
+            losses = [relative_error(weight, dequantize(*each), held_out[1]) for each in (found, other)]
+            accepted = losses[1] < losses[0]
+            found = other if accepted else found
+        solutions.append(_judged(weight, *found, hessian, factor.damping, accepted))
         start = stop
     return solutions
 
 
-def _judged(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, damping: float) -> Solution:
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping mean(diag H) I, float32, dead columns as in `factorise`."""
+    damped = hessian.float()
+    mean = float(hessian.diagonal().mean()) or 1.0
+    damped.diagonal().add_(damping * mean + (hessian.diagonal() <= 0).float() * mean)
+    return damped
+
+
+def _judged(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, damping: float, accepted: bool) -> Solution:
     """The better of the solved codes and plain rounding on the same grid, with both errors."""
     nearest = quantize(weight, grid)
     error = relative_error(weight, dequantize(codes, grid), hessian)
     rounding_error = relative_error(weight, dequantize(nearest, grid), hessian)
     if rounding_error < error:
         return Solution(nearest, grid, rounding_error, rounding_error, damping, kept_rounding=True)
-    return Solution(codes, grid, error, rounding_error, damping)
+    return Solution(codes, grid, error, rounding_error, damping, refined=accepted)
 
 
 def rounded(

@@ -38,6 +38,8 @@ from compress.stages.quantize import QuantizeStage
 
 WEIGHTS_SEED = 0
 """Of the labels that token weights are computed from."""
+HOLD_OUT_EVERY = 8
+"""One batch in so many is held out to judge refinements; those the source's stream runs beside never are."""
 Quality = Literal["fast", "balanced", "max"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"target_shift": 0.0, "residual_shift": 0.0},
@@ -77,6 +79,10 @@ class Gptq(QuantizeStage):
     shift_ridge: float = Field(default=0.1, ge=0, le=10, description="ridge of the shifts, fraction of mean(diag H)")
     shift_share: float = Field(
         default=0.25, gt=0, le=1, description="share of the calibration windows that shifts are computed from"
+    )
+    refine: bool = Field(
+        default=False,
+        description="fit scales together and revisit codes, kept for a linear where held-out windows agree",
     )
     token_weights: bool = Field(
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
@@ -208,7 +214,8 @@ class _BlockWork:
             mask = self.run.batches[number].mask
             weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
             if there is None:
-                self._statistics.add(here.inputs, mask, weights)
+                held = self.run.stage.refine and number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+                (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
                 return
             residual = None
             if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
@@ -219,7 +226,7 @@ class _BlockWork:
         if self._statistics is None:
             return
         statistics, self._statistics = self._statistics, None
-        hessian, mismatch = statistics.hessian(), statistics.mismatch()
+        hessian, mismatch, held_out = statistics.hessian(), statistics.mismatch(), statistics.split()
         del statistics
         with self.run._timed("factorise"):
             factor = factorise(hessian, self.run.stage.damping)
@@ -231,7 +238,7 @@ class _BlockWork:
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor, shift)
+            self._solve(names, scheme, hessian, factor, shift, held_out)
 
     def _shift(self, group: InputGroup, mismatch: Mismatch) -> Shift | None:
         """What moves the group's targets, or None with an event."""
@@ -259,7 +266,13 @@ class _BlockWork:
             self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
 
     def _solve(
-        self, names: list[str], scheme: Scheme, hessian: Tensor, factor: Factor | None, shift: Shift | None
+        self,
+        names: list[str],
+        scheme: Scheme,
+        hessian: Tensor,
+        factor: Factor | None,
+        shift: Shift | None,
+        held_out: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
@@ -268,7 +281,7 @@ class _BlockWork:
         stored = [linear.get_parameter("weight").data.float() for linear in linears]
         weights = [weight.T for weight in stored] if transposed else stored
         targets = weights if shift is None else [shift.target(weight) for weight in weights]
-        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales)
+        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, held_out)
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)

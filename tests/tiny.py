@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.calibration.windows import Windows, digest_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
-from compress.events import Quiet
+from compress.events import Progress, Quiet
 from compress.stages import Stage, StageContext, StageOutcome
 
 CPU = torch.device("cpu")
@@ -96,10 +96,17 @@ def random_windows(count: int = 6, tokens: int = 24, seed: int = 7, padded: bool
 
 
 def apply_stage(
-    stage: Stage, source: Path, output: Path, windows: Windows | None = None, stored: torch.dtype = torch.float16
+    stage: Stage,
+    source: Path,
+    output: Path,
+    windows: Windows | None = None,
+    stored: torch.dtype = torch.float16,
+    origin: Path | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Checkpoint, StageOutcome]:
-    """The stage's finished checkpoint and what it says about it."""
+    """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
     context = StageContext(
+        origin=Checkpoint(origin or source),
         source=Checkpoint(source),
         output=WorkingCheckpoint(output),
         windows=windows,
@@ -107,7 +114,7 @@ def apply_stage(
         compute=torch.float32,
         stored=stored,
         tokens_at_once=48,
-        progress=Quiet(),
+        progress=progress or Quiet(),
     )
     outcome = stage.apply(context)
     context.output.finish({"done": True})

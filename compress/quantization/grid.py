@@ -151,9 +151,9 @@ def _try(
 def _shrunken(grouped: Tensor, scheme: Scheme, stored: torch.dtype, step: Tensor, facing: Tensor) -> Grid:
     if scheme.symmetric:
         scale = grouped.abs().amax(-1) * step / (scheme.highest + 0.5) * facing
-        return Grid(scheme, _storable(scale, stored), None)
+        return Grid(scheme, storable(scale, stored), None)
     low, high = grouped.amin(-1).clamp(max=0) * step, grouped.amax(-1).clamp(min=0) * step
-    scale = _storable((high - low) / (scheme.highest - scheme.lowest), stored)
+    scale = storable((high - low) / (scheme.highest - scheme.lowest), stored)
     zero = (scheme.lowest - low / scale.float()).round_().clamp_(scheme.lowest, scheme.highest)
     return Grid(scheme, scale, zero.to(torch.int8))
 
@@ -180,7 +180,7 @@ def _polish(grouped: Tensor, weights: Tensor, grid: Grid, stored: torch.dtype) -
     scale = (weighted * grouped).sum(-1) / (weighted * codes).sum(-1).clamp_min(1e-30)
     # All codes zero: nothing to fit, keep the scale.
     scale = torch.where(scale.abs() > SMALLEST_SCALE, scale, grid.scale.float())
-    return Grid(grid.scheme, _storable(scale, stored), grid.zero)
+    return Grid(grid.scheme, storable(scale, stored), grid.zero)
 
 
 def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
@@ -188,8 +188,8 @@ def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
     return Grid(old.scheme, torch.where(better, new.scale, old.scale), zero)
 
 
-def _storable(scale: Tensor, stored: torch.dtype) -> Tensor:
-    """Cast to the stored dtype, away from zero and inside its range."""
+def storable(scale: Tensor, stored: torch.dtype) -> Tensor:
+    """A scale of any shape, cast to the stored dtype, away from zero and inside its range."""
     limit = torch.finfo(stored).max
     floor = max(SMALLEST_SCALE, torch.finfo(stored).smallest_normal)
     sign = torch.where(scale < 0, -1.0, 1.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,8 @@ from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
 from compress.quantization.scheme import Scheme
 
+TrainingMode = Literal["auto", "model", "block"]
+
 Shapes = dict[str, tuple[int, int]]
 """(rows, columns) of every linear of every block, by full module name."""
 
@@ -27,6 +29,8 @@ Shapes = dict[str, tuple[int, int]]
 class StageContext:
     """What a stage works with. `stored` is the 16-bit dtype scales are kept in; compute happens in `compute`."""
 
+    origin: Checkpoint
+    """The model the run started from; `source` is what the stage before left of it."""
     source: Checkpoint
     output: WorkingCheckpoint
     windows: Windows | None
@@ -41,11 +45,24 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """Per-module records (see reports.report.ModuleRecord), events, and seconds by part."""
+    """Per-module records (see reports.report.ModuleRecord), events, seconds by part, and what else is worth telling."""
 
     modules: list[dict[str, Any]]
     events: list[Event]
     seconds_by_part: dict[str, float]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """`forwards`: forward passes that each calibration token costs in sum, a backward pass counted as two."""
+
+    forwards: float
+    batch_tokens: int
+    more_windows: int
+    """Windows beside the calibration text's."""
+    mode: TrainingMode
+    trains_norms: bool
 
 
 class Stage(BaseModel):
@@ -53,6 +70,8 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_calibration: ClassVar[bool] = False
+    needs_codes: ClassVar[bool] = False
+    """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
@@ -60,6 +79,11 @@ class Stage(BaseModel):
     def activation_streams(self) -> int:
         """Sets of calibration activations the stage holds at once: what `plan` predicts memory and time from."""
         return 1 if self.needs_calibration else 0
+
+    @property
+    def training(self) -> Training | None:
+        """What a stage that trains does with its windows, for `plan` to predict time and memory; None for others."""
+        return None
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""

@@ -52,7 +52,7 @@ def fold(
     for index, stage in enumerate(stages):
         key = fingerprint(key, stage, windows, machine, stored)
         with sampler.phase(f"stage {index}: {getattr(stage, 'kind', '')}"):
-            folded = _apply(stage, checkpoint, key, windows, machine, stored, progress, sampler)
+            folded = _apply(stage, source, checkpoint, key, windows, machine, stored, progress, sampler)
         done.append(folded)
         checkpoint = folded.checkpoint
     return done
@@ -91,6 +91,7 @@ def stage_folder(key: str) -> Path:
 
 def _apply(
     stage: Stage,
+    origin: Checkpoint,
     source: Checkpoint,
     key: str,
     windows: Windows | None,
@@ -112,7 +113,7 @@ def _apply(
                 events.append(Event("stage_reused", key[:12], message))
             else:
                 events += _resumed(output, key)
-                output.finish(_work(stage, source, output, key, windows, machine, stored, progress))
+                output.finish(_work(stage, origin, source, output, key, windows, machine, stored, progress))
     record = output.record()
     checkpoint = Checkpoint(folder)
     sizes = {"weight_bytes_before": source.weight_bytes, "weight_bytes_after": packed_bytes(checkpoint, stored)}
@@ -123,6 +124,7 @@ def _apply(
 
 def _work(
     stage: Stage,
+    origin: Checkpoint,
     source: Checkpoint,
     output: WorkingCheckpoint,
     key: str,
@@ -133,6 +135,7 @@ def _work(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     context = StageContext(
+        origin=origin,
         source=source,
         output=output,
         windows=windows if stage.needs_calibration else None,
@@ -151,6 +154,7 @@ def _work(
         "seconds": time.perf_counter() - started,
         "seconds_by_part": outcome.seconds_by_part,
         "modules": outcome.modules,
+        "facts": outcome.facts,
         "events": [event.to_json() for event in outcome.events],
     }
 

@@ -76,6 +76,7 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
 
     def context(after_block):
         return StageContext(
+            origin=Checkpoint(model),
             source=Checkpoint(model),
             output=WorkingCheckpoint(tmp_path / "stopped"),
             windows=WINDOWS,

@@ -134,8 +134,8 @@ def whole_model_training_bytes(load: TrainingLoad) -> int:
     """Bytes that training all blocks at once takes beside what the process holds already.
 
     Codes, dense parameters and the head; seven float32 numbers a trained one (base, factor, gradient, two moments,
-    best, and a copy while saving); embeddings and the source's final states of every token; the states entering each block,
-    and twice the inside of one block, for a batch; one weight matrix and its gradient; six matrices of logits.
+    best, and a copy while saving); embeddings and the source's final states of every token; the states entering each
+    block, and twice the inside of one block, for a batch; one weight matrix and its gradient; six matrices of logits.
     """
     weights = load.quantised + load.dense * load.compute_bytes + load.vocabulary * load.hidden * load.compute_bytes
     kept = 2 * load.kept_tokens * load.hidden * load.compute_bytes
@@ -149,9 +149,11 @@ def block_training_bytes(load: TrainingLoad) -> int:
     kept = 3 * load.kept_tokens * load.hidden * load.compute_bytes
     block = 2 * load.block_parameters * load.compute_bytes
     batch = 2 * load.batch_tokens * load.block_width * load.compute_bytes
-    return block + load.trained * 2 + load.trained * 28 // load.blocks + kept + batch + block_head_bytes(load)
+    factors = load.trained * 2 + load.trained * 28 // load.blocks
+    head = load.vocabulary * load.hidden * load.compute_bytes + 6 * 128 * load.vocabulary * 4
+    return block + factors + kept + batch + head
 
 
-def block_head_bytes(load: TrainingLoad) -> int:
-    """What judging the result takes: the head and logits of a chunk for both models."""
-    return load.vocabulary * load.hidden * load.compute_bytes + 6 * 128 * load.vocabulary * 4
+def training_disk_bytes(load: TrainingLoad) -> int:
+    """Bytes of the files that a killed run goes on from: the source's final states, and five numbers a trained one."""
+    return load.kept_tokens * load.hidden * load.compute_bytes + 20 * load.trained

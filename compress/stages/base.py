@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -18,8 +18,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
 from compress.quantization.scheme import Scheme
-
-TrainingMode = Literal["auto", "model", "block"]
+from compress.training.footprint import Mode
 
 Shapes = dict[str, tuple[int, int]]
 """(rows, columns) of every linear of every block, by full module name."""
@@ -61,8 +60,9 @@ class Training:
     batch_tokens: int
     more_windows: int
     """Windows beside the calibration text's."""
-    mode: TrainingMode
-    trains_norms: bool
+    mode: Mode
+    norms: bool
+    """Whether norm weights are trained beside scales."""
 
 
 class Stage(BaseModel):

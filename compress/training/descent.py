@@ -24,9 +24,8 @@ from compress.training.material import Material
 
 EVALUATIONS_PER_EPOCH = 3
 SECONDS_BETWEEN_SAVES = 20.0
-BETAS = (0.9, 0.99)
 EPSILON = 1e-12
-"""Gradients of relative factors are small: a mean over tokens, shared out among millions of scales."""
+"""Gradients of factors are small: a mean over tokens, shared out among millions. The step should not depend on that."""
 
 
 class Objective(Protocol):
@@ -73,9 +72,10 @@ class Descended:
     def after(self) -> float:
         return dict(self.history)[self.best_step]
 
-    @property
-    def improved(self) -> bool:
-        return self.best_step > 0
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
+        curve = [f"{step}: {value:.5g}" for step, value in self.history]
+        return {"steps": self.step, "best_step": self.best_step, "stopped": self.stopped, "held_out": curve}
 
     def evaluations_since_best(self) -> int:
         return sum(step > self.best_step for step, _ in self.history)
@@ -92,7 +92,7 @@ def descend(
     """Train the objective's factors and leave them at the best state. `path` is the file a killed run goes on from;
     it stays, for the caller to remove once the result is safe. `advance` is called once a step."""
     parameters = objective.factors
-    adam = torch.optim.Adam(parameters.values(), lr=course.learning_rate, betas=BETAS, eps=EPSILON)
+    adam = torch.optim.Adam(parameters.values(), lr=course.learning_rate, eps=EPSILON)
     state, best = _started(objective, adam, path, clock)
     for _ in range(state.step):
         advance("going on")

@@ -11,12 +11,14 @@ gradient is computed in the forward pass, while the logits are there; the backwa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.checkpoints.skeleton import Head
+from compress.training.material import Material
 
 TOKENS_AT_ONCE = 128
 """Tokens whose logits are formed at a time: with a vocabulary of 128k, 64 MiB a matrix in float32."""
@@ -27,6 +29,22 @@ def divergences(teacher: tuple[Head, Tensor], student: tuple[Head, Tensor]) -> T
     """KL divergence of each token in nats, (tokens,) float32. Tensors are normed final states (tokens, hidden)."""
     pieces = [_chunk(teacher, student, start)[0] for start in range(0, len(student[1]), TOKENS_AT_ONCE)]
     return torch.cat(pieces)
+
+
+def held_out_divergence(
+    material: Material, heads: tuple[Head, Head], states: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> float:
+    """Mean divergence in nats over all counted tokens.
+
+    heads: (teacher's, student's); states: (rows, teacher's, student's) per batch, normed (rows, tokens, hidden).
+    """
+    total, tokens = 0.0, 0
+    for rows, wanted, got in states:
+        counts = material.counts(rows)
+        if bool(counts.any()):
+            values = divergences((heads[0], wanted[counts]), (heads[1], got[counts]))
+            total, tokens = total + float(values.double().sum()), tokens + len(values)
+    return total / max(1, tokens)
 
 
 def mean_divergence(teacher: tuple[Head, Tensor], student: tuple[Head, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from compress.files import atomic_path
 _FACTS = "compress.training"
 
 
-def save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors, and JSON facts as the file's metadata; the file is whole or absent, even after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

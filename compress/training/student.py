@@ -7,6 +7,7 @@ from a `Relative` just before it runs. The same functions serve a block of any a
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.skeleton import Skeleton, load_module
+from compress.checkpoints.skeleton import Head, Skeleton, load_module
 from compress.training.quantised import QuantisedLinear
 from compress.training.relative import Relative
 
@@ -75,6 +76,13 @@ def _is_norm(module: nn.Module) -> bool:
     """One weight a channel: that is a norm in every architecture here; embeddings and linears have matrices."""
     weight = module._parameters.get("weight")
     return weight is not None and weight.dim() == 1
+
+
+def teacher_head(origin: Checkpoint, student: Head) -> Head:
+    """The source's head; the student's own where they are the same, as they are unless the export rounds them."""
+    arch = origin.architecture
+    weight = origin.dense(arch.embedding if origin.tied_head else arch.head).to(student.weight)
+    return student if torch.equal(weight, student.weight) else replace(student, weight=weight)
 
 
 def factors(trained: Trained) -> dict[str, nn.Parameter]:

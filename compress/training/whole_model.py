@@ -10,26 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from compress.calibration.walk import final_hidden_states
-from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Call, Head, Skeleton
-from compress.events import Progress
-from compress.training.divergence import divergences, mean_divergence
+from compress.training import saved
+from compress.training.descent import descend, steps_of
+from compress.training.divergence import held_out_divergence, mean_divergence
 from compress.training.material import Material
-from compress.training.student import AsExported, Trained, factors, train_norm, trained_block
-
-
-@torch.no_grad()
-def teacher_states(skeleton: Skeleton, origin: Checkpoint, material: Material, progress: Progress) -> Tensor:
-    """The source's normed final states of every window, (windows, tokens, hidden) in the compute dtype, on the CPU."""
-    batches = [material.batch(rows) for rows in material.every_batch()]
-    return torch.cat([states.cpu() for states in final_hidden_states(skeleton, origin, batches, progress, "teacher")])
+from compress.training.setting import Outcome, Setting
+from compress.training.student import Trained, factors, stored_values, teacher_head, train_norm, trained_block
 
 
 @dataclass(frozen=True)
@@ -59,14 +53,9 @@ class WholeModel:
     @torch.no_grad()
     def held_out(self) -> float:
         """Mean KL divergence in nats over all counted tokens of the windows kept out."""
-        total, tokens = 0.0, 0
-        for rows in self.material.held_out_batches():
-            counts = self.material.counts(rows)
-            states, targets = self._states(rows, keep_inside=True)[counts], self._targets(rows)[counts]
-            if len(states):
-                values = divergences((self.heads[0], targets), (self.heads[1], states))
-                total, tokens = total + float(values.double().sum()), tokens + len(values)
-        return total / max(1, tokens)
+        batches = self.material.held_out_batches()
+        states = ((rows, self._targets(rows), self._states(rows, keep_inside=True)) for rows in batches)
+        return held_out_divergence(self.material, self.heads, states)
 
     def _targets(self, rows: Tensor) -> Tensor:
         return self.targets[rows].to(self.skeleton.device)
@@ -90,29 +79,47 @@ def _through(block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
     return states
 
 
+def train_whole_model(setting: Setting) -> Outcome:
+    """Train all blocks together."""
+    with (
+        _student(setting, _targets(setting)) as student,
+        setting.progress.task("recover", steps_of(setting.material, setting.course)) as advance,
+    ):
+        path = setting.folder / "step.safetensors"
+        done = descend(student, setting.material, setting.course, path, setting.clock, advance)
+        return Outcome(stored_values(student.trained), done.before, done.after, done.facts())
+
+
+@torch.no_grad()
+def _targets(setting: Setting) -> Tensor:
+    """The source's normed final states of every window, (windows, tokens, hidden) in the compute dtype, on the CPU."""
+    path = setting.folder / "teacher.safetensors"
+    found = saved.load(path)
+    if found is not None:
+        return found[0]["states"]
+    batches = [setting.material.batch(rows) for rows in setting.material.every_batch()]
+    with setting.clock.timed("teacher"):
+        walk = final_hidden_states(setting.skeleton, setting.origin, batches, setting.progress, "source")
+        states = torch.cat([hidden.cpu() for hidden in walk])
+    saved.save(path, {"states": states}, {})
+    return states
+
+
 @contextmanager
-def whole_model(
-    skeleton: Skeleton, origin: Checkpoint, source: AsExported, material: Material, targets: Tensor, norms: bool
-) -> Iterator[WholeModel]:
-    """Load all of the student `source` and the head of its teacher `origin`, whose final states `targets` are."""
+def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
+    """All of the student with its head, loaded once."""
+    skeleton, source, material = setting.skeleton, setting.source, setting.material
     batches = [material.batch(rows) for rows in material.every_batch()]
     inputs = torch.cat([states.cpu() for states in skeleton.embed(source, batches)])
     blocks: list[nn.Module] = []
     trained: Trained = {}
     for index in range(skeleton.block_count):
-        block, found = trained_block(skeleton, source, index, norms)
+        block, found = trained_block(skeleton, source, index, setting.norms)
         blocks.append(block)
         trained.update(found)
     with skeleton.head(source) as head:
-        if norms:
+        if setting.norms:
             path = skeleton.architecture.final_norm
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
-        heads = _teacher_head(origin, head), head
+        heads = teacher_head(setting.origin, head), head
         yield WholeModel(skeleton, material, inputs, targets, blocks, heads, trained)
-
-
-def _teacher_head(origin: Checkpoint, student: Head) -> Head:
-    """The source's head; the student's own where they are the same, as they are unless the export rounds them."""
-    arch = origin.architecture
-    weight = origin.dense(arch.embedding if origin.tied_head else arch.head).to(student.weight)
-    return student if torch.equal(weight, student.weight) else replace(student, weight=weight)

@@ -103,6 +103,7 @@ def apply_stage(
     stored: torch.dtype = torch.float16,
     origin: Path | None = None,
     progress: Progress | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> tuple[Checkpoint, StageOutcome]:
     """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
     context = StageContext(
@@ -111,7 +112,7 @@ def apply_stage(
         output=WorkingCheckpoint(output),
         windows=windows,
         device=CPU,
-        compute=torch.float32,
+        compute=compute,
         stored=stored,
         tokens_at_once=48,
         progress=progress or Quiet(),

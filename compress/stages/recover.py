@@ -232,9 +232,9 @@ def _write(context: StageContext, values: dict[str, Tensor]) -> list[dict[str, A
 
 def _write_block(context: StageContext, index: int, values: dict[str, Tensor]) -> dict[str, Any]:
     source = context.source
-    prefix = source.architecture.block_name(index) + "."
+    prefix = source.architecture.block_name(index)
     quantised, records = {}, []
-    for module in sorted(module for module in source.schemes if module.startswith(prefix)):
+    for module in (f"{prefix}.{name}" for name in source.architecture.linears):
         scale = values.get(f"{module}.scale")
         if scale is not None:
             codes, grid = source.codes(module)

@@ -57,14 +57,14 @@ class _MeanDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, teacher: tuple[Head, Tensor], head: Head) -> Tensor:
         gradient = torch.empty_like(states)
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=states.device)
         for start in range(0, len(states), TOKENS_AT_ONCE):
             values, to_logits = _chunk(teacher, (head, states), start)
-            total += values.sum(dtype=torch.float64).cpu()
+            total += values.sum(dtype=torch.float64)
             weight = head.weight
             gradient[start : start + len(values)] = (to_logits / len(states)).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        return (total / len(states)).float().to(states.device)
+        return (total / len(states)).float()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

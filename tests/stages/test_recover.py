@@ -220,7 +220,7 @@ def test_bfloat16_arithmetic_trains_too(tmp_path):
             origin=model,
             compute=torch.bfloat16,
         )
-        assert outcome.facts["held_out_kl_after"] < 0.95 * outcome.facts["held_out_kl_before"]
+        assert outcome.facts["held_out_kl_after"] < 0.97 * outcome.facts["held_out_kl_before"]
 
 
 def test_padding_never_counts(tmp_path):

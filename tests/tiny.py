@@ -115,6 +115,7 @@ def apply_stage(
         compute=compute,
         stored=stored,
         tokens_at_once=48,
+        seed=0,
         progress=progress or Quiet(),
     )
     outcome = stage.apply(context)

@@ -37,6 +37,8 @@ class StageContext:
     compute: torch.dtype
     stored: torch.dtype
     tokens_at_once: int
+    seed: int
+    """The recipe's: of every draw a stage makes."""
     progress: Progress
     after_block: Callable[[int], None] = field(default=lambda index: None)
     """Called when a block has been written; tests use it to stop at a known place."""
@@ -72,6 +74,8 @@ class Stage(BaseModel):
     needs_calibration: ClassVar[bool] = False
     needs_codes: ClassVar[bool] = False
     """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
+    draws: ClassVar[bool] = False
+    """Draws at random, so that the recipe's seed decides its output."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 

@@ -56,7 +56,7 @@ class Recover(Stage):
     holdout: float = Field(
         default=0.125, gt=0, lt=1, description="share of the calibration windows kept out, to choose what ships"
     )
-    patience: int = Field(default=4, ge=1, description="evaluations without a better one before training stops")
+    patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
     self_generated_windows: int = Field(
         default=0, ge=0, description="training windows sampled from the source model, beside the calibration text"
     )
@@ -64,9 +64,9 @@ class Recover(Stage):
         default="auto",
         description="model: end to end; block: one decoder block after another; auto: model if that fits in memory",
     )
-    seed: int = Field(default=0, ge=0, description="chooses and orders windows, and seeds sampled text")
     needs_calibration: ClassVar[bool] = True
     needs_codes: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     @property
     def activation_streams(self) -> int:
@@ -131,7 +131,7 @@ class _Run:
         if (self.folder / "mode.json").is_file():
             self.events.append(Event("training_resumed", "recover", "an interrupted run had begun to train"))
         more, ledger = self._sampled()
-        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.stage.seed)
+        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
         mode = self._mode(setting)
         outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)
@@ -164,7 +164,7 @@ class _Run:
             skeleton=Skeleton(source.config, context.device, context.compute),
             material=text,
             norms=stage.train == "scales+norms",
-            course=Course(stage.epochs, stage.learning_rate, stage.patience, stage.seed),
+            course=Course(stage.epochs, stage.learning_rate, stage.patience, context.seed),
             folder=self.folder,
             clock=self.clock,
             progress=context.progress,
@@ -187,7 +187,7 @@ class _Run:
         from transformers import AutoTokenizer
 
         # A seed of its own: the calibration text may have been sampled from the same model with the recipe's.
-        seed = int(digest_of_json([self.stage.seed, self.windows.digest])[:12], 16)
+        seed = int(digest_of_json([self.context.seed, self.windows.digest])[:12], 16)
         count, width = self.stage.self_generated_windows, int(self.windows.ids.shape[1])
         spec = WindowSpec(data=SelfGenerated(), windows=count, window_tokens=width)
         origin = self.context.origin

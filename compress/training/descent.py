@@ -96,26 +96,22 @@ def descend(
     state, best = _started(objective, adam, path, clock)
     for _ in range(state.step):
         advance("going on")
-    total, note, written = steps_of(material, course), "", time.monotonic()
-    per_epoch = total // course.epochs
-    for rows in _remaining(material, course, state.step):
-        if state.stopped:
-            break
+    total, written = steps_of(material, course), time.monotonic()
+    for rows in _remaining(material, course, state):
         adam.param_groups[0]["lr"] = course.learning_rate * (1 - state.step / total)
         with clock.timed("training"):
             loss = _step(objective, rows, adam)
         state.step += 1
         if not math.isfinite(loss):
             state.stopped = f"the loss was {loss} at step {state.step}"
-        elif state.step % per_epoch in _evaluated(per_epoch):
+        elif state.step % (total // course.epochs) in _evaluated(total // course.epochs):
             with clock.timed("held-out"):
                 state.history.append((state.step, objective.held_out()))
             if state.best_step == state.step:
                 best = _copy(parameters)
-            note = f", held out {state.history[-1][1]:.5g} (at first {state.before:.5g})"
             if state.evaluations_since_best() >= course.patience:
                 state.stopped = f"no better for {course.patience} evaluations"
-        advance(f"loss {loss:.4g}{note}")
+        advance(f"loss {loss:.4g}, held out {state.history[-1][1]:.4g} (at first {state.before:.4g})")
         if state.stopped or state.step == total or time.monotonic() - written > SECONDS_BETWEEN_SAVES:
             _save(path, state, adam, parameters, best)
             written = time.monotonic()
@@ -142,12 +138,15 @@ def _step(objective: Objective, rows: Tensor, adam: torch.optim.Adam) -> float:
     return value
 
 
-def _remaining(material: Material, course: Course, done: int) -> Iterator[Tensor]:
-    """Batches of all epochs, without the first `done`."""
+def _remaining(material: Material, course: Course, state: Descended) -> Iterator[Tensor]:
+    """The batches after those that `state` has seen, until it stops."""
+    seen = state.step
     for epoch in range(course.epochs):
         for rows in material.epoch(epoch, course.seed):
-            if done:
-                done -= 1
+            if state.stopped:
+                return
+            if seen:
+                seen -= 1
             else:
                 yield rows
 

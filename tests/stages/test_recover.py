@@ -60,7 +60,7 @@ def divergence(source, candidate, windows):
 
 
 def held_out(windows, stage=STAGE):
-    rows = material(windows, None, stage.holdout, stage.batch_tokens, stage.seed).held_out
+    rows = material(windows, None, stage.holdout, stage.batch_tokens, seed=0).held_out
     return Windows(windows.ids[rows], None if windows.mask is None else windows.mask[rows], windows.ledger)
 
 

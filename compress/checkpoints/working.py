@@ -5,6 +5,7 @@
                               are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks
+    scratch/                  what a stage itself goes on from after a kill; removed when it is finished
     stage.json                written last: it marks the stage as finished
 
 Codes are kept a byte each rather than packed: every export format packs differently.
@@ -35,6 +36,11 @@ class WorkingCheckpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what the stage goes on from after a kill. It outlives `apply`, until `finish` removes it."""
+        return self.folder / "scratch"
 
     def is_finished(self) -> bool:
         return (self.folder / STAGE_FILE).is_file()
@@ -99,6 +105,7 @@ class WorkingCheckpoint:
 
     def finish(self, record: dict[str, Any]) -> None:
         write_json(self.folder / STAGE_FILE, record)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 def _entry(source: Checkpoint, name: str, replaced: Mapping[str, Tensor]) -> Entry:

@@ -7,14 +7,13 @@ embeddings and head stay. Windows kept out of training choose the state that shi
 the input ships.
 
 Where the whole model does not fit, blocks are trained one by one against the source's (`training.block_wise`). A killed
-run goes on from files under training/ in the stage's folder, which are removed when the blocks are written.
+run goes on from files in the stage's scratch folder, which is removed when the stage is finished.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -88,7 +87,7 @@ class Recover(Stage):
         return {}
 
     def apply(self, context: StageContext) -> StageOutcome:
-        folder = context.output.folder / "training"
+        folder = context.output.scratch
         run = _Run(self, context, folder)
         found = saved.load(folder / "result.safetensors")
         result = run.result() if found is None else _Result.restored(*found)
@@ -96,7 +95,6 @@ class Recover(Stage):
             saved.save(folder / "result.safetensors", result.values, result.to_json())
         with run.clock.timed("write"):
             modules = _write(context, result.values)
-        shutil.rmtree(folder)
         return StageOutcome(modules, result.events, run.clock.seconds, result.facts)
 
 

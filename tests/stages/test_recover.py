@@ -13,9 +13,10 @@ from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import Windows, WindowSpec
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.working import WorkingCheckpoint
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
-from compress.stages import Gptq, Recover, RoundToNearest
+from compress.stages import Gptq, Recover, RoundToNearest, StageContext
 from compress.training import descent, footprint
 from compress.training.material import material
 from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows
@@ -178,6 +179,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mode, kil
 
     assert again.facts == whole.facts
     assert [event.kind for event in again.events] == ["training_resumed"]
+    assert not (tmp_path / "killed" / "scratch").exists()
     paths = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert paths == sorted(path.name for path in (tmp_path / "killed").iterdir()), "nothing is left of the training"
     for name in paths:
@@ -247,3 +249,38 @@ def test_text_sampled_from_the_source_is_recorded(glass, solved, text, tmp_path)
     assert outcome.facts["windows_training"] == 42 + 4 and outcome.facts["windows_held_out"] == 6
     assert ledger["tokens_obtained"] == 4 * 96
     assert ledger["digest"] != text.digest and len(ledger["digest"]) == 64
+
+
+def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
+    random_model("llama", tmp_path / "model")
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
+    stage, windows = Recover(epochs=2, batch_tokens=48), random_windows(count=8)
+
+    def context(name, after_block=lambda index: None, progress=None):
+        return StageContext(
+            origin=Checkpoint(tmp_path / "model"),
+            source=Checkpoint(tmp_path / "rounded"),
+            output=WorkingCheckpoint(tmp_path / name),
+            windows=windows,
+            device=CPU,
+            compute=torch.float32,
+            stored=STORED,
+            tokens_at_once=48,
+            seed=0,
+            progress=progress or Quiet(),
+            after_block=after_block,
+        )
+
+    def stop(index):
+        raise KeyboardInterrupt
+
+    whole = stage.apply(context("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        stage.apply(context("stopped", stop))
+    again = stage.apply(context("stopped", progress=Killing(1)))
+
+    assert again.facts == whole.facts and [record["name"] for record in again.modules] == [
+        record["name"] for record in whole.modules
+    ]
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name

@@ -77,6 +77,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 source.checkpoint,
                 source.digest,
                 texts.calibration,
+                recipe.seed,
                 planned.machine,
                 planned.stored,
                 progress,

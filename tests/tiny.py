@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.calibration.windows import Windows, digest_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
-from compress.events import Quiet
+from compress.events import Progress, Quiet
 from compress.stages import Stage, StageContext, StageOutcome
 
 CPU = torch.device("cpu")
@@ -96,18 +96,27 @@ def random_windows(count: int = 6, tokens: int = 24, seed: int = 7, padded: bool
 
 
 def apply_stage(
-    stage: Stage, source: Path, output: Path, windows: Windows | None = None, stored: torch.dtype = torch.float16
+    stage: Stage,
+    source: Path,
+    output: Path,
+    windows: Windows | None = None,
+    stored: torch.dtype = torch.float16,
+    origin: Path | None = None,
+    progress: Progress | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> tuple[Checkpoint, StageOutcome]:
-    """The stage's finished checkpoint and what it says about it."""
+    """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
     context = StageContext(
+        origin=Checkpoint(origin or source),
         source=Checkpoint(source),
         output=WorkingCheckpoint(output),
         windows=windows,
         device=CPU,
-        compute=torch.float32,
+        compute=compute,
         stored=stored,
         tokens_at_once=48,
-        progress=Quiet(),
+        seed=0,
+        progress=progress or Quiet(),
     )
     outcome = stage.apply(context)
     context.output.finish({"done": True})

@@ -146,10 +146,13 @@ class Skeleton:
 
     def call(self, batch: Batch, hidden: Tensor, index: int) -> Call:
         """The arguments block `index` receives for `batch`. Batches without padding share them by shape."""
+        return self.calls(batch, hidden)[index]
+
+    @torch.no_grad()
+    def calls(self, batch: Batch, hidden: Tensor) -> list[Call]:
+        """The arguments of every block for `batch`, whose hidden states (windows, tokens, hidden) give the dtype."""
         known = self._calls.get((batch.ids.shape[0], batch.ids.shape[1])) if batch.mask is None else None
-        if known is None:
-            known = self._record_from_hidden(batch, hidden)
-        return known[index]
+        return self._record_from_hidden(batch, hidden) if known is None else known
 
     def _record_from_hidden(self, batch: Batch, hidden: Tensor) -> list[Call]:
         """Masks of a padded batch are rebuilt when needed rather than kept: they grow with tokens squared."""

@@ -5,6 +5,7 @@
                               are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks
+    scratch/                  what a stage itself goes on from after a kill; removed when it is finished
     stage.json                written last: it marks the stage as finished
 
 Codes are kept a byte each rather than packed: every export format packs differently.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,11 @@ class WorkingCheckpoint:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what the stage goes on from after a kill. It outlives `apply`, until `finish` removes it."""
+        return self.folder / "scratch"
+
     def is_finished(self) -> bool:
         return (self.folder / STAGE_FILE).is_file()
 
@@ -53,8 +60,12 @@ class WorkingCheckpoint:
         index: int,
         quantised: dict[str, tuple[Tensor, Grid]],
         record: dict[str, Any],
+        replaced: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write block `index`: new codes and grids for the modules in `quantised`, the rest as it is in `source`."""
+        """Write block `index`: new codes and grids for the modules in `quantised`, the rest as it is in `source`.
+
+        `replaced` gives new values to plain tensors of the block, by full name (norm weights).
+        """
         prefix = source.architecture.block_name(index)
         tensors: dict[str, Tensor] = {}
         schemes = {name: scheme for name, scheme in source.schemes.items() if name.startswith(prefix + ".")}
@@ -64,7 +75,8 @@ class WorkingCheckpoint:
                 continue
             if module in schemes and leaf != "bias":
                 continue
-            tensors[name] = source.read(name)
+            new = None if replaced is None else replaced.get(name)
+            tensors[name] = source.read(name) if new is None else new.cpu().contiguous()
         kept = {module: source.codes(module) for module in schemes if module not in quantised}
         for module, (codes, grid) in {**kept, **quantised}.items():
             schemes[module] = grid.scheme
@@ -77,10 +89,13 @@ class WorkingCheckpoint:
             save_file(tensors, temporary, metadata)
         write_json(self.folder / f"block-{index:05d}.json", record)
 
-    def write_outer(self, source: Checkpoint) -> None:
-        """Copy everything outside the blocks, and the files that travel with a model."""
+    def write_outer(self, source: Checkpoint, replaced: Mapping[str, Tensor] | None = None) -> None:
+        """Copy everything outside the blocks, and the files that travel with a model.
+
+        `replaced` gives new values to tensors outside the blocks, by full name (the final norm).
+        """
         names = [name for name in source.names if source.architecture.block_index(name) is None]
-        entries = [_entry(source, name) for name in names]
+        entries = [_entry(source, name, replaced or {}) for name in names]
         write_safetensors(self.folder / "outer.safetensors", entries)
         for path in companion_files(source.folder):
             if path.name != "config.json":
@@ -90,9 +105,13 @@ class WorkingCheckpoint:
 
     def finish(self, record: dict[str, Any]) -> None:
         write_json(self.folder / STAGE_FILE, record)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _entry(source: Checkpoint, name: str) -> Entry:
+def _entry(source: Checkpoint, name: str, replaced: Mapping[str, Tensor]) -> Entry:
+    if name in replaced:
+        new = replaced[name]
+        return Entry(name, new.dtype, tuple(new.shape), lambda: new)
     tensor_dtype, shape = source.header(name)
     from compress.checkpoints.stream import DTYPE_NAMES
 

@@ -13,8 +13,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 
 def rss_anon() -> int:
@@ -53,6 +57,15 @@ def exact_allocation() -> None:
     m_mmap_threshold = -3  # from malloc.h
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be taken on a device: free memory of a GPU, available host memory otherwise."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 class PeakSampler:

@@ -106,3 +106,54 @@ def reload_peak_bytes(load: WalkLoad) -> int:
     head = load.vocabulary * load.hidden * 4
     logits = 5 * 256 * load.vocabulary * 4
     return INTERPRETER + load.parameters * 6 + states + head + logits
+
+
+@dataclass(frozen=True)
+class TrainingLoad:
+    """What decides the memory of training scales and norms. Counts; `compute_bytes` per element."""
+
+    quantised: int
+    """Weights of quantised linears: a byte each while they train."""
+    dense: int
+    """Other parameters of all blocks."""
+    trained: int
+    """Scales and norm weights."""
+    block_parameters: int
+    block_width: int
+    """Rows and columns of all linears of a block together: what one token leaves inside a block."""
+    blocks: int
+    hidden: int
+    vocabulary: int
+    batch_tokens: int
+    kept_tokens: int
+    """Tokens of all windows, whose states are kept."""
+    compute_bytes: int
+
+
+def whole_model_training_bytes(load: TrainingLoad) -> int:
+    """Bytes that training all blocks at once takes beside what the process holds already.
+
+    Codes, dense parameters and the head; seven float32 numbers a trained one (base, factor, gradient, two moments,
+    best, and a copy while saving); embeddings and the source's final states of every token; the states entering each
+    block, and twice the inside of one block, for a batch; one weight matrix and its gradient; six matrices of logits.
+    """
+    weights = load.quantised + load.dense * load.compute_bytes + load.vocabulary * load.hidden * load.compute_bytes
+    kept = 2 * load.kept_tokens * load.hidden * load.compute_bytes
+    batch = load.batch_tokens * (load.blocks * load.hidden + 2 * load.block_width) * load.compute_bytes
+    widest = 2 * load.block_width * load.hidden * 4
+    return weights + load.trained * 28 + kept + batch + widest + 6 * 128 * load.vocabulary * 4
+
+
+def block_training_bytes(load: TrainingLoad) -> int:
+    """Bytes that training one block at a time takes: the block twice, three states of every token, its inside."""
+    kept = 3 * load.kept_tokens * load.hidden * load.compute_bytes
+    block = 2 * load.block_parameters * load.compute_bytes
+    batch = 2 * load.batch_tokens * load.block_width * load.compute_bytes
+    factors = load.trained * 2 + load.trained * 28 // load.blocks
+    head = load.vocabulary * load.hidden * load.compute_bytes + 6 * 128 * load.vocabulary * 4
+    return block + factors + kept + batch + head
+
+
+def training_disk_bytes(load: TrainingLoad) -> int:
+    """Bytes of the files that a killed run goes on from: the source's final states, and five numbers a trained one."""
+    return load.kept_tokens * load.hidden * load.compute_bytes + 20 * load.trained

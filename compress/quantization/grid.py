@@ -189,7 +189,7 @@ def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
 
 
 def storable(scale: Tensor, stored: torch.dtype) -> Tensor:
-    """Cast to the stored dtype, away from zero and inside its range."""
+    """A scale of any shape, cast to the stored dtype, away from zero and inside its range."""
     limit = torch.finfo(stored).max
     floor = max(SMALLEST_SCALE, torch.finfo(stored).smallest_normal)
     sign = torch.where(scale < 0, -1.0, 1.0)

@@ -40,6 +40,7 @@ def render_html(report: Report) -> str:
         memory=tables.memory_table(report),
         stages=tables.stages_table(report),
         splits=[_split(stage.kind, stage.seconds_by_part) for stage in report.stages if stage.seconds_by_part],
+        stage_facts=[(stage.kind, tables.facts(stage.facts)) for stage in report.stages if stage.facts],
         steps=_split("the whole run", report.seconds_by_step),
         event_counts=tables.event_counts_table(report),
         absent=[kind for kind in EVENT_KINDS if not report.event_counts.get(kind)],

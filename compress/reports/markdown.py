@@ -54,6 +54,8 @@ def render_markdown(report: Report) -> str:
     parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]
     parts += _section("Memory", [memory_table(report)])
     parts += _section("Stages", [stages_table(report)])
+    for stage in (stage for stage in report.stages if stage.facts):
+        parts += [f"### What {escape(stage.kind)} did", _facts_text(stage.facts)]
     parts.append("Steps of the run: " + escape("; ".join(_steps(report))) + ".")
     parts += _section("Events", [event_counts_table(report), events_table(report)])
     if len(report.events) > MOST_EVENTS:

@@ -81,6 +81,9 @@ class StageRecord(Value):
     peak_host_bytes: int | None = None
     seconds_by_part: dict[str, float] = Field(default_factory=dict, description="forward, hessian, solve, write, ...")
     modules: list[ModuleRecord] = Field(default_factory=list)
+    facts: dict[str, Any] = Field(
+        default_factory=dict, description="what else the stage tells of itself, e.g. held-out KL before and after"
+    )
 
 
 class RoundTrip(Value):

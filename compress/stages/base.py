@@ -18,6 +18,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
 from compress.quantization.scheme import Scheme
+from compress.training.footprint import Mode
 
 Shapes = dict[str, tuple[int, int]]
 """(rows, columns) of every linear of every block, by full module name."""
@@ -27,6 +28,8 @@ Shapes = dict[str, tuple[int, int]]
 class StageContext:
     """What a stage works with. `stored` is the 16-bit dtype scales are kept in; compute happens in `compute`."""
 
+    origin: Checkpoint
+    """The model the run started from; `source` is what the stage before left of it."""
     source: Checkpoint
     output: WorkingCheckpoint
     windows: Windows | None
@@ -34,6 +37,8 @@ class StageContext:
     compute: torch.dtype
     stored: torch.dtype
     tokens_at_once: int
+    seed: int
+    """The recipe's: of every draw a stage makes."""
     progress: Progress
     after_block: Callable[[int], None] = field(default=lambda index: None)
     """Called when a block has been written; tests use it to stop at a known place."""
@@ -41,11 +46,25 @@ class StageContext:
 
 @dataclass(frozen=True)
 class StageOutcome:
-    """Per-module records (see reports.report.ModuleRecord), events, and seconds by part."""
+    """Per-module records (see reports.report.ModuleRecord), events, seconds by part, and what else is worth telling."""
 
     modules: list[dict[str, Any]]
     events: list[Event]
     seconds_by_part: dict[str, float]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """`forwards`: forward passes that each calibration token costs in sum, a backward pass counted as two."""
+
+    forwards: float
+    batch_tokens: int
+    more_windows: int
+    """Windows beside the calibration text's."""
+    mode: Mode
+    norms: bool
+    """Whether norm weights are trained beside scales."""
 
 
 class Stage(BaseModel):
@@ -53,6 +72,10 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_calibration: ClassVar[bool] = False
+    needs_codes: ClassVar[bool] = False
+    """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
+    draws: ClassVar[bool] = False
+    """Draws at random, so that the recipe's seed decides its output."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
@@ -61,6 +84,11 @@ class Stage(BaseModel):
         """Sets of calibration activations the stage holds at once, 0.25 for a quarter of one beside: what `plan`
         predicts memory and time from."""
         return 1 if self.needs_calibration else 0
+
+    @property
+    def training(self) -> Training | None:
+        """What a stage that trains does with its windows, for `plan` to predict time and memory; None for others."""
+        return None
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""

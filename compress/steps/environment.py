@@ -14,14 +14,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from compress import __version__
 from compress.errors import EnvironmentLacksError
+from compress.memory.measure import free_bytes
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
-_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "stages", "evaluation")
+_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "training", "stages", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,7 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
 
 def fits(parameters: int, machine: Machine) -> bool:
     """Whether the whole export, dequantised, fits in four fifths of the free memory."""
-    if machine.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(machine.device)
-    else:
-        free = psutil.virtual_memory().available
-    return parameters * 4 < 0.8 * free
+    return parameters * 4 < 0.8 * free_bytes(machine.device)
 
 
 @cache

@@ -41,6 +41,7 @@ def fold(
     source: Checkpoint,
     source_digest: str,
     windows: Windows | None,
+    seed: int,
     machine: Machine,
     stored: torch.dtype,
     progress: Progress,
@@ -50,9 +51,9 @@ def fold(
     done: list[Folded] = []
     checkpoint, key = source, source_digest
     for index, stage in enumerate(stages):
-        key = fingerprint(key, stage, windows, machine, stored)
+        key = fingerprint(key, stage, windows, seed, machine, stored)
         with sampler.phase(f"stage {index}: {getattr(stage, 'kind', '')}"):
-            folded = _apply(stage, checkpoint, key, windows, machine, stored, progress, sampler)
+            folded = _apply(stage, source, checkpoint, key, windows, seed, machine, stored, progress, sampler)
         done.append(folded)
         checkpoint = folded.checkpoint
     return done
@@ -69,7 +70,9 @@ def stage_events(folded: list[Folded]) -> list[Event]:
     return found
 
 
-def fingerprint(before: str, stage: Stage, windows: Windows | None, machine: Machine, stored: torch.dtype) -> str:
+def fingerprint(
+    before: str, stage: Stage, windows: Windows | None, seed: int, machine: Machine, stored: torch.dtype
+) -> str:
     """sha256 of everything that decides a stage's output."""
     return digest_of_json(
         {
@@ -78,6 +81,7 @@ def fingerprint(before: str, stage: Stage, windows: Windows | None, machine: Mac
             "stage_version": stage.version,
             "code": code_digest(),
             "calibration": windows.digest if windows is not None and stage.needs_calibration else None,
+            "seed": seed if stage.draws else None,
             "machine": machine.to_json(),
             "stored": str(stored),
             "versions": versions(),
@@ -91,9 +95,11 @@ def stage_folder(key: str) -> Path:
 
 def _apply(
     stage: Stage,
+    origin: Checkpoint,
     source: Checkpoint,
     key: str,
     windows: Windows | None,
+    seed: int,
     machine: Machine,
     stored: torch.dtype,
     progress: Progress,
@@ -112,7 +118,7 @@ def _apply(
                 events.append(Event("stage_reused", key[:12], message))
             else:
                 events += _resumed(output, key)
-                output.finish(_work(stage, source, output, key, windows, machine, stored, progress))
+                output.finish(_work(stage, origin, source, output, key, windows, seed, machine, stored, progress))
     record = output.record()
     checkpoint = Checkpoint(folder)
     sizes = {"weight_bytes_before": source.weight_bytes, "weight_bytes_after": packed_bytes(checkpoint, stored)}
@@ -123,16 +129,19 @@ def _apply(
 
 def _work(
     stage: Stage,
+    origin: Checkpoint,
     source: Checkpoint,
     output: WorkingCheckpoint,
     key: str,
     windows: Windows | None,
+    seed: int,
     machine: Machine,
     stored: torch.dtype,
     progress: Progress,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     context = StageContext(
+        origin=origin,
         source=source,
         output=output,
         windows=windows if stage.needs_calibration else None,
@@ -140,6 +149,7 @@ def _work(
         compute=machine.compute,
         stored=stored,
         tokens_at_once=machine.tokens_at_once,
+        seed=seed,
         progress=progress,
     )
     outcome = stage.apply(context)
@@ -151,6 +161,7 @@ def _work(
         "seconds": time.perf_counter() - started,
         "seconds_by_part": outcome.seconds_by_part,
         "modules": outcome.modules,
+        "facts": outcome.facts,
         "events": [event.to_json() for event in outcome.events],
     }
 

@@ -22,7 +22,9 @@ from compress.events import Progress
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
+from compress.stages.base import Training
 from compress.steps.environment import Machine, choose_machine, fits
+from compress.steps.training import nothing_to_train, training_bytes, training_flops, trainings_of
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
     load = _load(recipe, skeleton, dimensions, matrices, parameters, machine)
-    disk = export_bytes + len(recipe.stages) * (parameters + (parameters - _inside(matrices)) * 4)
+    trainings = trainings_of(recipe, skeleton, schemes, machine)
+    disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
+    disk += export_bytes + len(recipe.stages) * (parameters + (parameters - _inside(matrices)) * 4)
     plan = Plan(
         recipe=recipe,
         config=config,
@@ -119,7 +123,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=_peak(load, machine),
+        peak_host_bytes=_peak(load, trainings, machine),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
@@ -137,6 +141,7 @@ def _mistakes(
         for index, stage in enumerate(recipe.stages)
         for sentence in stage.check(matrices, architecture)
     ]
+    found += nothing_to_train(recipe, matrices)
     format_ = FORMATS[recipe.export.format]
     if architecture.transposed_linears and not format_.transposed_linears:
         able = [name for name, other in FORMATS.items() if other.transposed_linears]
@@ -211,9 +216,12 @@ def _evaluation_tokens(recipe: Recipe) -> int:
     return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
 
 
-def _peak(load: predict.WalkLoad, machine: Machine) -> int:
-    """The worst phase: calibrating, measuring, or, where it fits, reloading the export through its public loader."""
+def _peak(load: predict.WalkLoad, trainings: list[tuple[Training, predict.TrainingLoad]], machine: Machine) -> int:
+    """The worst phase: calibrating, training, measuring, or, where it fits, reloading the export publicly."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if machine.device.type == "cpu":
+        states = load.evaluation_tokens * load.hidden * 4
+        peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
     if fits(load.parameters, machine) and machine.device.type == "cpu":
         peaks.append(predict.reload_peak_bytes(load))
     return max(peaks)
@@ -228,7 +236,9 @@ def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: D
     # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
     flops += 40 * 10 * evaluated * dimensions.vocabulary
     for stage in recipe.stages:
-        if stage.needs_calibration and recipe.calibration:
+        if stage.training and recipe.calibration:
+            flops += training_flops(stage.training, recipe.calibration, inside, dimensions)
+        elif stage.needs_calibration and recipe.calibration:
             tokens = recipe.calibration.windows * recipe.calibration.window_tokens
             flops += 2 * tokens * inside * stage.activation_streams
             # H takes a little over half of a product, D and R one and a third, of the tokens they cover.

@@ -375,6 +375,14 @@ def test_half_of_a_fused_projection_cannot_be_left_out(recipe, here):
     assert "k_proj unquantised" in ended.err and "fuse these into one matrix" in ended.err
 
 
+def test_a_stage_that_trains_codes_needs_a_stage_before_it_that_makes_them(recipe, here, glass_recipe):
+    ended = here("plan", recipe(stages=[{"kind": "recover"}, *glass_recipe["stages"]]))
+
+    assert ended.code == 2
+    assert "stages[0]: recover works on linears that were quantised before it" in ended.err
+    assert "put a stage that does first (round_to_nearest, gptq)" in ended.err
+
+
 def test_a_mix_of_schemes_that_transformers_could_not_load_is_refused_by_plan(recipe, here, glass_recipe):
     (stage,) = glass_recipe["stages"]
 

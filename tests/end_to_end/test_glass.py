@@ -92,6 +92,24 @@ def test_two_stages_in_a_row_are_folded_and_the_last_word_is_the_artifacts(recip
     assert report["round_trip"]["passed"] is True
 
 
+def test_a_recovered_model_is_published_with_what_training_did(recipe, here, glass_recipe, tmp_path):
+    """In three bits, so that there is something to recover; the report says how it went."""
+    gptq = {**glass_recipe["stages"][0], "bits": 3}
+    measured = {}
+    for name, stages in (("solved", [gptq]), ("recovered", [gptq, {"kind": "recover", "batch_tokens": 512}])):
+        ended = here("run", recipe(name=name, stages=stages), "--store", tmp_path / "store", "--json")
+        assert ended.code == 0, ended.err
+        report = json.loads(ended.out)
+        measured[name] = report["measurements"]["compressed"]["divergence.held-out.mean_kl"]
+
+    assert measured["recovered"] < 0.99 * measured["solved"]
+    assert report["round_trip"]["passed"] is True
+    facts = report["stages"][1]["facts"]
+    assert facts["held_out_kl_after"] < facts["held_out_kl_before"]
+    page = (tmp_path / "store" / "recovered" / "v0001" / "reports" / "report.html").read_text()
+    assert "What recover did" in page and "held out kl before" in page
+
+
 def test_the_model_can_calibrate_on_text_of_its_own(recipe, here, tmp_path):
     calibration = {"data": {"kind": "self-generated"}, "windows": 8, "window_tokens": 64}
 

@@ -77,6 +77,7 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
 
     def context(after_block):
         return StageContext(
+            origin=Checkpoint(model),
             source=Checkpoint(model),
             output=WorkingCheckpoint(tmp_path / "stopped"),
             windows=WINDOWS,
@@ -84,6 +85,7 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
             compute=torch.float32,
             stored=torch.float16,
             tokens_at_once=48,
+            seed=0,
             progress=Quiet(),
             after_block=after_block,
         )

@@ -1,0 +1,256 @@
+"""Recover: with the integers frozen, train scales and norm weights to bring a model back towards its source.
+
+Rounding decided each linear by itself, or against the errors before it. Training sees the end: the KL divergence of the
+next-token probabilities from the source's, lowered by gradient descent over a few epochs of calibration text (the
+end-to-end phase of EfficientQAT, arXiv 2407.11062, with the source as teacher instead of the text). Codes, zero points,
+embeddings and head stay. Windows kept out of training choose the state that ships; if none is better than the input,
+the input ships.
+
+Where the whole model does not fit, blocks are trained one by one against the source's (`training.block_wise`). A killed
+run goes on from files in the stage's scratch folder, which is removed when the stage is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from compress.architecture import Architecture
+from compress.calibration.self_generated import sample_windows
+from compress.calibration.texts import SelfGenerated
+from compress.calibration.windows import Windows, WindowSpec
+from compress.checkpoints.skeleton import Skeleton
+from compress.events import Event
+from compress.files import digest_of_json, write_json
+from compress.quantization.scheme import Scheme
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, Training, restore
+from compress.training import saved
+from compress.training.block_wise import train_block_wise
+from compress.training.clock import Clock
+from compress.training.descent import Course
+from compress.training.footprint import Choice, Mode, choose, training_load
+from compress.training.material import Material, material
+from compress.training.setting import Setting
+from compress.training.student import AsExported
+from compress.training.whole_model import train_whole_model
+
+
+class Recover(Stage):
+    """Train the scales and norm weights of a quantised model by its KL divergence from the source. Integers stay."""
+
+    kind: Literal["recover"] = "recover"
+    train: Literal["scales", "scales+norms"] = Field(default="scales+norms", description="what is trained")
+    epochs: int = Field(default=3, ge=1, description="passes over the training windows")
+    learning_rate: float = Field(
+        default=1e-3, gt=0, description="Adam's at the first step, of a relative change; falls linearly to zero"
+    )
+    batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, in whole windows")
+    holdout: float = Field(
+        default=0.125, gt=0, lt=1, description="share of the calibration windows kept out, to choose what ships"
+    )
+    patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
+    self_generated_windows: int = Field(
+        default=0, ge=0, description="training windows sampled from the source model, beside the calibration text"
+    )
+    mode: Mode = Field(
+        default="auto",
+        description="model: end to end; block: one decoder block after another; auto: model if that fits in memory",
+    )
+    needs_calibration: ClassVar[bool] = True
+    needs_codes: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+
+    @property
+    def activation_streams(self) -> int:
+        return 0  # nothing is held inside a block; `training` says what is kept
+
+    @property
+    def training(self) -> Training:
+        # Forward, forward again, and a backward pass that counts twice; the teacher's pass and the evaluations.
+        forwards = 1 + self.epochs * (4 * (1 - self.holdout) + 3 * self.holdout)
+        norms = self.train == "scales+norms"
+        return Training(forwards, self.batch_tokens, self.self_generated_windows, self.mode, norms)
+
+    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        del shapes, architecture
+        return []
+
+    def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
+        del shapes
+        return {}
+
+    def apply(self, context: StageContext) -> StageOutcome:
+        folder = context.output.scratch
+        run = _Run(self, context, folder)
+        found = saved.load(folder / "result.safetensors")
+        result = run.result() if found is None else _Result.restored(*found)
+        if found is None:
+            saved.save(folder / "result.safetensors", result.values, result.to_json())
+        with run.clock.timed("write"):
+            modules = _write(context, result.values)
+        return StageOutcome(modules, result.events, run.clock.seconds, result.facts)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """New tensors by stored name (none: the input ships), what the report says, and events."""
+
+    values: dict[str, Tensor]
+    facts: dict[str, Any]
+    events: list[Event]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"facts": self.facts, "events": [event.to_json() for event in self.events]}
+
+    @classmethod
+    def restored(cls, values: dict[str, Tensor], notes: dict[str, Any]) -> _Result:
+        return cls(values, notes["facts"], [Event(**event) for event in notes["events"]])
+
+
+class _Run:
+    """One application of the stage: its text, its models, its clock and its ledger."""
+
+    def __init__(self, stage: Recover, context: StageContext, folder: Path) -> None:
+        assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
+        assert context.source.schemes, "plan refuses a recipe where nothing was quantised before"
+        self.stage, self.context, self.windows, self.folder = stage, context, context.windows, folder
+        self.clock = Clock()
+        self.events: list[Event] = []
+
+    def result(self) -> _Result:
+        """Train, and decide what ships."""
+        if (self.folder / "mode.json").is_file():
+            self.events.append(Event("training_resumed", "recover", "an interrupted run had begun to train"))
+        more, ledger = self._sampled()
+        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
+        setting = self._setting(text)
+        mode = self._mode(setting)
+        outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)
+        improved = outcome.after < outcome.before
+        if not improved:
+            message = f"held-out KL {outcome.before:.4g} before training, {outcome.after:.4g} after: the input ships"
+            numbers = {"before": outcome.before, "after": outcome.after}
+            self.events.append(Event("recover_kept_input", "recover", message, numbers))
+        facts = {
+            "mode": mode,
+            "learning_rate": self.stage.learning_rate,
+            "trained_numbers": sum(value.numel() for value in outcome.values.values()),
+            "windows_training": len(text.training),
+            "windows_held_out": len(text.held_out),
+            "tokens_training": text.tokens(text.training),
+            "tokens_held_out": text.tokens(text.held_out),
+            "held_out_kl_before": outcome.before,
+            "held_out_kl_after": outcome.after if improved else outcome.before,
+            **outcome.facts,
+            **({"self_generated": ledger} if ledger else {}),
+        }
+        return _Result(outcome.values if improved else {}, facts, self.events)
+
+    def _setting(self, text: Material) -> Setting:
+        stage, context = self.stage, self.context
+        source = AsExported(context.source.folder, context.stored)
+        return Setting(
+            origin=context.origin,
+            source=source,
+            skeleton=Skeleton(source.config, context.device, context.compute),
+            material=text,
+            norms=stage.train == "scales+norms",
+            course=Course(stage.epochs, stage.learning_rate, stage.patience, context.seed),
+            folder=self.folder,
+            clock=self.clock,
+            progress=context.progress,
+        )
+
+    def _sampled(self) -> tuple[Windows | None, dict[str, Any]]:
+        """Further training windows from the source itself, and their ledger."""
+        if not self.stage.self_generated_windows:
+            return None, {}
+        path = self.folder / "sampled.safetensors"
+        found = saved.load(path)
+        if found is not None:
+            return Windows(found[0]["ids"], None, found[1]), found[1]
+        with self.clock.timed("sampling"):
+            windows = self._sample()
+        saved.save(path, {"ids": windows.ids}, windows.ledger)
+        return windows, windows.ledger
+
+    def _sample(self) -> Windows:
+        from transformers import AutoTokenizer
+
+        # A seed of its own: the calibration text may have been sampled from the same model with the recipe's.
+        seed = int(digest_of_json([self.context.seed, self.windows.digest])[:12], 16)
+        count, width = self.stage.self_generated_windows, int(self.windows.ids.shape[1])
+        spec = WindowSpec(data=SelfGenerated(), windows=count, window_tokens=width)
+        origin = self.context.origin
+        tokenizer = AutoTokenizer.from_pretrained(origin.folder)
+        return sample_windows(spec, origin, tokenizer, seed, self.context.device, self.context.progress)
+
+    def _mode(self, setting: Setting) -> Literal["model", "block"]:
+        """How to train. A run that goes on does so as it began, whatever is free now."""
+        path, text = self.folder / "mode.json", setting.material
+        if path.is_file():
+            choice = Choice(**json.loads(path.read_text(encoding="utf-8")))
+        else:
+            tokens = text.windows_at_once * text.ids.shape[1]
+            load = training_load(
+                setting.skeleton, setting.source.schemes, setting.norms, tokens, text.ids.numel(), self.context.compute
+            )
+            choice = choose(self.stage.mode, load, self.context.device)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, dataclasses.asdict(choice))
+        if self.stage.mode == "auto" and choice.mode == "block":
+            needed = choice.whole_model_bytes
+            message = f"training the whole model takes about {needed:,} bytes, and {choice.free:,} were free"
+            self.events.append(Event("recover_block_wise", "recover", message, {"bytes": needed}))
+        return choice.mode
+
+
+def _write(context: StageContext, values: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """The input with new scales and norms: the outer tensors, then block by block. Returns the modules' records."""
+    source, output = context.source, context.output
+    arch = source.architecture
+    output.write_outer(source, values)
+    count = 1 + max(index for name in source.names if (index := arch.block_index(name)) is not None)
+    modules: list[dict[str, Any]] = []
+    for index in range(count):
+        record = output.block_record(index)
+        if record is None:
+            record = _write_block(context, index, values)
+            context.after_block(index)
+        modules += restore(record)[0]
+    return modules
+
+
+def _write_block(context: StageContext, index: int, values: dict[str, Tensor]) -> dict[str, Any]:
+    source = context.source
+    prefix = source.architecture.block_name(index)
+    quantised, records = {}, []
+    for module in (f"{prefix}.{name}" for name in source.architecture.linears):
+        scale = values.get(f"{module}.scale")
+        if scale is not None:
+            codes, grid = source.codes(module)
+            quantised[module] = (codes, dataclasses.replace(grid, scale=scale))
+            records.append(_record(module, index, source.schemes[module], codes.shape))
+    record: dict[str, Any] = {"modules": records, "events": []}
+    context.output.write_block(source, index, quantised, record, values)
+    return record
+
+
+def _record(module: str, index: int, scheme: Scheme, shape: torch.Size) -> dict[str, Any]:
+    rows, columns = shape
+    return {
+        "name": module,
+        "block": index,
+        "scheme": scheme.label,
+        "error": None,
+        "seconds": 0.0,
+        "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
+        "events": [],
+    }

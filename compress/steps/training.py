@@ -1,0 +1,65 @@
+"""What `plan` knows of stages that train: whether there is something to train, and the bytes and time it will take."""
+
+from __future__ import annotations
+
+from compress.architecture import Dimensions
+from compress.calibration.windows import WindowSpec
+from compress.checkpoints.skeleton import Skeleton
+from compress.memory import predict
+from compress.quantization.scheme import Scheme
+from compress.recipe import Recipe
+from compress.stages import STAGES
+from compress.stages.base import Training
+from compress.steps.environment import Machine
+from compress.training.footprint import choose, training_load
+
+
+def nothing_to_train(recipe: Recipe, matrices: dict[str, tuple[int, int]]) -> list[str]:
+    """Stages that work on codes, with no stage before them that makes any."""
+    found = []
+    coded: set[str] = set()
+    for index, stage in enumerate(recipe.stages):
+        if stage.needs_codes and not coded:
+            makers = ", ".join(kind for kind, other in STAGES.items() if not other.needs_codes)
+            found.append(
+                f"stages[{index}]: {stage.kind} works on linears that were quantised before it, and no stage before it "
+                f"quantises one; put a stage that does first ({makers})"
+            )
+        coded |= set(stage.schemes(matrices))
+    return found
+
+
+def trainings_of(
+    recipe: Recipe, skeleton: Skeleton, schemes: dict[str, Scheme], machine: Machine
+) -> list[tuple[Training, predict.TrainingLoad]]:
+    """What each stage that trains does, and what decides its memory."""
+    found = []
+    for stage in recipe.stages:
+        training = stage.training
+        if training is not None and recipe.calibration is not None:
+            window = recipe.calibration.window_tokens
+            batch = max(1, training.batch_tokens // window) * window
+            kept = (recipe.calibration.windows + training.more_windows) * window
+            load = training_load(skeleton, schemes, training.norms, batch, kept, machine.compute)
+            found.append((training, load))
+    return found
+
+
+def training_bytes(training: Training, load: predict.TrainingLoad, machine: Machine) -> int:
+    """Host bytes of one such stage on a CPU, beside the interpreter."""
+    if choose(training.mode, load, machine.device).mode == "model":
+        return predict.whole_model_training_bytes(load)
+    return predict.block_training_bytes(load)
+
+
+def training_flops(training: Training, text: WindowSpec, inside: int, dimensions: Dimensions) -> float:
+    """Multiplications of all passes, logits of source and student, weights rebuilt in every step, text sampled."""
+    sampled = training.more_windows * text.window_tokens
+    tokens = text.windows * text.window_tokens + sampled
+    head = dimensions.hidden * dimensions.vocabulary
+    # Logits of both models are formed once where blocks run forward, forward and backward; the softmaxes are slow.
+    logits = training.forwards / 4 * tokens
+    flops = 2 * training.forwards * tokens * inside + logits * (6 * head + 40 * 10 * dimensions.vocabulary)
+    flops += 100 * inside * logits / training.batch_tokens
+    # A token at a time, sixteen windows together: a multiplication then waits for the weights.
+    return flops + 4 * 2 * sampled * (inside + head)

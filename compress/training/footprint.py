@@ -1,0 +1,64 @@
+"""The memory training will take, and what that says about how to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from compress.checkpoints.skeleton import Skeleton
+from compress.memory import predict
+from compress.memory.measure import free_bytes
+from compress.quantization.scheme import Scheme
+
+Mode = Literal["auto", "model", "block"]
+SHARE = 0.8
+"""Of free memory that training the whole model may be predicted to take."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to train, and why: bytes that the whole model would take, and bytes that are free."""
+
+    mode: Literal["model", "block"]
+    whole_model_bytes: int
+    free: int
+
+
+def choose(asked: Mode, load: predict.TrainingLoad, device: torch.device) -> Choice:
+    """`auto` trains the whole model where it fits."""
+    whole, free = predict.whole_model_training_bytes(load), free_bytes(device)
+    fitting: Literal["model", "block"] = "model" if whole <= SHARE * free else "block"
+    return Choice(fitting if asked == "auto" else asked, whole, free)
+
+
+def training_load(
+    skeleton: Skeleton,
+    schemes: dict[str, Scheme],
+    norms: bool,
+    batch_tokens: int,
+    kept_tokens: int,
+    compute: torch.dtype,
+) -> predict.TrainingLoad:
+    """What decides the memory of training, from shapes. `kept_tokens`: tokens of all windows."""
+    shapes = skeleton.linear_shapes()
+    quantised = sum(shapes[module][0] * shapes[module][1] for module in schemes)
+    scales = sum(shapes[module][0] * scheme.groups(shapes[module][1]) for module, scheme in schemes.items())
+    block = [*skeleton.block(0).parameters()]
+    block_parameters = sum(parameter.numel() for parameter in block)
+    vectors = sum(parameter.numel() for parameter in block if parameter.dim() == 1)
+    count = skeleton.block_count
+    return predict.TrainingLoad(
+        quantised=quantised,
+        dense=count * block_parameters - quantised,
+        trained=scales + (count * vectors if norms else 0),
+        block_parameters=block_parameters,
+        block_width=sum(rows + columns for rows, columns in shapes.values()) // count,
+        blocks=count,
+        hidden=int(skeleton.config.hidden_size),
+        vocabulary=int(skeleton.config.vocab_size),
+        batch_tokens=batch_tokens,
+        kept_tokens=kept_tokens,
+        compute_bytes=compute.itemsize,
+    )

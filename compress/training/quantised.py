@@ -1,0 +1,77 @@
+"""A linear whose weight is integer codes times trained scales.
+
+Notation: codes c (rows, columns) int8, zero points z and scales s (rows, groups), x (tokens, columns) the input:
+
+    W = cast(s (c - z))     y = x W^T     dx = dy W
+    ds[r, g] = sum over columns j of group g of (dy^T x)[r, j] (c - z)[r, j]
+
+Neither W nor its gradient outlives the operation that needs it: W is rebuilt from the codes in the backward pass, and
+dy^T x is summed over groups at once. What is kept between the passes is the input, a byte a weight, and the scales. The
+cast of the product is the loaders' (`grid.dequantize`); the gradient passes it unchanged.
+
+Example: codes [7, -8], one group, s = 0.1, x = [1, 2], dy = 1: W = [0.7, -0.8], y = -0.9, ds = 1*7 + 2*(-8) = -9.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.scheme import Scheme
+from compress.training.relative import Relative
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, scale: Tensor, codes: Tensor, zero: Tensor | None, scheme: Scheme, stored: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, scale, codes, zero)
+        ctx.scheme, ctx.stored = scheme, stored
+        return inputs @ _weight(scale, codes, zero, scheme, stored, inputs.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, scale, codes, zero = ctx.saved_tensors
+        (gradient,) = gradients
+        to_inputs = to_scale = None
+        if ctx.needs_input_grad[0]:
+            to_inputs = gradient @ _weight(scale, codes, zero, ctx.scheme, ctx.stored, gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            to_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+            grouped = to_weight.view(*scale.shape, -1).float()
+            to_scale = (grouped * codes.view_as(grouped)).sum(-1)
+            if zero is not None:
+                to_scale -= grouped.sum(-1) * zero
+        return to_inputs, to_scale, None, None, None, None
+
+
+def _weight(
+    scale: Tensor, codes: Tensor, zero: Tensor | None, scheme: Scheme, stored: torch.dtype, compute: torch.dtype
+) -> Tensor:
+    return dequantize(codes, Grid(scheme, scale.to(stored), zero)).to(compute)
+
+
+class QuantisedLinear(nn.Module):
+    """codes int8 (rows, columns) with their grid, and a frozen bias (rows,) or None. Replaces Linear or Conv1D."""
+
+    def __init__(self, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.zero: Tensor | None
+        self.bias: Tensor | None
+        self.register_buffer("codes", codes)
+        self.register_buffer("zero", grid.zero)
+        self.register_buffer("bias", bias)
+        self.scale = Relative(grid.scale, nonzero=True)
+        self.scheme = grid.scheme
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs (..., columns) -> (..., rows), in the inputs' dtype."""
+        product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            inputs, self.scale(), self.codes, self.zero, self.scheme, self.scale.base.dtype
+        )
+        return product if self.bias is None else product + self.bias

@@ -1,0 +1,60 @@
+"""A trained tensor as a relative change of a stored one, seen through the rounding of what will be stored.
+
+Notation: b the stored value, o an offset (Gemma's norms multiply by 1 + weight), f the trained factor, zero at first:
+
+    value = cast((b + o) (1 + f) - o)          cast: to the stored 16-bit dtype and back
+
+so one learning rate suits scales and norms of any size. The forward pass sees what a loader will read; the gradient
+passes the cast unchanged (straight-through estimator, arXiv 1308.3432). Steps too small for 16 bits add up in f.
+
+Example in float16, where numbers near 1 are 0.00098 apart: b = 1 and f = 0.0003 give 1, f = 0.0006 gives 1.00098.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.quantization.grid import storable
+
+
+class _ThroughStorage(torch.autograd.Function):
+    """float32 -> what the stored dtype keeps of it, as float32; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stored: torch.dtype, nonzero: bool) -> Tensor:
+        return (storable(value, stored) if nonzero else value.to(stored)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+
+class Relative(nn.Module):
+    """`base` of any shape, in the stored dtype; `factor` float32 of the same shape is what is trained.
+
+    `nonzero` keeps values away from zero and infinity, as scales must be.
+    """
+
+    def __init__(self, base: Tensor, offset: float = 0.0, nonzero: bool = False) -> None:
+        super().__init__()
+        self.base: Tensor
+        self.register_buffer("base", base)
+        self.factor = nn.Parameter(torch.zeros_like(base, dtype=torch.float32))
+        self.offset, self.nonzero = offset, nonzero
+
+    def forward(self) -> Tensor:
+        """The value, float32, exactly representable in the stored dtype."""
+        exact = (self.base.float() + self.offset) * (1 + self.factor) - self.offset
+        value: Tensor = _ThroughStorage.apply(exact, self.base.dtype, self.nonzero)  # type: ignore[no-untyped-call]
+        return value
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """The value in the stored dtype. With a factor of zero it is `base`, bit for bit."""
+        if not self.factor.any():
+            return self.base
+        value: Tensor = self().to(self.base.dtype)
+        return value

@@ -1,0 +1,45 @@
+"""What a training run works with, whichever objective it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
+from compress.events import Progress
+from compress.training.clock import Clock
+from compress.training.descent import Course
+from compress.training.material import Material
+from compress.training.student import AsExported
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`origin` is the teacher, `source` the quantised student; `norms` says whether norm weights train beside scales.
+
+    `folder` holds what a killed run goes on from.
+    """
+
+    origin: Checkpoint
+    source: AsExported
+    skeleton: Skeleton
+    material: Material
+    norms: bool
+    course: Course
+    folder: Path
+    clock: Clock
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """New tensors by stored name, in the stored dtype; mean KL in nats on the windows kept out; what else to tell."""
+
+    values: dict[str, Tensor]
+    before: float
+    after: float
+    facts: dict[str, Any]

@@ -1,0 +1,286 @@
+"""The recover stage on small models: closer to the source, never further; exact about what ships; killed, resumed."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.calibration.self_generated import sample_windows
+from compress.calibration.texts import SelfGenerated
+from compress.calibration.windows import Windows, WindowSpec
+from compress.checkpoints.export import export
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.working import WorkingCheckpoint
+from compress.evaluation.measure import score, walk_states
+from compress.events import Quiet
+from compress.stages import Gptq, Recover, RoundToNearest, StageContext
+from compress.training import descent, footprint
+from compress.training.material import material
+from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows
+
+STORED = torch.float16
+
+
+@pytest.fixture(scope="module")
+def text(glass):
+    from transformers import AutoTokenizer
+
+    spec = WindowSpec(data=SelfGenerated(), windows=48, window_tokens=96)
+    return sample_windows(spec, Checkpoint(glass), AutoTokenizer.from_pretrained(glass), 1, CPU, Quiet())
+
+
+@pytest.fixture(scope="module")
+def solved(glass, text, tmp_path_factory):
+    """glass in 3 bits, by gptq."""
+    folder = tmp_path_factory.mktemp("glass-gptq")
+    apply_stage(Gptq(bits=3, group_size="channel"), glass, folder, text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recovered(glass, solved, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glass-recovered")
+    return apply_stage(STAGE, solved, folder, text, origin=glass)
+
+
+STAGE = Recover(epochs=3, batch_tokens=384, learning_rate=2e-3)
+
+
+def divergence(source, candidate, windows):
+    """Mean KL in nats by the evaluation, which knows nothing of training."""
+    sets = {"text": windows}
+    pairs = [
+        (Checkpoint(folder), walk_states(Checkpoint(folder), sets, CPU, torch.float32, 96, Quiet(), ""))
+        for folder in (source, candidate)
+    ]
+    scores = score(pairs[0], pairs[1], sets, CPU, torch.float32, Quiet())["text"]
+    return float(scores.divergence[scores.counts].double().mean())
+
+
+def held_out(windows, stage=STAGE):
+    rows = material(windows, None, stage.holdout, stage.batch_tokens, seed=0).held_out
+    return Windows(windows.ids[rows], None if windows.mask is None else windows.mask[rows], windows.ledger)
+
+
+def test_training_brings_a_three_bit_model_closer_to_its_source(recovered):
+    _, outcome = recovered
+
+    assert outcome.facts["mode"] == "model" and outcome.events == []
+    assert outcome.facts["held_out_kl_after"] < 0.97 * outcome.facts["held_out_kl_before"]
+
+
+def test_what_was_measured_is_what_an_export_computes(glass, solved, recovered, text, tmp_path):
+    """Codes and scales as stored: the evaluation finds the recorded divergence in the exported folder."""
+    done, outcome = recovered
+    export(done, tmp_path / "model", "compressed-tensors", STORED, 10**9)
+
+    for folder, key in ((solved, "before"), (tmp_path / "model", "after")):
+        found = divergence(glass, folder, held_out(text))
+        assert found == pytest.approx(outcome.facts[f"held_out_kl_{key}"], rel=1e-5)
+
+
+def test_integers_stay_and_scales_and_norms_change(glass, solved, recovered):
+    before, (after, outcome) = Checkpoint(solved), recovered
+
+    assert after.names == before.names and after.schemes == before.schemes
+    changed = {name.rpartition(".")[2] for name in after.names if not torch.equal(after.read(name), before.read(name))}
+    assert changed == {"scale", "weight"}
+    for name in after.names:
+        if not torch.equal(after.read(name), before.read(name)):
+            assert name.endswith((".scale", "norm.weight")), name
+            assert after.read(name).dtype is STORED
+    assert not torch.equal(after.read("model.norm.weight"), before.read("model.norm.weight"))
+    assert len(outcome.modules) == len(after.schemes)
+
+
+def test_scales_alone_leave_the_norms(glass, solved, text, tmp_path):
+    stage = Recover(train="scales", epochs=1, batch_tokens=384, learning_rate=2e-3)
+
+    done, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    before = Checkpoint(solved)
+    plain = [name for name in before.names if not name.endswith(".scale")]
+    assert all(torch.equal(done.read(name), before.read(name)) for name in plain)
+    assert outcome.facts["held_out_kl_after"] < outcome.facts["held_out_kl_before"]
+
+
+def test_block_by_block_lowers_each_blocks_error_and_the_divergence(glass, solved, text, tmp_path):
+    stage = Recover(mode="block", epochs=2, batch_tokens=384, learning_rate=3e-3)
+
+    done, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["mode"] == "block"
+    for block in outcome.facts["blocks"]:
+        assert block["error_after"] < 0.99 * block["error_before"]
+    assert outcome.facts["held_out_kl_after"] < outcome.facts["held_out_kl_before"]
+    assert divergence(glass, done.folder, held_out(text)) == pytest.approx(outcome.facts["held_out_kl_after"], rel=1e-4)
+
+
+def test_a_model_that_does_not_fit_is_trained_block_by_block_with_an_event(glass, solved, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**6)
+
+    _, outcome = apply_stage(Recover(epochs=1, batch_tokens=960), solved, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["mode"] == "block"
+    (event,) = [event for event in outcome.events if event.kind == "recover_block_wise"]
+    assert "1,000,000 were free" in event.message
+
+
+@pytest.mark.parametrize("mode", ["model", "block"])
+def test_steps_that_only_do_harm_ship_the_input_unchanged(glass, solved, text, tmp_path, mode):
+    stage = Recover(learning_rate=1e3, epochs=1, batch_tokens=960, mode=mode)
+
+    done, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    assert [event.kind for event in outcome.events] == ["recover_kept_input"]
+    assert outcome.facts["held_out_kl_after"] == outcome.facts["held_out_kl_before"]
+    before = Checkpoint(solved)
+    assert done.names == before.names
+    assert all(torch.equal(done.read(name), before.read(name)) for name in done.names)
+
+
+class Killing(Quiet):
+    """Progress that ends the run at the given call of the stage's own task."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    @contextmanager
+    def task(self, label, total):
+        def advance(note=""):
+            if label == "recover":
+                self.calls -= 1
+                if self.calls == 0:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+
+@pytest.mark.parametrize(("mode", "kills"), [("model", (1, 7)), ("block", (3, 11))])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mode, kills):
+    monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
+    random_model("llama", tmp_path / "model")
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
+    stage, windows = Recover(mode=mode, epochs=4, batch_tokens=48), random_windows(count=8)
+
+    def run(name, progress=None):
+        return apply_stage(
+            stage, tmp_path / "rounded", tmp_path / name, windows, origin=tmp_path / "model", progress=progress
+        )
+
+    _, whole = run("whole")
+    for calls in kills:
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", Killing(calls))
+    _, again = run("killed")
+
+    assert again.facts == whole.facts
+    assert [event.kind for event in again.events] == ["training_resumed"]
+    assert not (tmp_path / "killed" / "scratch").exists()
+    paths = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert paths == sorted(path.name for path in (tmp_path / "killed").iterdir()), "nothing is left of the training"
+    for name in paths:
+        if name.endswith(".safetensors"):
+            assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_architecture_trains_with_its_own_code(name, tmp_path):
+    """Padded windows, conv-shaped linears, norms that add one, soft caps, tied heads: the evaluation agrees."""
+    random_model(name, tmp_path / "model")
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded", stored=torch.bfloat16)
+    windows = random_windows(count=8, padded=True)
+    stage = Recover(epochs=6, batch_tokens=72, learning_rate=3e-3, holdout=0.4)
+
+    done, outcome = apply_stage(
+        stage, tmp_path / "rounded", tmp_path / "stage", windows, stored=torch.bfloat16, origin=tmp_path / "model"
+    )
+
+    export(done, tmp_path / "export", "plain", torch.bfloat16, 10**9)
+    found = divergence(tmp_path / "model", tmp_path / "export", held_out(windows, stage))
+    assert found == pytest.approx(outcome.facts["held_out_kl_after"], rel=1e-3)
+    assert outcome.facts["held_out_kl_after"] < outcome.facts["held_out_kl_before"]
+
+
+def test_bfloat16_arithmetic_trains_too(tmp_path):
+    """As on a GPU whose model is bfloat16; the trained numbers themselves stay float32 while they train."""
+    random_model("gemma2", tmp_path / "model", torch.bfloat16)
+    model, rounded = tmp_path / "model", tmp_path / "rounded"
+    apply_stage(RoundToNearest(bits=3, group_size=32), model, rounded, stored=torch.bfloat16)
+
+    for mode in ("model", "block"):
+        stage = Recover(epochs=4, batch_tokens=48, learning_rate=5e-3, holdout=0.4, mode=mode)
+        _, outcome = apply_stage(
+            stage,
+            rounded,
+            tmp_path / mode,
+            random_windows(count=8),
+            stored=torch.bfloat16,
+            origin=model,
+            compute=torch.bfloat16,
+        )
+        assert outcome.facts["held_out_kl_after"] < 0.97 * outcome.facts["held_out_kl_before"]
+
+
+def test_padding_never_counts(tmp_path):
+    """Other token ids under the padding change no trained value."""
+    random_model("llama", tmp_path / "model")
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
+    windows = random_windows(count=8, padded=True)
+    other = Windows(windows.ids + (1 - windows.mask) * 77, windows.mask, windows.ledger)
+    for name, each in (("zeros", windows), ("others", other)):
+        apply_stage(
+            Recover(epochs=2, batch_tokens=72), tmp_path / "rounded", tmp_path / name, each, origin=tmp_path / "model"
+        )
+
+    first, second = (load_file(tmp_path / name / "block-00001.safetensors") for name in ("zeros", "others"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_text_sampled_from_the_source_is_recorded(glass, solved, text, tmp_path):
+    stage = Recover(self_generated_windows=4, epochs=1, batch_tokens=960)
+
+    _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    ledger = outcome.facts["self_generated"]
+    assert outcome.facts["windows_training"] == 42 + 4 and outcome.facts["windows_held_out"] == 6
+    assert ledger["tokens_obtained"] == 4 * 96
+    assert ledger["digest"] != text.digest and len(ledger["digest"]) == 64
+
+
+def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
+    random_model("llama", tmp_path / "model")
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
+    stage, windows = Recover(epochs=2, batch_tokens=48), random_windows(count=8)
+
+    def context(name, after_block=lambda index: None, progress=None):
+        return StageContext(
+            origin=Checkpoint(tmp_path / "model"),
+            source=Checkpoint(tmp_path / "rounded"),
+            output=WorkingCheckpoint(tmp_path / name),
+            windows=windows,
+            device=CPU,
+            compute=torch.float32,
+            stored=STORED,
+            tokens_at_once=48,
+            seed=0,
+            progress=progress or Quiet(),
+            after_block=after_block,
+        )
+
+    def stop(index):
+        raise KeyboardInterrupt
+
+    whole = stage.apply(context("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        stage.apply(context("stopped", stop))
+    again = stage.apply(context("stopped", progress=Killing(1)))
+
+    assert again.facts == whole.facts and [record["name"] for record in again.modules] == [
+        record["name"] for record in whole.modules
+    ]
+    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name

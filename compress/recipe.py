@@ -28,6 +28,7 @@ from compress.files import digest_of_json
 from compress.gates import AnyGate
 from compress.recipe_errors import Lines, describe, parse_yaml
 from compress.stages import AnyStage
+from compress.stages.presets import written_out
 
 ALWAYS_MEASURED = (
     "weight_bytes",
@@ -100,6 +101,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     mistakes = _cross_check(recipe, path.resolve().parent, lines)
     if mistakes:
         raise RecipeError(mistakes)
+    recipe = recipe.model_copy(update={"stages": written_out(recipe.stages)})
     return _absolute(recipe, path.resolve().parent)
 
 

@@ -38,11 +38,11 @@ from compress.stages.quantize import QuantizeStage
 
 WEIGHTS_SEED = 0
 """Of the labels that token weights are computed from."""
-HOLD_OUT_EVERY = 8
-"""One batch in so many is held out to judge refinements; those the source's stream runs beside never are."""
+HELD_OUT = 8
+"""The last of so many batches judge refinements; the source's stream never runs beside those."""
 Quality = Literal["fast", "balanced", "max"]
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"target_shift": 0.0, "residual_shift": 0.0},
+    "fast": {"target_shift": 0.0, "residual_shift": 0.0, "refine": False},
     "balanced": {},
     "max": {"shift_share": 1.0, "token_weights": True},
 }
@@ -55,8 +55,8 @@ class Gptq(QuantizeStage):
     kind: Literal["gptq"] = "gptq"
     quality: Quality = Field(
         default="balanced",
-        description="fast: one stream of activations; balanced: targets shifted by the source's activations; max: "
-        "moreover token weights from a backward pass. Fields that are given win over it",
+        description="fast: one stream of activations; balanced: targets shifted by the source's activations, and refined; "
+        "max: moreover token weights, and a `recover` stage after it. Fields that are given win over it",
     )
     damping: float = Field(default=0.01, gt=0, le=1, description="fraction of mean(diag H) added to the diagonal")
     scales: ScaleSearch = Field(
@@ -78,10 +78,10 @@ class Gptq(QuantizeStage):
     )
     shift_ridge: float = Field(default=0.1, ge=0, le=10, description="ridge of the shifts, fraction of mean(diag H)")
     shift_share: float = Field(
-        default=0.25, gt=0, le=1, description="share of the calibration windows that shifts are computed from"
+        default=0.5, gt=0, le=1, description="share of the calibration windows that shifts are computed from"
     )
     refine: bool = Field(
-        default=False,
+        default=True,
         description="fit scales together and revisit codes, kept for a linear where held-out windows agree",
     )
     token_weights: bool = Field(
@@ -120,6 +120,9 @@ class _Run:
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
         self.batches: list[Batch] = self.windows.batches(context.tokens_at_once)
         self.weights: TokenWeights | None = None
+        held_out = max(1, len(self.batches) // HELD_OUT) if self.stage.refine and len(self.batches) > 1 else 0
+        self.fitted = len(self.batches) - held_out
+        """Batches that refinements are computed from; the rest judge them."""
         self.seconds = {"forward": 0.0, "hessian": 0.0, "factorise": 0.0, "solve": 0.0, "write": 0.0}
 
     @torch.no_grad()
@@ -155,7 +158,7 @@ class _Run:
         return StageOutcome(modules, events, self.seconds)
 
     def _shifting_batches(self) -> int:
-        return max(1, round(self.stage.shift_share * len(self.batches)))
+        return min(self.fitted, max(1, round(self.stage.shift_share * len(self.batches))))
 
     def _pass_through(self, index: int, states: list[Tensor], checkpoint: Checkpoint) -> list[Tensor]:
         """A finished block: its forward with weights already written."""
@@ -214,7 +217,7 @@ class _BlockWork:
             mask = self.run.batches[number].mask
             weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
             if there is None:
-                held = self.run.stage.refine and number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+                held = number >= self.run.fitted
                 (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
                 return
             residual = None

@@ -63,6 +63,7 @@ class ModuleRecord(Value):
     )
     rounding_error: float | None = Field(default=None, description="the same for plain rounding to the same grid")
     damping: float | None = Field(default=None, description="damping used, as a fraction of mean(diag H)")
+    refined: bool = Field(default=False, description="scales and codes were refined, and held-out windows agreed")
     seconds: float
     effective_bits: float
     events: list[str] = Field(default_factory=list)

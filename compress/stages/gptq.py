@@ -55,7 +55,7 @@ class Gptq(QuantizeStage):
     kind: Literal["gptq"] = "gptq"
     quality: Quality = Field(
         default="balanced",
-        description="fast: one stream of activations; balanced: targets shifted by the source's activations, and refined; "
+        description="fast: one stream of activations; balanced: targets shifted by the source's activations, refined; "
         "max: moreover token weights, and a `recover` stage after it. Fields that are given win over it",
     )
     damping: float = Field(default=0.01, gt=0, le=1, description="fraction of mean(diag H) added to the diagonal")
@@ -129,6 +129,9 @@ class _Run:
     def blocks(self) -> StageOutcome:
         modules: list[dict[str, Any]] = []
         events = _token_events(self.windows, self.skeleton) + kernel_events(self.context.device)
+        if self.stage.refine and self.fitted == len(self.batches):
+            message = "one batch of calibration windows leaves none to judge a refinement by"
+            events.append(Event("refinement_skipped", "calibration", message))
         self.output.write_outer(self.source)
         count = self.skeleton.block_count
         if self.stage.token_weights:
@@ -310,6 +313,7 @@ class _BlockWork:
             "error": solution.error,
             "rounding_error": solution.rounding_error,
             "damping": solution.damping,
+            "refined": solution.refined,
             "seconds": spent,
             "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
             "events": ["rounding_fallback"] * fell_back + ["rounding_kept"] * solution.kept_rounding,

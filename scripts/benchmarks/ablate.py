@@ -49,6 +49,7 @@ def measure(recipe: Recipe, variants: dict[str, list[dict[str, Any]]], out: Path
                 source.checkpoint,
                 source.digest,
                 texts.calibration,
+                recipe.seed,
                 machine,
                 torch.float16,
                 progress,

@@ -30,7 +30,7 @@ def test_codes_are_those_of_the_solver_on_inputs_of_an_already_compressed_model(
     """o_proj of block 1, from a plain forward of a model whose block 0 and q/k/v of block 1 are replaced by hand."""
     from transformers import AutoModelForCausalLM
 
-    stage = Gptq(bits=4, group_size=32, target_shift=0)
+    stage = Gptq(bits=4, group_size=32, quality="fast")
     done, _ = apply_stage(stage, model, tmp_path / "stage", WINDOWS)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     earlier = [f"model.layers.0.{name}" for name in done.architecture.linears]
@@ -57,7 +57,7 @@ def test_gptq_stays_closer_to_the_source_than_rounding(model, tmp_path):
     distances = {}
     for name, stage in (
         ("rounding", RoundToNearest(bits=3, group_size=32)),
-        ("gptq", Gptq(bits=3, group_size=32, target_shift=0)),
+        ("gptq", Gptq(bits=3, group_size=32, quality="fast")),
     ):
         apply_stage(stage, model, tmp_path / name, random_windows(count=64))
         logits = our_logits(tmp_path / name, random_windows(seed=99)).log_softmax(-1)
@@ -177,11 +177,52 @@ def test_inputs_that_are_not_finite_fall_back_to_rounding_with_an_event(model, t
 
 
 def test_too_few_tokens_are_events(model, tmp_path):
-    _, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "stage", random_windows(count=2))
+    _, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "stage", random_windows(count=1))
 
     counts = count_by_kind(outcome.events)
     assert counts["few_calibration_tokens"] == 1
     assert counts["target_shift_skipped"] > 0
+    assert counts["refinement_skipped"] == 1, "a batch cannot judge what was computed from it"
+
+
+def test_a_quality_fills_in_the_fields_that_are_not_given():
+    assert Gptq(quality="fast").activation_streams == 1 and not Gptq(quality="fast").refine
+    assert Gptq().activation_streams == 1.5 and Gptq().refine and not Gptq().token_weights
+    assert Gptq(quality="max").activation_streams == 2 and Gptq(quality="max").token_weights
+    assert Gptq(quality="max", token_weights=False).shift_share == 1
+    assert not Gptq(quality="max", token_weights=False).token_weights
+    resolved = Gptq(quality="fast").model_dump()
+    assert Gptq.model_validate(resolved) == Gptq(quality="fast")
+
+
+def test_better_qualities_stay_closer_to_the_source(model, tmp_path):
+    source = our_logits(model, random_windows(seed=99)).log_softmax(-1)
+    distances = {}
+    for quality in ("fast", "balanced", "max"):
+        stage = Gptq(bits=3, group_size=32, quality=quality)
+        apply_stage(stage, model, tmp_path / quality, random_windows(count=96))
+        logits = our_logits(tmp_path / quality, random_windows(seed=99)).log_softmax(-1)
+        distances[quality] = float((source.exp() * (source - logits)).sum(-1).mean())
+
+    assert distances["balanced"] < distances["fast"]
+    assert distances["max"] < distances["fast"]
+
+
+def test_a_refinement_is_kept_only_where_held_out_windows_agree(model, tmp_path, monkeypatch):
+    """With every refinement made worse on purpose, none is kept and the result is that without refining."""
+    from compress.quantization import gptq
+
+    windows = random_windows(count=48)
+    apply_stage(Gptq(group_size=32, refine=False), model, tmp_path / "plain", windows)
+    _, kept = apply_stage(Gptq(group_size=32), model, tmp_path / "refined", windows)
+    worse = lambda target, codes, grid, hessian: (torch.zeros_like(codes), grid)  # noqa: E731
+    monkeypatch.setattr(gptq, "refined", worse)
+    _, refused = apply_stage(Gptq(group_size=32), model, tmp_path / "refused", windows)
+
+    assert any(record["refined"] for record in kept.modules)
+    assert not any(record["refined"] for record in refused.modules)
+    first, second = (load_file(tmp_path / name / "block-00001.safetensors") for name in ("plain", "refused"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_gpu_without_triton_is_one_event(monkeypatch):

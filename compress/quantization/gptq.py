@@ -27,6 +27,7 @@ from torch import Tensor
 from compress.quantization.columns import solve_columns
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
 from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import cholesky_
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0)
@@ -65,8 +66,8 @@ class Solution:
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
     """Factor of a Hessian (columns, columns) float64, or None if no damping on the ladder makes it definite.
 
-    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most two more float64
-    matrices of the Hessian's size are alive.
+    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most one more float64
+    matrix of the Hessian's size is alive, and U.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
@@ -74,32 +75,35 @@ def factorise(hessian: Tensor, damping: float) -> Factor | None:
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True)
     backward = order.flip(0)
-    damped = hessian[backward][:, backward]
     mean = float(diagonal.mean()) or 1.0
-    undamped = damped.diagonal() + dead[backward].to(damped.dtype) * mean
     for multiple in DAMPING_LADDER:
         strength = damping * multiple
-        damped.diagonal().copy_(undamped + strength * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            del damped
-            factor = lower.flip(0, 1)
-            del lower
+        damped = hessian[backward.unsqueeze(1), backward]
+        damped.diagonal().add_(dead[backward].to(damped.dtype) * mean + strength * mean)
+        lower = cholesky_(damped)
+        if lower is not None:
             pivots = torch.empty_like(diagonal)
-            pivots[order] = factor.diagonal().square()
-            upper = _inverse_of_upper(factor)
-            del factor
-            return Factor(order, upper.float(), pivots.float(), strength, int(dead.sum()))
-        del lower
+            pivots[backward] = lower.diagonal().square()
+            return Factor(order, _flipped_inverse(lower), pivots.float(), strength, int(dead.sum()))
+        del damped
     return None
 
 
-def _inverse_of_upper(factor: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix (n, n), in the memory of the identity that is solved for."""
-    # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
-    torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
-    return identity
+def _flipped_inverse(lower: Tensor, columns_at_once: int = 1024) -> Tensor:
+    """U = J L^-1 J float32, which is (J L J)^-1, for a lower triangular L (n, n) float64.
+
+    A few columns at a time: what lies above them is zero in L^-1, so they take the corner of L below, a third of the
+    arithmetic of solving for all rows.
+    """
+    size = len(lower)
+    upper = torch.zeros(lower.shape, dtype=torch.float32, device=lower.device)
+    for start in range(0, size, columns_at_once):
+        stop = min(start + columns_at_once, size)
+        # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
+        identity = torch.eye(stop - start, size - start, dtype=lower.dtype, device=lower.device).T
+        torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False, out=identity)
+        upper[: size - start, size - stop : size - start] = identity.flip(0, 1)
+    return upper
 
 
 def solve(

@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import torch
 
-from compress import __version__
+from compress import __version__, parallel
 from compress.errors import EnvironmentLacksError
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
-_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "stages", "evaluation")
+_CODE = ("architecture.py", "parallel.py", "quantization", "calibration", "checkpoints", "stages", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def provenance() -> dict[str, Any]:
         "working_directory": str(Path.cwd()).encode("utf-8", "backslashreplace").decode(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "host": platform.node(),
+        "processes": parallel.count(),
         "git_of_working_directory": git_state(),
         "code": code_digest(),
     }

@@ -25,8 +25,8 @@ def test_the_hessian_is_the_mean_outer_product_of_unmasked_tokens(columns):
     kept = torch.cat(rows).double()
 
     assert statistics.tokens == len(kept)
-    torch.testing.assert_close(statistics.hessian(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
     assert statistics.mismatch() is None
+    torch.testing.assert_close(statistics.hessian(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [5, 500])
@@ -57,7 +57,8 @@ def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
 
     rows, others = inputs[0, :3].double(), reference[0, :3].double()
     weighted = rows * weights[0, :3, None].double()
-    torch.testing.assert_close(statistics.hessian(), weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
     mismatch = statistics.mismatch()
+    torch.testing.assert_close(statistics.hessian(), weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mismatch.hessian, weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.cross, (others - rows).T @ weighted / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.residual, (rows - others).T @ weighted / 3, rtol=1e-5, atol=1e-6)

@@ -89,20 +89,24 @@ def factorise(hessian: Tensor, damping: float) -> Factor | None:
     return None
 
 
-def _flipped_inverse(lower: Tensor, columns_at_once: int = 1024) -> Tensor:
+def _flipped_inverse(lower: Tensor, step: int = 512) -> Tensor:
     """U = J L^-1 J float32, which is (J L J)^-1, for a lower triangular L (n, n) float64.
 
-    A few columns at a time: what lies above them is zero in L^-1, so they take the corner of L below, a third of the
-    arithmetic of solving for all rows.
+    `step` columns at a time, by substitution in blocks of `step` rows. What lies above them is zero in L^-1, so they
+    take the corner of L below: a third of the arithmetic of solving for all rows, and no copy of L, which the solver
+    would make of any corner but the whole.
     """
     size = len(lower)
     upper = torch.zeros(lower.shape, dtype=torch.float32, device=lower.device)
-    for start in range(0, size, columns_at_once):
-        stop = min(start + columns_at_once, size)
-        # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
-        identity = torch.eye(stop - start, size - start, dtype=lower.dtype, device=lower.device).T
-        torch.linalg.solve_triangular(lower[start:, start:], identity, upper=False, out=identity)
-        upper[: size - start, size - stop : size - start] = identity.flip(0, 1)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        panel = torch.eye(size - start, stop - start, dtype=lower.dtype, device=lower.device)
+        for first in range(start, size, step):
+            last = min(first + step, size)
+            solved = panel[first - start : last - start]
+            solved.copy_(torch.linalg.solve_triangular(lower[first:last, first:last], solved, upper=False))
+            panel[last - start :].addmm_(lower[last:, first:last], solved, alpha=-1)
+        upper[: size - start, size - stop : size - start] = panel.flip(0, 1)
     return upper
 
 

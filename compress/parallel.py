@@ -12,13 +12,16 @@ k at the start of its own list. What batches give is added up in float64 (`add_u
 single process (`in_order`); each process then solves the same problem.
 
 Nobody waits for a process that has ended: its sockets close, and the collective that waits for it raises
-PeerEndedError. Between CPU tensors gloo communicates, between GPUs NCCL, one device a process. Without torchrun, or
-with one process, every function here is the identity.
+PeerEndedError. Between CPU tensors gloo communicates, between GPUs NCCL, one device a process. Torch's process group
+exists only while a stage is shared: libraries that find one (compressed-tensors does, when the leader loads the export)
+take it as a call to communicate. Outside a group every function from `count` on is that of a single process.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,15 +31,30 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import Store
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)
-"""How long a process waits for the others. Followers wait while the leader measures and exports, which may take hours;
-a process that has ended is noticed at once, whatever this says."""
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others within a stage: one may be much slower than another. A process that has
+ended is noticed at once, whatever this says."""
+POLL_SECONDS = 0.1
+"""Between two looks of a follower for an announcement; a blocking wait would not hear Ctrl-C."""
 
 
 class PeerEndedError(CompressError):
     """Another process of this run has ended in the middle of common work."""
+
+
+class _Meeting:
+    """The key-value store where the processes of a run meet, and what they have said there so far."""
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.announced = 0
+
+
+_meeting: _Meeting | None = None
+"""One a process, as torch keeps its process group."""
 
 
 def asked() -> int:
@@ -51,41 +69,78 @@ def started_to_follow() -> bool:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Meet the other processes, where there are any, and part from them at the end."""
+    """Meet the other processes where torchrun has started any."""
+    global _meeting
     if asked() == 1:
         yield
         return
     import torch
     import torch.distributed as dist
 
-    backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://", int(os.environ["RANK"]), asked()))  # type: ignore[no-untyped-call]
+    _meeting = _Meeting(store, rank, size)
     try:
         yield
     finally:
-        leave()
+        _meeting = None
 
 
-def leave() -> None:
-    """Close the connections. Whoever waits for this process then raises PeerEndedError."""
+def met() -> int:
+    """Processes that have joined this run."""
+    return _meeting.size if _meeting else 1
+
+
+def announce(value: Any) -> None:
+    """Tell every follower something that can be pickled; returns at once."""
+    assert _meeting is not None
+    _meeting.announced += 1
+    _meeting.store.set(f"compress/announced/{_meeting.announced}", pickle.dumps(value).hex())
+
+
+def announced() -> Any:
+    """What the leader announces next; waits for it. Raises PeerEndedError if the place of meeting is gone."""
+    assert _meeting is not None
+    _meeting.announced += 1
+    key = f"compress/announced/{_meeting.announced}"
+    with _peers():
+        while not _meeting.store.check([key]):
+            time.sleep(POLL_SECONDS)
+        return pickle.loads(bytes.fromhex(_meeting.store.get(key).decode()))
+
+
+@contextmanager
+def group() -> Iterator[None]:
+    """Common work, entered by all processes after the same announcement: inside, `count` is their number.
+
+    Leaving it, by an error too, closes the connections; whoever waits for this process then raises PeerEndedError.
+    """
+    import torch
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    assert _meeting is not None
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.PrefixStore(f"compress/group/{_meeting.announced}", _meeting.store)
+    with _peers():
+        dist.init_process_group(
+            backend, store=store, rank=_meeting.rank, world_size=_meeting.size, timeout=PATIENCE
+        )
+    try:
+        yield
+    finally:
         dist.destroy_process_group()
 
 
 def count() -> int:
-    """Processes that have joined."""
+    """Processes in the group, 1 outside."""
     import torch.distributed as dist
 
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 for the leader."""
+    """This process's number in the group, 0 for the leader and outside."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

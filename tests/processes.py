@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from compress import parallel
 
@@ -22,13 +23,11 @@ def in_processes(count: int, work: Callable[[], Any], folder: Path) -> list[Any]
 
     Raises AssertionError if one does not end.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
     paths = [folder / f"rank-{rank}.pickle" for rank in range(count)]
     processes = [
-        context.Process(target=_child, args=(rank, count, port, work, path)) for rank, path in enumerate(paths)
+        context.Process(target=_child, args=(rank, count, store.port, work, path)) for rank, path in enumerate(paths)
     ]
     for process in processes:
         process.start()
@@ -44,7 +43,8 @@ def in_processes(count: int, work: Callable[[], Any], folder: Path) -> list[Any]
 
 def _child(rank: int, count: int, port: int, work: Callable[[], Any], path: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # torchrun too keeps the store in a process of its own.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     try:
         with parallel.joined():
             result = work()

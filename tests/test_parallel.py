@@ -16,16 +16,17 @@ def test_shares_go_back_into_the_order_they_were_dealt_from(processes, tmp_path)
     items = [f"item {number}" for number in range(7)]
 
     def work():
-        mine = parallel.share(items)
-        firsts = [mine[: parallel.among_first(number)] for number in range(len(items) + 1)]
-        return mine, parallel.in_order(mine), firsts, parallel.from_leader(parallel.rank()), parallel.total(len(mine))
+        with parallel.group():
+            mine = parallel.share(items)
+            firsts = [mine[: parallel.among_first(number)] for number in range(len(items) + 1)]
+            return mine, parallel.in_order(mine), firsts, parallel.from_leader(parallel.rank()), parallel.total(1)
 
     results = in_processes(processes, work, tmp_path)
 
     for rank, (mine, everything, firsts, leader, total) in enumerate(results):
         assert mine == items[rank::processes] and everything == items
         assert firsts == [[item for item in items[:number] if item in mine] for number in range(len(items) + 1)]
-        assert leader == 0 and total == len(items)
+        assert leader == 0 and total == processes
 
 
 def test_one_process_is_everybody():
@@ -59,7 +60,11 @@ def test_added_up_statistics_are_those_of_one_process(paired, tmp_path):
         return tokens, [statistics.hessian(), *((mismatch.hessian, mismatch.cross, mismatch.residual) if mismatch else ())]
 
     expected_tokens, expected = work()
-    for tokens, found in in_processes(2, work, tmp_path):
+    def together():
+        with parallel.group():
+            return work()
+
+    for tokens, found in in_processes(2, together, tmp_path):
         assert tokens == expected_tokens
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-16)

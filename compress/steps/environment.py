@@ -115,7 +115,7 @@ def provenance() -> dict[str, Any]:
         "working_directory": str(Path.cwd()).encode("utf-8", "backslashreplace").decode(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "host": platform.node(),
-        "processes": parallel.count(),
+        "processes": parallel.met(),
         "git_of_working_directory": git_state(),
         "code": code_digest(),
     }

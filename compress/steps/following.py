@@ -52,32 +52,31 @@ class _Task:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """What the leader does happens inside. At the end, also after an error, waiting followers are sent home."""
+    """What the leader does happens inside. At the end, also after an error, followers are sent home."""
     try:
         yield
     finally:
-        # After an error inside a stage the leader has left, and nobody waits for an announcement.
-        if parallel.count() > 1:
-            parallel.from_leader(None)
+        if parallel.met() > 1:
+            parallel.announce(None)
 
 
 @contextmanager
 def together(stage: Stage, context: StageContext) -> Iterator[None]:
     """Have the followers apply `stage` while the leader applies it inside. Does nothing in a single process, or for a
-    stage that does not share its windows. An error inside breaks the connection, so that no follower waits for ever.
+    stage that does not share its windows. An error inside closes the connections, so that no follower waits for ever.
 
     Raises RecipeError where there are more processes than batches of calibration text.
     """
-    if parallel.count() == 1 or not stage.shares_windows or context.windows is None:
+    if parallel.met() == 1 or not stage.shares_windows or context.windows is None:
         yield
         return
     batches = len(context.windows.batches(context.tokens_at_once))
-    if batches < parallel.count():
+    if batches < parallel.met():
         raise RecipeError(
-            f"calibration: {batches} batches of {context.tokens_at_once} tokens for {parallel.count()} processes. Start "
+            f"calibration: {batches} batches of {context.tokens_at_once} tokens for {parallel.met()} processes. Start "
             f"at most {batches} with torchrun --nproc-per-node, or use more calibration windows."
         )
-    parallel.from_leader(
+    parallel.announce(
         _Task(
             stage,
             context.source.folder.resolve(),
@@ -89,22 +88,16 @@ def together(stage: Stage, context: StageContext) -> Iterator[None]:
             context.tokens_at_once,
         )
     )
-    try:
+    with parallel.group():
         yield
-    except BaseException:
-        parallel.leave()
-        raise
 
 
-@torch.no_grad()
 def follow() -> None:
     """Apply what the leader announces until it sends this process home.
 
     Raises PeerEndedError if the leader ends in the middle of a stage.
     """
-    while (task := parallel.from_leader(_nothing())) is not None:
-        task.stage.apply(task.context())
-
-
-def _nothing() -> _Task | None:
-    return None
+    while (task := parallel.announced()) is not None:
+        assert isinstance(task, _Task)
+        with parallel.group():
+            task.stage.apply(task.context())

@@ -31,7 +31,7 @@ from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)
@@ -75,11 +75,11 @@ def joined() -> Iterator[None]:
         yield
         return
     import torch
-    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
-    store, rank, size = next(dist.rendezvous("env://", int(os.environ["RANK"]), asked()))  # type: ignore[no-untyped-call]
+    store, rank, size = next(rendezvous("env://", int(os.environ["RANK"]), asked()))
     _meeting = _Meeting(store, rank, size)
     try:
         yield
@@ -118,14 +118,13 @@ def group() -> Iterator[None]:
     """
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
 
     assert _meeting is not None
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store = dist.PrefixStore(f"compress/group/{_meeting.announced}", _meeting.store)
+    store = PrefixStore(f"compress/group/{_meeting.announced}", _meeting.store)
     with _peers():
-        dist.init_process_group(
-            backend, store=store, rank=_meeting.rank, world_size=_meeting.size, timeout=PATIENCE
-        )
+        dist.init_process_group(backend, store=store, rank=_meeting.rank, world_size=_meeting.size, timeout=PATIENCE)
     try:
         yield
     finally:
@@ -190,7 +189,7 @@ def from_leader(value: T) -> T:
 
 
 def add_up(tensor: Tensor) -> None:
-    """Replace a contiguous tensor, of the same shape everywhere, by its sum over the processes: the same bits on each."""
+    """Replace a contiguous tensor, of one shape everywhere, by its sum over the processes: the same bits on each."""
     if count() > 1:
         import torch.distributed as dist
 

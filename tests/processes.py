@@ -1,4 +1,4 @@
-"""Forked processes that meet as those of torchrun do, for tests: everything is imported already, so they start at once."""
+"""Forked processes that meet as those of torchrun do. Everything is imported already, so they start at once."""
 
 from __future__ import annotations
 

@@ -57,9 +57,13 @@ def test_added_up_statistics_are_those_of_one_process(paired, tmp_path):
         statistics.reduce()
         mismatch = statistics.mismatch()
         tokens = (statistics.tokens, mismatch and mismatch.tokens)
-        return tokens, [statistics.hessian(), *((mismatch.hessian, mismatch.cross, mismatch.residual) if mismatch else ())]
+        return tokens, [
+            statistics.hessian(),
+            *((mismatch.hessian, mismatch.cross, mismatch.residual) if mismatch else ()),
+        ]
 
     expected_tokens, expected = work()
+
     def together():
         with parallel.group():
             return work()

@@ -12,8 +12,8 @@ in so that no token vanishes, and the mean is 1. Source: GuidedQuant (arXiv 2505
 One backward pass through the source: hidden states entering every block are kept for a few windows at a time, and each
 block is run again, this time with gradients. One block is resident.
 
-Several processes (`compress.parallel`) take a share of the batches each. Labels are drawn with a seed for each batch, so
-they do not depend on who draws them; quantiles and means are of the tokens of all.
+Several processes (`compress.parallel`) take a share of the batches each. Labels are drawn with a seed for each batch,
+so they do not depend on who draws them; quantiles and means are of the tokens of all.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def token_weights(
                 squares.setdefault(key, []).extend(values)
             advance(f"batch {min(start + together, len(batches))}/{len(batches)}")
     masks = parallel.in_order([batch.mask for batch in batches])
-    return {
-        key: parallel.share(normalised(parallel.in_order(values), masks)) for key, values in squares.items()
-    }
+    return {key: parallel.share(normalised(parallel.in_order(values), masks)) for key, values in squares.items()}
 
 
 def normalised(squares: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.errors import ExitCode
 from compress.cli.options import DEFAULT_STORE, JsonOption, RecipeArgument, SetOption, StoreOption, quiet_libraries
+from compress.errors import ExitCode
 
 if TYPE_CHECKING:
     from compress.pipeline import Outcome

@@ -58,7 +58,7 @@ class Shift:
         return moved if self.offset is None else moved.add_(self.offset)
 
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 512
 """Rows of a moment that are divided by H together; rows are independent."""
 
 
@@ -102,6 +102,8 @@ def _right_divided(moment: Tensor, lower: Tensor, share: float) -> Tensor:
     """share moment (A)^-1 float32 (rows, columns) with A = lower lower^T symmetric: (A^-1 moment^T)^T."""
     result = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
     for start in range(0, len(moment), ROWS_AT_ONCE):
-        rows = moment[start : start + ROWS_AT_ONCE]
-        result[start : start + ROWS_AT_ONCE] = torch.cholesky_solve(rows.T, lower).T.mul_(share)
+        # Not cholesky_solve, which makes a copy of L each time.
+        half = torch.linalg.solve_triangular(lower, moment[start : start + ROWS_AT_ONCE].T, upper=False)
+        whole = torch.linalg.solve_triangular(lower.T, half, upper=True)
+        result[start : start + ROWS_AT_ONCE] = whole.T.mul_(share)
     return result

@@ -54,7 +54,7 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_calibration: ClassVar[bool] = False
     shares_windows: ClassVar[bool] = False
-    """Whether several processes may apply the stage together, each on its share of the windows (`compress.parallel`)."""
+    """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 

@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from compress import __version__, parallel
 from compress.errors import EnvironmentLacksError
+from compress.memory.measure import available_bytes
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
 _CODE = ("architecture.py", "parallel.py", "quantization", "calibration", "checkpoints", "stages", "evaluation")
@@ -58,13 +58,13 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
     return Machine(torch.device("cuda", torch.cuda.current_device()), compute, 16384)
 
 
-def fits(parameters: int, machine: Machine) -> bool:
-    """Whether the whole export, dequantised, fits in four fifths of the free memory."""
+def fits(parameters: int, reload_bytes: int, machine: Machine) -> bool:
+    """Whether loading the whole export, dequantised, fits in four fifths of the free memory. `reload_bytes`: what
+    `memory.predict.reload_peak_bytes` says of the host; a GPU holds the parameters in float32."""
     if machine.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(machine.device)
-    else:
-        free = psutil.virtual_memory().available
-    return parameters * 4 < 0.8 * free
+        return parameters * 4 < 0.8 * free
+    return reload_bytes < 0.8 * available_bytes()
 
 
 @cache

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from compress import parallel
 from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
 from compress.checkpoints.compressed_tensors import cannot_load, unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
@@ -20,6 +20,7 @@ from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.events import Progress
 from compress.memory import predict
+from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.environment import Machine, choose_machine, fits
@@ -43,6 +44,8 @@ class Plan:
     resident_bytes: int
     kv_cache_bytes: int
     peak_host_bytes: int
+    reload_bytes: int
+    """Peak host memory of the round trip, should it be made."""
     disk_bytes: int
     seconds: float
     effective_bits: float | None
@@ -120,6 +123,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
         peak_host_bytes=_peak(load, machine),
+        reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
@@ -192,6 +196,7 @@ def _load(
 ) -> predict.WalkLoad:
     streams = max(stage.activation_streams for stage in recipe.stages)
     calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
+    calibrated = math.ceil(calibrated / parallel.met())
     return predict.WalkLoad(
         parameters=parameters,
         block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
@@ -214,7 +219,7 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 def _peak(load: predict.WalkLoad, machine: Machine) -> int:
     """The worst phase: calibrating, measuring, or, where it fits, reloading the export through its public loader."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
-    if fits(load.parameters, machine) and machine.device.type == "cpu":
+    if fits(load.parameters, predict.reload_peak_bytes(load), machine) and machine.device.type == "cpu":
         peaks.append(predict.reload_peak_bytes(load))
     return max(peaks)
 
@@ -287,7 +292,7 @@ def _check_resources(plan: Plan, store: Path) -> None:
                 + "use "
                 + ("--store elsewhere." if name == "store" else "another COMPRESS_CACHE.")
             )
-    available = psutil.virtual_memory().available
+    available = available_bytes()
     if plan.peak_host_bytes > available:
         shortages.append(
             f"memory: about {plan.peak_host_bytes:,} bytes are needed and {available:,} are available. Use fewer "

@@ -1,0 +1,58 @@
+"""The shift is the ridge solution of the equation it comes from, whatever is computed together; failures are None."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compress.quantization import target_shift
+from compress.quantization.target_shift import Mismatch, cholesky_, shift_of
+
+
+def _mismatch(columns=40, hidden=12, tokens=300, residual=True):
+    generator = torch.Generator().manual_seed(columns)
+    x, error, beside = (
+        torch.randn(tokens, width, generator=generator, dtype=torch.float64) for width in (columns, columns, hidden)
+    )
+    cross, offset = error.T @ x / tokens, beside.T @ x / tokens
+    return Mismatch(x.T @ x / tokens, cross, offset if residual else None, tokens)
+
+
+@pytest.mark.parametrize("rows_at_once", [512, 7])
+def test_the_shift_solves_the_ridge_equation(rows_at_once, monkeypatch):
+    monkeypatch.setattr(target_shift, "ROWS_AT_ONCE", rows_at_once)
+    given, used = _mismatch(), _mismatch()
+    shift = shift_of(used, 0.5, 0.25, ridge=0.1)
+
+    damped = given.hessian + 0.1 * given.hessian.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    torch.testing.assert_close(shift.factor.double() @ damped, 0.5 * given.cross, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shift.offset.double() @ damped, 0.25 * given.residual, rtol=1e-4, atol=1e-6)
+    weight = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    assert shift_of(_mismatch(), 0.5, 0.0).offset is None
+    moved = weight + weight @ shift_of(_mismatch(residual=False), 0.5, 0.25).factor
+    torch.testing.assert_close(shift_of(_mismatch(residual=False), 0.5, 0.25).target(weight), moved)
+
+
+def test_the_example_of_the_docstring():
+    one = torch.tensor([[1.0]], dtype=torch.float64)
+    shift = shift_of(Mismatch(one.clone(), 0.1 * one, 0.05 * one, 4), 1.0, 1.0, ridge=0.0)
+
+    assert float(shift.target(torch.tensor([[2.0]]))) == pytest.approx(2.25)
+
+
+@pytest.mark.parametrize("where", ["hessian", "cross", "residual"])
+def test_sums_that_are_not_finite_give_no_shift(where):
+    mismatch = _mismatch()
+    getattr(mismatch, where)[0, 0] = float("inf")
+
+    assert shift_of(mismatch, 0.5, 0.5) is None
+
+
+def test_the_factor_is_made_in_the_memory_of_the_matrix():
+    matrix = _mismatch().hessian
+    expected = torch.linalg.cholesky(matrix)
+
+    lower = cholesky_(matrix)
+
+    assert torch.equal(lower, expected) and lower.data_ptr() == matrix.data_ptr()
+    assert cholesky_(-torch.eye(3, dtype=torch.float64)) is None

@@ -92,6 +92,11 @@ def met() -> int:
     return _meeting.size if _meeting else 1
 
 
+def neighbours() -> int:
+    """Other processes of this run on this machine, which take memory beside this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) - 1 if _meeting else 0
+
+
 def announce(value: Any) -> None:
     """Tell every follower something that can be pickled; returns at once."""
     assert _meeting is not None

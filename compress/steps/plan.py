@@ -129,7 +129,8 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
         warnings=tuple(_warnings(recipe, schemes, architecture, dimensions)),
     )
-    _check_resources(plan, store)
+    beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
+    _check_resources(plan, store, plan.peak_host_bytes + beside)
     return plan
 
 
@@ -275,8 +276,8 @@ def _dtype_bytes(config: dict[str, Any]) -> int:
     return 2 if declared.endswith("16") else 4
 
 
-def _check_resources(plan: Plan, store: Path) -> None:
-    """Disk under store and cache, and host memory. Raises ResourceError with every shortage."""
+def _check_resources(plan: Plan, store: Path, host_bytes: int) -> None:
+    """Disk under store and cache, and memory of all processes here. Raises ResourceError with every shortage."""
     shortages = []
     for name, folder, needed in (
         ("store", store, plan.stored_bytes + 10**7),
@@ -293,10 +294,12 @@ def _check_resources(plan: Plan, store: Path) -> None:
                 + ("--store elsewhere." if name == "store" else "another COMPRESS_CACHE.")
             )
     available = available_bytes()
-    if plan.peak_host_bytes > available:
+    if host_bytes > available:
+        processes = f" by {parallel.neighbours() + 1} processes" if parallel.neighbours() else ""
+        fewer = "processes or calibration windows" if processes else "calibration windows"
         shortages.append(
-            f"memory: about {plan.peak_host_bytes:,} bytes are needed and {available:,} are available. Use fewer "
-            "calibration windows, or a larger machine."
+            f"memory: about {host_bytes:,} bytes are needed{processes} and {available:,} are available. Use fewer "
+            f"{fewer}, or a larger machine."
         )
     if shortages:
         raise ResourceError("\n".join(shortages))

@@ -5,8 +5,9 @@
     R = E[w (r~ - r) x^T]        r, r~ the residual streams, compressed and source's, that the output is added to
 
 D and R tell how to move a linear's target (`quantization.target_shift`). They may cover fewer tokens than H, so H over
-just their tokens is kept apart. Products and short sums are float32 (products of 16-bit values are exact there), the
-long sum is float64.
+just their tokens is kept apart. The product of one batch is float32, sums over batches are float64: adding float32
+numbers there rounds only where they lie more than 2^29 apart, so it hardly ever matters in which order batches come,
+or which of several processes (`compress.parallel`) sees which batch.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compress import parallel
+from compress.quantization.refine import Split
 from compress.quantization.target_shift import Mismatch
 
 STRIP = 192
-"""Rows of a strip: small enough to skip most of the lower triangle, large enough for a fast product."""
-FLUSH_TOKENS = 16384
-"""Tokens summed in float32 before they go into the float64 sum."""
+"""Rows of a product that go into the sum at a time: small enough to skip most of the lower triangle, large enough for
+a fast product."""
 
 
 def token_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,71 +30,55 @@ def token_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
     return rows if mask is None else rows[mask.flatten().bool().to(rows.device)]
 
 
-class _Strips:
-    """Sum of left^T right over batches, (rows, columns), kept as strips of rows, strip i from column `starts[i]` on."""
+class _Sum:
+    """Sum of left^T right over batches, float64 (rows, columns), and the number of tokens in it.
 
-    def __init__(self, rows: int, columns: int, upper_only: bool, device: torch.device) -> None:
-        self.shape, self.tokens, self._pending = (rows, columns), 0, 0
-        step = STRIP if upper_only else rows
-        self.rows = list(range(0, rows, step))
-        self.starts = self.rows if upper_only else [0] * len(self.rows)
-        shapes = [(min(step, rows - row), columns - start) for row, start in zip(self.rows, self.starts, strict=True)]
-        self._short = [torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes]
-        self._long = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+    With `upper_only` nothing left of a strip's diagonal is computed; it stays zero.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device, upper_only: bool) -> None:
+        self.whole = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+        self.tokens, self.upper_only = 0, upper_only
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        for row, start, strip in zip(self.rows, self.starts, self._short, strict=True):
-            strip.addmm_(left[:, row : row + strip.shape[0]].T, right[:, start:])
-        self.tokens += right.shape[0]
-        self._pending += right.shape[0]
-        if self._pending >= FLUSH_TOKENS:
-            self._flush()
-
-    def _flush(self) -> None:
-        for short, long in zip(self._short, self._long, strict=True):
-            long += short
-            short.zero_()
-        self._pending = 0
-
-    def sum(self) -> Tensor:
-        """(rows, columns) float64; zero left of a strip's start."""
-        self._flush()
-        whole = torch.zeros(self.shape, dtype=torch.float64, device=self._long[0].device)
-        for row, start, strip in zip(self.rows, self.starts, self._long, strict=True):
-            whole[row : row + strip.shape[0], start:] = strip
-        return whole
+        """left (tokens, rows) float32, right (tokens, columns) float32."""
+        step = STRIP if self.upper_only else 4 * STRIP
+        for row in range(0, len(self.whole), step):
+            start = row if self.upper_only else 0
+            self.whole[row : row + step, start:] += left[:, row : row + step].T @ right[:, start:]
+        self.tokens += len(right)
 
 
 class InputStatistics:
     """All sums of one group's input.
 
     H is symmetric and torch has no symmetric product, so strips begin at their diagonal: for 1536 columns little more
-    than half of the work.
+    than half of the work. A sum that nothing was added to takes no memory.
     """
 
     def __init__(self, columns: int, device: torch.device) -> None:
         self.columns, self._device = columns, device
-        self._alone = _Strips(columns, columns, upper_only=True, device=device)
-        self._paired: _Strips | None = None
-        self._cross: _Strips | None = None
-        self._residual: _Strips | None = None
-        self._held_out: _Strips | None = None
+        self._alone: _Sum | None = None
+        self._paired: _Sum | None = None
+        self._cross: _Sum | None = None
+        self._residual: _Sum | None = None
+        self._held_out: _Sum | None = None
 
     @property
     def tokens(self) -> int:
-        return self._alone.tokens + sum(part.tokens for part in (self._paired, self._held_out) if part)
+        return sum(each.tokens for each in (self._alone, self._paired, self._held_out) if each is not None)
 
     def hold_out(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """As `add`, for tokens whose H is also kept apart, to judge by what was not fitted."""
-        if self._held_out is None:
-            self._held_out = _Strips(self.columns, self.columns, upper_only=True, device=self._device)
         rows = token_rows(inputs, mask)
+        self._held_out = self._held_out or self._empty(self.columns, upper_only=True)
         self._held_out.add(_weighted(rows, mask, weights), rows)
 
     def add(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """inputs (windows, tokens, columns); mask (windows, tokens), 1 where a token counts, or None; weights the
         same shape, or None for 1."""
         rows = token_rows(inputs, mask)
+        self._alone = self._alone or self._empty(self.columns, upper_only=True)
         self._alone.add(_weighted(rows, mask, weights), rows)
 
     def add_pair(
@@ -106,49 +92,75 @@ class InputStatistics:
         """inputs and the source's for the same tokens (windows, tokens, columns); `residual`: the residual stream and
         the source's (windows, tokens, hidden)."""
         rows = token_rows(inputs, mask)
-        if self._paired is None:
-            self._paired = _Strips(self.columns, self.columns, upper_only=True, device=self._device)
-            self._cross = _Strips(self.columns, self.columns, upper_only=False, device=self._device)
-        assert self._cross is not None
         weighted = _weighted(rows, mask, weights)
+        self._paired = self._paired or self._empty(self.columns, upper_only=True)
         self._paired.add(weighted, rows)
+        self._cross = self._cross or self._empty(self.columns)
         self._cross.add(token_rows(reference, mask) - rows, weighted)
         if residual is not None:
             here, there = residual
             error = token_rows(there, mask) - token_rows(here, mask)
-            if self._residual is None:
-                self._residual = _Strips(error.shape[1], self.columns, upper_only=False, device=self._device)
+            self._residual = self._residual or self._empty(error.shape[1])
             self._residual.add(error, weighted)
 
-    def hessian(self) -> Tensor:
-        """H (columns, columns) float64 over all tokens."""
-        upper = self._alone.sum()
-        for part in (self._paired, self._held_out):
-            if part is not None:
-                upper += part.sum()
-        return _mirrored(upper.div_(max(1, self.tokens)))
+    def _empty(self, rows: int, upper_only: bool = False) -> _Sum:
+        return _Sum(rows, self.columns, self._device, upper_only)
 
-    def split(self) -> tuple[Tensor, Tensor] | None:
-        """H over the tokens not held out, and over those held out; None if either has none."""
-        if self._held_out is None or self.tokens == self._held_out.tokens:
-            return None
-        held, rest = self._held_out.sum(), self._alone.sum()
-        if self._paired is not None:
-            rest += self._paired.sum()
-        count = self._held_out.tokens
-        return _mirrored(rest.div_(self.tokens - count)), _mirrored(held.div_(count))
+    def reduce(self) -> None:
+        """Make every sum that of all processes' batches. All call this together; with one process it does nothing.
+
+        The leader has the first batch, so it has every kind of sum that anybody has; others may lack some.
+        """
+        if parallel.count() == 1:
+            return
+        leaders = None if self._residual is None else len(self._residual.whole)
+        pairs, hidden = parallel.from_leader((self._paired is not None, leaders))
+        self._alone = self._alone or self._empty(self.columns, upper_only=True)
+        if parallel.total(0 if self._held_out is None else 1):
+            self._held_out = self._held_out or self._empty(self.columns, upper_only=True)
+        if pairs:
+            self._paired = self._paired or self._empty(self.columns, upper_only=True)
+            self._cross = self._cross or self._empty(self.columns)
+        if hidden is not None:
+            self._residual = self._residual or self._empty(hidden)
+        for each in (self._alone, self._held_out, self._paired, self._cross, self._residual):
+            if each is not None:
+                parallel.add_up(each.whole)
+                each.tokens = parallel.total(each.tokens)
 
     def mismatch(self) -> Mismatch | None:
-        """D, R and their own H, or None if no source stream ran beside."""
-        if self._paired is None or self._cross is None:
+        """D, R and their own H, or None if no source stream ran beside. Hands over the memory of these sums."""
+        paired, cross, residual = self._paired, self._cross, self._residual
+        if paired is None or cross is None:
             return None
-        count = max(1, self._paired.tokens)
+        self._paired = self._cross = self._residual = None
+        if self._alone is None:
+            self._alone = self._empty(self.columns, upper_only=True)
+        self._alone.whole += paired.whole
+        self._alone.tokens += paired.tokens
+        count = max(1, paired.tokens)
         return Mismatch(
-            _mirrored(self._paired.sum().div_(count)),
-            self._cross.sum().div_(count),
-            None if self._residual is None else self._residual.sum().div_(count),
+            _mirrored(paired.whole.div_(count)),
+            cross.whole.div_(count),
+            None if residual is None else residual.whole.div_(count),
             count,
         )
+
+    def hessian(self) -> tuple[Tensor, Split | None]:
+        """H (columns, columns) float64 over all tokens, and over those held out and the rest where there are both.
+
+        Uses the sums up: called once, after `mismatch`.
+        """
+        assert self._paired is None, "mismatch() has the sums of the pairs and comes first"
+        alone, held_out = self._alone or self._empty(self.columns, upper_only=True), self._held_out
+        self._alone = self._held_out = None
+        split = None
+        if held_out is not None:
+            if alone.tokens and held_out.tokens:
+                split = Split(*(_mirrored((each.whole / each.tokens).float()) for each in (alone, held_out)))
+            alone.whole += held_out.whole
+            alone.tokens += held_out.tokens
+        return _mirrored(alone.whole.div_(max(1, alone.tokens))), split
 
 
 def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -156,6 +168,10 @@ def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tens
 
 
 def _mirrored(upper: Tensor) -> Tensor:
-    """A symmetric matrix from its upper triangle."""
-    upper.triu_()
-    return upper + upper.triu(1).T
+    """A symmetric matrix from its upper triangle, in the same memory."""
+    for row in range(0, len(upper), STRIP):
+        stop = min(row + STRIP, len(upper))
+        corner = upper[row:stop, row:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        upper[stop:, row:stop] = upper[row:stop, stop:].T
+    return upper

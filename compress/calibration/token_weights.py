@@ -11,6 +11,9 @@ in so that no token vanishes, and the mean is 1. Source: GuidedQuant (arXiv 2505
 
 One backward pass through the source: hidden states entering every block are kept for a few windows at a time, and each
 block is run again, this time with gradients. One block is resident.
+
+Several processes (`compress.parallel`) take a share of the batches each. Labels are drawn with a seed for each batch,
+so they do not depend on who draws them; quantiles and means are of the tokens of all.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from compress import parallel
 from compress.calibration.walk import forward_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Head, Skeleton
@@ -41,20 +45,22 @@ TokenWeights = dict[tuple[int, str], list[Tensor]]
 def token_weights(
     skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], seed: int, progress: Progress
 ) -> TokenWeights:
-    """Weights of every token for every group of linears of `checkpoint`, with mean 1 over unmasked tokens."""
+    """Weights of every token of this process's `batches`, for every group of linears of `checkpoint`; over the
+    unmasked tokens of all processes the mean is 1."""
     squares: TokenWeights = {}
     first = batches[0].ids
     kept = skeleton.block_count * first.numel() * int(skeleton.config.hidden_size) * skeleton.dtype.itemsize
     together = max(1, KEPT_BYTES // kept)
-    generator = torch.Generator(device=skeleton.device).manual_seed(seed)
+    numbers = parallel.share(list(range(parallel.total(len(batches)))))
+    seeds = [seed * 1_000_003 + number for number in numbers]
     with progress.task("token weights", len(batches)) as advance:
         for start in range(0, len(batches), together):
             part = batches[start : start + together]
-            for key, values in _squared_gradients(skeleton, checkpoint, part, generator).items():
+            for key, values in _squared_gradients(skeleton, checkpoint, part, seeds[start:]).items():
                 squares.setdefault(key, []).extend(values)
             advance(f"batch {min(start + together, len(batches))}/{len(batches)}")
-    masks = [None if batch.mask is None else batch.mask for batch in batches]
-    return {key: normalised(values, masks) for key, values in squares.items()}
+    masks = parallel.in_order([batch.mask for batch in batches])
+    return {key: parallel.share(normalised(parallel.in_order(values), masks)) for key, values in squares.items()}
 
 
 def normalised(squares: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:
@@ -73,9 +79,10 @@ def normalised(squares: list[Tensor], masks: list[Tensor | None]) -> list[Tensor
 
 
 def _squared_gradients(
-    skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], generator: torch.Generator
+    skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], seeds: list[int]
 ) -> TokenWeights:
-    """mean_r g_{t,r}^2 for a few batches: forward through all blocks, then backward block by block."""
+    """mean_r g_{t,r}^2 for a few batches: forward through all blocks, then backward block by block. `seeds`: of each
+    batch's labels."""
     arch = skeleton.architecture
     entering: list[list[Tensor]] = []
     with torch.no_grad():
@@ -86,7 +93,7 @@ def _squared_gradients(
             with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
                 states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
     with skeleton.head(checkpoint) as head:
-        gradients = [_loss_gradient(head, hidden, generator) for hidden in states]
+        gradients = [_loss_gradient(head, hidden, seed) for hidden, seed in zip(states, seeds, strict=False)]
     del states
     found: TokenWeights = {}
     for index in reversed(range(skeleton.block_count)):
@@ -135,8 +142,9 @@ class _Sums:
         }
 
 
-def _loss_gradient(head: Head, hidden: Tensor, generator: torch.Generator) -> Tensor:
+def _loss_gradient(head: Head, hidden: Tensor, seed: int) -> Tensor:
     """d(-log p(label))/d hidden, summed over tokens, for labels sampled from p; hidden (windows, tokens, hidden)."""
+    generator = torch.Generator(device=hidden.device).manual_seed(seed)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
         normed = head.norm(leaf)

@@ -27,6 +27,11 @@ class Batch:
     ids: Tensor
     mask: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.ids.numel() if self.mask is None else self.mask.sum())
+
 
 @dataclass(frozen=True)
 class Call:

@@ -15,7 +15,7 @@ try:  # newer typers carry a click of their own; with older ones the errors are 
 except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
-from compress import __version__
+from compress import __version__, parallel
 from compress.cli import inspect, recipes, run
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
 
@@ -84,7 +84,7 @@ def guarded(arguments: list[str]) -> int:
         code, mistakes = _explain(error)
         if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError):
             traceback.print_exc()
-        _report(code, mistakes, as_json="--json" in arguments)
+        _report(code, mistakes, as_json="--json" in arguments and not parallel.started_to_follow())
         return code
 
 

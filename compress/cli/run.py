@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compress.cli.options import DEFAULT_STORE, JsonOption, RecipeArgument, SetOption, StoreOption, quiet_libraries
+from compress.errors import ExitCode
 
 if TYPE_CHECKING:
     from compress.pipeline import Outcome
@@ -25,8 +27,18 @@ def run(
     Exit codes: 0 passed, 2 bad recipe, 3 a gate failed, 4 a gate is inconclusive, 5 unhealthy source, 6 out of memory
     or disk, 7 the environment lacks something, 130 interrupted, 1 internal error.
     """
-    if dry_run:
-        return plan(recipe, store, set_, json)
+    from compress import parallel
+
+    with parallel.joined():
+        if parallel.started_to_follow():
+            return _follow()
+        from compress.steps.following import leading
+
+        with leading():
+            return plan(recipe, store, set_, json) if dry_run else _run(recipe, store, set_, json)
+
+
+def _run(recipe: Path, store: Path, set_: list[str] | None, json: bool) -> int:
     from compress import console
     from compress.recipe import load_recipe
 
@@ -44,6 +56,19 @@ def run(
     else:
         _print_outcome(outcome)
     return int(outcome.exit_code)
+
+
+def _follow() -> int:
+    """What a process does that torchrun has started beside the one that runs the recipe."""
+    from compress.parallel import PeerEndedError
+    from compress.steps.following import follow
+
+    quiet_libraries()
+    try:
+        follow()
+    except PeerEndedError:
+        return int(ExitCode.INTERNAL_ERROR)  # whoever ended has said why
+    return int(ExitCode.PASSED)
 
 
 def plan(

@@ -32,6 +32,21 @@ def rss_anon() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def available_bytes(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can still be allocated: what the machine has, or less where a container's limit (cgroup v2) is lower.
+    Files in the page cache count against such a limit, but the kernel drops them first."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int((control_group / "memory.max").read_text(encoding="ascii"))
+        used = int((control_group / "memory.current").read_text(encoding="ascii"))
+        lines = (control_group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):  # no such files, or the limit is "max"
+        return free
+    stat = {name: int(value) for name, value in (line.split() for line in lines)}
+    files = stat.get("inactive_file", 0) + stat.get("active_file", 0)
+    return max(0, min(free, limit - used + files))
+
+
 def release() -> None:
     """Give freed memory back to the system: collect cycles, and trim the C allocator where that is glibc.
 
@@ -63,9 +78,7 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that can still be taken on a device: free memory of a GPU, available host memory otherwise."""
     import torch
 
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
 
 
 class PeakSampler:

@@ -4,7 +4,7 @@ stored      tensor bytes of the exported files: exact, from shapes and schemes
 resident    the same, for a runtime that keeps weights packed
 KV cache    2 x blocks x kv_heads x head_dim x tokens x concurrency x bytes; a sliding block keeps its window only
 peak host   what the run holds at its worst moment: the interpreter with its libraries, one block, activations of
-            all calibration windows, and the largest Hessian with its factors
+            the calibration windows, and the largest Hessian with its factor or the sums of a shift beside it
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from compress.architecture import Dimensions
 from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import TOKENS_PER_COLUMN
 
 INTERPRETER = 330 * 2**20
 """Anonymous memory of Python with torch, transformers and datasets imported and used once; measured, see
@@ -76,16 +77,34 @@ def calibration_peak_bytes(load: WalkLoad) -> int:
     """Peak anonymous host memory while a calibrated stage solves.
 
     At the worst moment all batches are held at the last group: the residual, the normed states and the inner
-    activations of every token; beside them the source's evaluation states, one block (its source and new weights), and
-    for the widest input the Hessian and the cross moment with their float32 halves, means, ordered copy, factor and
-    inverse, about twelve matrices of float64.
+    activations of every token; beside them the source's evaluation states, one block with its codes, and for the widest
+    input what `_matrices` counts. A shift needs the source's weights beside the new ones.
     """
-    activations = load.streams * load.calibration_tokens * (load.widest_input + 3 * load.hidden) * load.compute_bytes
+    shifts = _shifts(load, load.hidden)
+    streams = load.streams if shifts else 1
+    activations = streams * load.calibration_tokens * (load.widest_input + 3 * load.hidden) * load.compute_bytes
     kept = load.evaluation_tokens * load.hidden * 4
-    block = 2 * load.block_parameters * load.compute_bytes
-    matrices = 12 * load.widest_input**2 * 8
-    solve = 6 * load.rows_of_widest * load.hidden * 4
-    return INTERPRETER + round(activations) + kept + block + max(matrices, solve)
+    block = load.block_parameters * ((2 if shifts else 1) * load.compute_bytes + 1)
+    solve = 8 * load.rows_of_widest * load.hidden * 4
+    return INTERPRETER + round(activations) + kept + block + max(_matrices(load), solve)
+
+
+def _shifts(load: WalkLoad, columns: int) -> bool:
+    """Whether the source's stream covers tokens enough to shift linears with `columns` inputs."""
+    return (load.streams - 1) * load.calibration_tokens >= TOKENS_PER_COLUMN * columns
+
+
+def _matrices(load: WalkLoad) -> int:
+    """Bytes of the matrices of the widest input, (columns, columns) unless said, at the worse of two moments:
+
+    factorising   H and its factor in float64, U and a shift in float32
+    shifting      H, the pairs' own H and D, and R (hidden, columns), in float64, and the shift in float32
+    """
+    square, oblong = load.widest_input**2, load.widest_input * load.hidden
+    if not _shifts(load, load.widest_input):
+        return 2 * square * 8 + square * 4
+    shift = 4 * (square + oblong)
+    return max(2 * square * 8 + square * 4, 3 * square * 8 + oblong * 8) + shift
 
 
 def evaluation_peak_bytes(load: WalkLoad) -> int:

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from compress.quantization.columns import solve_columns
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
-from compress.quantization.refine import refined
+from compress.quantization.refine import Split, refined
 from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import cholesky_
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0)
@@ -72,8 +73,8 @@ Candidate = tuple[Tensor, Grid]
 def factorise(hessian: Tensor, damping: float) -> Factor | None:
     """Factor of a Hessian (columns, columns) float64, or None if no damping on the ladder makes it definite.
 
-    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most two more float64
-    matrices of the Hessian's size are alive.
+    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most one more float64
+    matrix of the Hessian's size is alive, and U.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
@@ -81,32 +82,39 @@ def factorise(hessian: Tensor, damping: float) -> Factor | None:
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True)
     backward = order.flip(0)
-    damped = hessian[backward][:, backward]
     mean = float(diagonal.mean()) or 1.0
-    undamped = damped.diagonal() + dead[backward].to(damped.dtype) * mean
     for multiple in DAMPING_LADDER:
         strength = damping * multiple
-        damped.diagonal().copy_(undamped + strength * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            del damped
-            factor = lower.flip(0, 1)
-            del lower
+        damped = hessian[backward.unsqueeze(1), backward]
+        damped.diagonal().add_(dead[backward].to(damped.dtype) * mean + strength * mean)
+        lower = cholesky_(damped)
+        if lower is not None:
             pivots = torch.empty_like(diagonal)
-            pivots[order] = factor.diagonal().square()
-            upper = _inverse_of_upper(factor)
-            del factor
-            return Factor(order, upper.float(), pivots.float(), strength, int(dead.sum()))
-        del lower
+            pivots[backward] = lower.diagonal().square()
+            return Factor(order, _flipped_inverse(lower), pivots.float(), strength, int(dead.sum()))
+        del damped
     return None
 
 
-def _inverse_of_upper(factor: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix (n, n), in the memory of the identity that is solved for."""
-    # A transposed identity is stored by columns, as LAPACK wants it; otherwise the solver makes a copy of its own.
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
-    torch.linalg.solve_triangular(factor, identity, upper=True, out=identity)
-    return identity
+def _flipped_inverse(lower: Tensor, step: int = 512) -> Tensor:
+    """U = J L^-1 J float32, which is (J L J)^-1, for a lower triangular L (n, n) float64.
+
+    `step` columns at a time, by substitution in blocks of `step` rows. What lies above them is zero in L^-1, so they
+    take the corner of L below: a third of the arithmetic of solving for all rows, and no copy of L, which the solver
+    would make of any corner but the whole.
+    """
+    size = len(lower)
+    upper = torch.zeros(lower.shape, dtype=torch.float32, device=lower.device)
+    for start in range(0, size, step):
+        stop = min(start + step, size)
+        panel = torch.eye(size - start, stop - start, dtype=lower.dtype, device=lower.device)
+        for first in range(start, size, step):
+            last = min(first + step, size)
+            solved = panel[first - start : last - start]
+            solved.copy_(torch.linalg.solve_triangular(lower[first:last, first:last], solved, upper=False))
+            panel[last - start :].addmm_(lower[last:, first:last], solved, alpha=-1)
+        upper[: size - start, size - stop : size - start] = panel.flip(0, 1)
+    return upper
 
 
 def solve(
@@ -116,14 +124,14 @@ def solve(
     scheme: Scheme,
     stored: torch.dtype,
     scales: ScaleSearch = "weighted",
-    held_out: tuple[Tensor, Tensor] | None = None,
+    split: Split | None = None,
     block: int = 64,
 ) -> list[Solution]:
     """Codes for linears that read the same input, solved as one matrix stacked by rows (rows are independent).
 
     weights: (rows_i, columns) float32 each; hessian (columns, columns) float64; `stored` is the dtype scales are kept
-    in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned. `held_out`: two Hessians
-    over disjoint tokens; codes and scales are refined with the first where the second says that it helps (`refine`).
+    in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned. With a `split`
+    of the Hessian, codes and scales are refined with one part where the other says that it helps (`refine`).
     """
     if factor is None:
         fallback: ScaleSearch = "mse" if scales == "weighted" else scales
@@ -132,16 +140,16 @@ def solve(
     grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
     codes = solve_columns(stacked, factor.order, factor.upper, grid, block)
     refit: Candidate | None = None
-    if held_out is not None:
-        refit = refined(stacked, codes, grid, _damped(held_out[0], factor.damping))
+    if split is not None:
+        refit = refined(stacked, codes, grid, _damped(split.fitted, factor.damping))
     solutions, start = [], 0
     for weight in weights:
         stop = start + weight.shape[0]
         found = codes[start:stop], grid.rows(start, stop)
         accepted = False
-        if held_out is not None and refit is not None:
+        if split is not None and refit is not None:
             other = refit[0][start:stop], refit[1].rows(start, stop)
-            losses = [relative_error(weight, dequantize(*each), held_out[1]) for each in (found, other)]
+            losses = [relative_error(weight, dequantize(*each), split.held_out) for each in (found, other)]
             accepted = losses[1] < losses[0]
             found = other if accepted else found
         solutions.append(_judged(weight, *found, hessian, factor.damping, accepted))
@@ -150,8 +158,8 @@ def solve(
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping mean(diag H) I, float32, dead columns as in `factorise`."""
-    damped = hessian.float()
+    """H + damping mean(diag H) I, dead columns as in `factorise`."""
+    damped = hessian.clone()
     mean = float(hessian.diagonal().mean()) or 1.0
     damped.diagonal().add_(damping * mean + (hessian.diagonal() <= 0).float() * mean)
     return damped

@@ -17,6 +17,8 @@ Example, one row, one group, H = I, w* = [1.0, 2.2], z = [1, 2]: s = (1 x 1 + 2 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,16 @@ MU = 0.05
 """Pull of the fitted scales towards the old ones, fraction of diag A."""
 BLOCK = 64
 """Columns between two products that bring R up to date."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Hessians over disjoint tokens, float32 (columns, columns)."""
+
+    fitted: Tensor
+    """Refinements are computed from this one."""
+    held_out: Tensor
+    """And judged by this one."""
 
 
 def refined(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, rounds: int = 1) -> tuple[Tensor, Grid]:

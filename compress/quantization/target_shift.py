@@ -58,24 +58,52 @@ class Shift:
         return moved if self.offset is None else moved.add_(self.offset)
 
 
+ROWS_AT_ONCE = 512
+"""Rows of a moment that are divided by H together; rows are independent."""
+
+
 def shift_of(mismatch: Mismatch, alpha: float, beta: float, ridge: float = RIDGE) -> Shift | None:
-    """The shift for shares `alpha` of D and `beta` of R, or None if the damped H cannot be factorised."""
+    """The shift for shares `alpha` of D and `beta` of R, or None if the damped H cannot be factorised.
+
+    H is factorised in its own memory: `mismatch.hessian` holds something else afterwards.
+    """
     mean = float(mismatch.hessian.diagonal().mean())
     if not (mean > 0 and mean < float("inf")):
         return None
-    damped = mismatch.hessian.clone()
-    damped.diagonal().add_(ridge * mean)
-    lower, failed = torch.linalg.cholesky_ex(damped)
     residual = mismatch.residual if beta else None
-    finite = bool(torch.isfinite(mismatch.cross).all()) and (residual is None or bool(torch.isfinite(residual).all()))
-    if int(failed) or not finite:
+    if not (_finite(mismatch.cross) and (residual is None or _finite(residual))):
+        return None
+    mismatch.hessian.diagonal().add_(ridge * mean)
+    lower = cholesky_(mismatch.hessian)
+    if lower is None:
         return None
     return Shift(
-        _right_divided(mismatch.cross, lower).mul_(alpha).float(),
-        None if residual is None else _right_divided(residual, lower).mul_(beta).float(),
+        _right_divided(mismatch.cross, lower, alpha),
+        None if residual is None else _right_divided(residual, lower, beta),
     )
 
 
-def _right_divided(moment: Tensor, lower: Tensor) -> Tensor:
-    """moment (A)^-1 with A = lower lower^T symmetric: (A^-1 moment^T)^T."""
-    return torch.cholesky_solve(moment.T.contiguous(), lower).T
+def cholesky_(matrix: Tensor) -> Tensor | None:
+    """L with L L^T = `matrix` (n, n), symmetric and contiguous, in the memory of `matrix`; None if it is not positive
+    definite, with `matrix` overwritten all the same."""
+    # Its transpose has the same values and is stored by columns, as LAPACK wants it: no copy is made.
+    lower = matrix.T
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return None if int(failed) or not bool(torch.isfinite(lower.diagonal()).all()) else lower
+
+
+def _finite(matrix: Tensor) -> bool:
+    """Whether all values are finite: a sum is not where one of them is not, and takes no memory of their size."""
+    return bool(torch.isfinite(matrix.sum()))
+
+
+def _right_divided(moment: Tensor, lower: Tensor, share: float) -> Tensor:
+    """share moment (A)^-1 float32 (rows, columns) with A = lower lower^T symmetric: (A^-1 moment^T)^T."""
+    result = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
+    for start in range(0, len(moment), ROWS_AT_ONCE):
+        # Not cholesky_solve, which makes a copy of L each time.
+        half = torch.linalg.solve_triangular(lower, moment[start : start + ROWS_AT_ONCE].T, upper=False)
+        whole = torch.linalg.solve_triangular(lower.T, half, upper=True)
+        result[start : start + ROWS_AT_ONCE] = whole.T.mul_(share)
+    return result

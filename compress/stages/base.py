@@ -76,6 +76,8 @@ class Stage(BaseModel):
     """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
     draws: ClassVar[bool] = False
     """Draws at random, so that the recipe's seed decides its output."""
+    shares_windows: ClassVar[bool] = False
+    """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 

@@ -6,6 +6,9 @@ The walk holds every batch at a group's input, so the statistics, the solve and 
 pass. Beside it runs the source's own stream: comparing the two streams' inputs tells how to shift a linear's target so
 that it undoes part of the error before it (`quantization.target_shift`). A block that is finished is written and never
 solved again: a killed run redoes its forward and goes on.
+
+Several processes (`compress.parallel`) walk a share of the batches each and add their statistics up; then all solve the
+same problem, and the leader writes. The source's stream runs beside the same batches as in a single process.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from compress import parallel
 from compress.architecture import InputGroup
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.token_weights import TokenWeights, token_weights
@@ -31,6 +35,7 @@ from compress.memory.measure import release
 from compress.quantization.columns import column_kernel
 from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
+from compress.quantization.refine import Split
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import TOKENS_PER_COLUMN, Mismatch, Shift, shift_of
 from compress.stages.base import StageContext, StageOutcome, restore
@@ -88,6 +93,7 @@ class Gptq(QuantizeStage):
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
     needs_calibration: ClassVar[bool] = True
+    shares_windows: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -118,21 +124,27 @@ class _Run:
         self.stage, self.context, self.windows = stage, context, context.windows
         self.source, self.output = context.source, context.output
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
-        self.batches: list[Batch] = self.windows.batches(context.tokens_at_once)
-        self.weights: TokenWeights | None = None
-        held_out = max(1, len(self.batches) // HELD_OUT) if self.stage.refine and len(self.batches) > 1 else 0
-        self.fitted = len(self.batches) - held_out
+        batches = self.windows.batches(context.tokens_at_once)
+        self.batches: list[Batch] = parallel.share(batches)
+        held_out = max(1, len(batches) // HELD_OUT) if stage.refine and len(batches) > 1 else 0
+        self.refines = held_out > 0
+        self.fitted = parallel.among_first(len(batches) - held_out)
         """Batches that refinements are computed from; the rest judge them."""
+        shifting = min(len(batches) - held_out, max(1, round(stage.shift_share * len(batches)))) if stage.shifts else 0
+        self.shifting_batches = parallel.among_first(shifting)
+        self.shifting_tokens = sum(batch.tokens for batch in batches[:shifting])
+        self.weights: TokenWeights | None = None
         self.seconds = {"forward": 0.0, "hessian": 0.0, "factorise": 0.0, "solve": 0.0, "write": 0.0}
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
         modules: list[dict[str, Any]] = []
         events = _token_events(self.windows, self.skeleton) + kernel_events(self.context.device)
-        if self.stage.refine and self.fitted == len(self.batches):
+        if self.stage.refine and not self.refines:
             message = "one batch of calibration windows leaves none to judge a refinement by"
             events.append(Event("refinement_skipped", "calibration", message))
-        self.output.write_outer(self.source)
+        if parallel.leads():
+            self.output.write_outer(self.source)
         count = self.skeleton.block_count
         if self.stage.token_weights:
             started = time.perf_counter()
@@ -141,11 +153,13 @@ class _Run:
             self.seconds["token weights"] = time.perf_counter() - started
         with self._timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
-        reference = states[: self._shifting_batches()] if self.stage.shifts else None
+        narrowest = min(columns for _, columns in self.skeleton.linear_shapes().values())
+        reference = states[: self.shifting_batches] if self.can_shift(narrowest) else None
 
         with self.context.progress.task("gptq", count) as advance:
             for index in range(count):
-                record = self.output.block_record(index)
+                # Followers must not look themselves: the leader may write a block before they come to ask for it.
+                record = parallel.from_leader(self.output.block_record(index) if parallel.leads() else None)
                 if record is None:
                     states, reference, record = self._solve_block(index, states, reference)
                     self.context.after_block(index)
@@ -160,8 +174,9 @@ class _Run:
                 advance(f"block {index + 1}/{count}")
         return StageOutcome(modules, events, self.seconds)
 
-    def _shifting_batches(self) -> int:
-        return min(self.fitted, max(1, round(self.stage.shift_share * len(self.batches))))
+    def can_shift(self, columns: int) -> bool:
+        """Whether the source's stream covers tokens enough to shift linears with `columns` inputs."""
+        return self.stage.shifts and self.shifting_tokens >= TOKENS_PER_COLUMN * columns
 
     def _pass_through(self, index: int, states: list[Tensor], checkpoint: Checkpoint) -> list[Tensor]:
         """A finished block: its forward with weights already written."""
@@ -189,7 +204,8 @@ class _Run:
         work.events += self.stage.kept_events(names)
         record = {"modules": work.records, "events": [event.to_json() for event in work.events]}
         with self._timed("write"):
-            self.output.write_block(self.source, index, work.quantised, record)
+            if parallel.leads():
+                self.output.write_block(self.source, index, work.quantised, record)
         return stream.states, beside.states if beside else None, record
 
     @contextmanager
@@ -219,7 +235,7 @@ class _BlockWork:
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
             mask = self.run.batches[number].mask
             weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
-            if there is None:
+            if there is None or not self.run.can_shift(here.inputs.shape[-1]):
                 held = number >= self.run.fitted
                 (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
                 return
@@ -232,30 +248,39 @@ class _BlockWork:
         if self._statistics is None:
             return
         statistics, self._statistics = self._statistics, None
-        hessian, mismatch, held_out = statistics.hessian(), statistics.mismatch(), statistics.split()
-        del statistics
+        with self.run._timed("hessian"):
+            statistics.reduce()
+        # The shift first: its sums are as large as H, and are gone before H is factorised.
         with self.run._timed("factorise"):
+            shift = self._shift(statistics.mismatch())
+            hessian, split = statistics.hessian()
             factor = factorise(hessian, self.run.stage.damping)
-            shift = None if mismatch is None or factor is None else self._shift(group, mismatch)
         self._note(group, hessian, factor)
+        if factor is None:
+            shift = None
+        elif shift is None and self.run.stage.shifts:
+            self._note_no_shift(group, len(hessian))
+        # Only errors are measured with H from here on, in float32.
+        hessian = hessian.float()
         by_scheme: dict[Scheme, list[str]] = {}
         for name in group.linears:
             scheme = self.run.stage.scheme_of(f"{self.prefix}.{name}")
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor, shift, held_out)
+            self._solve(names, scheme, hessian, factor, shift, split)
 
-    def _shift(self, group: InputGroup, mismatch: Mismatch) -> Shift | None:
-        """What moves the group's targets, or None with an event."""
-        stage, columns = self.run.stage, len(mismatch.hessian)
-        enough = mismatch.tokens >= TOKENS_PER_COLUMN * columns
-        shift = shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge) if enough else None
-        if shift is None:
-            where = f"{self.prefix}.{'+'.join(group.linears)}"
-            reason = "no factor of its Hessian" if enough else f"{mismatch.tokens} tokens for {columns} columns"
-            self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
-        return shift
+    def _shift(self, mismatch: Mismatch | None) -> Shift | None:
+        """What moves the group's targets. Uses up the memory of `mismatch`."""
+        stage = self.run.stage
+        if mismatch is None:
+            return None
+        return shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
+
+    def _note_no_shift(self, group: InputGroup, columns: int) -> None:
+        where, tokens = f"{self.prefix}.{'+'.join(group.linears)}", self.run.shifting_tokens
+        reason = "no factor of its Hessian" if self.run.can_shift(columns) else f"{tokens} tokens for {columns} columns"
+        self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
 
     def _note(self, group: InputGroup, hessian: Tensor, factor: Factor | None) -> None:
         where = f"{self.prefix}.{'+'.join(group.linears)}"
@@ -278,7 +303,7 @@ class _BlockWork:
         hessian: Tensor,
         factor: Factor | None,
         shift: Shift | None,
-        held_out: tuple[Tensor, Tensor] | None,
+        split: Split | None,
     ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
@@ -287,7 +312,7 @@ class _BlockWork:
         stored = [linear.get_parameter("weight").data.float() for linear in linears]
         weights = [weight.T for weight in stored] if transposed else stored
         targets = weights if shift is None else [shift.target(weight) for weight in weights]
-        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, held_out)
+        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)

@@ -16,12 +16,21 @@ from typing import Any
 
 import torch
 
-from compress import __version__
+from compress import __version__, parallel
 from compress.errors import EnvironmentLacksError
 from compress.memory.measure import free_bytes
 
 PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
-_CODE = ("architecture.py", "quantization", "calibration", "checkpoints", "training", "stages", "evaluation")
+_CODE = (
+    "architecture.py",
+    "parallel.py",
+    "quantization",
+    "calibration",
+    "checkpoints",
+    "training",
+    "stages",
+    "evaluation",
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,11 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
     return Machine(torch.device("cuda", torch.cuda.current_device()), compute, 16384)
 
 
-def fits(parameters: int, machine: Machine) -> bool:
-    """Whether the whole export, dequantised, fits in four fifths of the free memory."""
-    return parameters * 4 < 0.8 * free_bytes(machine.device)
+def fits(parameters: int, reload_bytes: int, machine: Machine) -> bool:
+    """Whether loading the whole export, dequantised, fits in four fifths of the free memory. `reload_bytes`: what
+    `memory.predict.reload_peak_bytes` says of the host; a GPU holds the parameters in float32."""
+    needed = parameters * 4 if machine.device.type == "cuda" else reload_bytes
+    return needed < 0.8 * free_bytes(machine.device)
 
 
 @cache
@@ -111,6 +122,7 @@ def provenance() -> dict[str, Any]:
         "working_directory": str(Path.cwd()).encode("utf-8", "backslashreplace").decode(),
         "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
         "host": platform.node(),
+        "processes": parallel.met(),
         "git_of_working_directory": git_state(),
         "code": code_digest(),
     }

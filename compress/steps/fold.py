@@ -24,6 +24,7 @@ from compress.files import digest_of_json, disk_errors
 from compress.memory.measure import PeakSampler
 from compress.stages import Stage, StageContext
 from compress.steps.environment import Machine, code_digest, versions
+from compress.steps.following import together
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,8 @@ def _work(
         seed=seed,
         progress=progress,
     )
-    outcome = stage.apply(context)
+    with together(stage, context):
+        outcome = stage.apply(context)
     config = stage.model_dump(mode="json")
     return {
         "kind": config["kind"],

@@ -124,7 +124,7 @@ def round_trip(
     plan: Plan, folder: Path, texts: Texts, evidence: Evidence, states: States, progress: Progress
 ) -> Evidence:
     """The evidence with what the public loader gave, or with the event that it could not be tried."""
-    if not fits(plan.parameters, plan.machine):
+    if not fits(plan.parameters, plan.reload_bytes, plan.machine):
         message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
         return replace(evidence, events=(Event("round_trip_skipped", "export", message),))
     name = next(iter(texts.evaluation))

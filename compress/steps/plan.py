@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from compress import parallel
 from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
 from compress.checkpoints.compressed_tensors import cannot_load, unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
@@ -20,6 +20,7 @@ from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.events import Progress
 from compress.memory import predict
+from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages.base import Training
@@ -45,6 +46,8 @@ class Plan:
     resident_bytes: int
     kv_cache_bytes: int
     peak_host_bytes: int
+    reload_bytes: int
+    """Peak host memory of the round trip, should it be made."""
     disk_bytes: int
     seconds: float
     effective_bits: float | None
@@ -124,12 +127,14 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
         peak_host_bytes=_peak(load, trainings, machine),
+        reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
         warnings=tuple(_warnings(recipe, schemes, architecture, dimensions)),
     )
-    _check_resources(plan, store)
+    beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
+    _check_resources(plan, store, plan.peak_host_bytes + beside)
     return plan
 
 
@@ -197,6 +202,7 @@ def _load(
 ) -> predict.WalkLoad:
     streams = max(stage.activation_streams for stage in recipe.stages)
     calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
+    calibrated = math.ceil(calibrated / parallel.met())
     return predict.WalkLoad(
         parameters=parameters,
         block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
@@ -222,7 +228,7 @@ def _peak(load: predict.WalkLoad, trainings: list[tuple[Training, predict.Traini
     if machine.device.type == "cpu":
         states = load.evaluation_tokens * load.hidden * 4
         peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
-    if fits(load.parameters, machine) and machine.device.type == "cpu":
+    if fits(load.parameters, predict.reload_peak_bytes(load), machine) and machine.device.type == "cpu":
         peaks.append(predict.reload_peak_bytes(load))
     return max(peaks)
 
@@ -280,8 +286,8 @@ def _dtype_bytes(config: dict[str, Any]) -> int:
     return 2 if declared.endswith("16") else 4
 
 
-def _check_resources(plan: Plan, store: Path) -> None:
-    """Disk under store and cache, and host memory. Raises ResourceError with every shortage."""
+def _check_resources(plan: Plan, store: Path, host_bytes: int) -> None:
+    """Disk under store and cache, and memory of all processes here. Raises ResourceError with every shortage."""
     shortages = []
     for name, folder, needed in (
         ("store", store, plan.stored_bytes + 10**7),
@@ -297,11 +303,13 @@ def _check_resources(plan: Plan, store: Path) -> None:
                 + "use "
                 + ("--store elsewhere." if name == "store" else "another COMPRESS_CACHE.")
             )
-    available = psutil.virtual_memory().available
-    if plan.peak_host_bytes > available:
+    available = available_bytes()
+    if host_bytes > available:
+        processes = f" by {parallel.neighbours() + 1} processes" if parallel.neighbours() else ""
+        fewer = "processes or calibration windows" if processes else "calibration windows"
         shortages.append(
-            f"memory: about {plan.peak_host_bytes:,} bytes are needed and {available:,} are available. Use fewer "
-            "calibration windows, or a larger machine."
+            f"memory: about {host_bytes:,} bytes are needed{processes} and {available:,} are available. Use fewer "
+            f"{fewer}, or a larger machine."
         )
     if shortages:
         raise ResourceError("\n".join(shortages))

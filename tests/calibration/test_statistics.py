@@ -25,8 +25,8 @@ def test_the_hessian_is_the_mean_outer_product_of_unmasked_tokens(columns):
     kept = torch.cat(rows).double()
 
     assert statistics.tokens == len(kept)
-    torch.testing.assert_close(statistics.hessian(), kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
     assert statistics.mismatch() is None
+    torch.testing.assert_close(statistics.hessian()[0], kept.T @ kept / len(kept), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [5, 500])
@@ -45,7 +45,7 @@ def test_the_mismatch_covers_just_the_tokens_with_a_reference(columns):
     torch.testing.assert_close(mismatch.cross, error.T @ x / 14, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mismatch.residual, beside.T @ x / 14, rtol=1e-4, atol=1e-5)
     every = torch.cat([x, alone.flatten(0, 1).double()])
-    torch.testing.assert_close(statistics.hessian(), every.T @ every / 28, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics.hessian()[0], every.T @ every / 28, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
@@ -57,7 +57,27 @@ def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
 
     rows, others = inputs[0, :3].double(), reference[0, :3].double()
     weighted = rows * weights[0, :3, None].double()
-    torch.testing.assert_close(statistics.hessian(), weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
     mismatch = statistics.mismatch()
+    torch.testing.assert_close(statistics.hessian()[0], weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mismatch.hessian, weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.cross, (others - rows).T @ weighted / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.residual, (rows - others).T @ weighted / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_held_out_counts_in_the_whole_and_apart():
+    fitted, pair, held = (_random(1, 9, 6, seed=seed) for seed in range(3))
+    statistics = InputStatistics(6, CPU)
+    statistics.add_pair(pair, pair, None)
+    statistics.add(fitted, None)
+    statistics.hold_out(held, None)
+
+    assert statistics.tokens == 27
+    statistics.mismatch()
+    hessian, split = statistics.hessian()
+
+    first, other, last = (rows.flatten(0, 1).double() for rows in (fitted, pair, held))
+    rest = torch.cat([first, other])
+    every = torch.cat([rest, last])
+    torch.testing.assert_close(hessian, every.T @ every / 27, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split.fitted, (rest.T @ rest / 18).float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split.held_out, (last.T @ last / 9).float(), rtol=1e-5, atol=1e-6)

@@ -144,3 +144,13 @@ def _wait_for(condition, process, seconds: float = 120) -> None:
 
 def _leftovers(store: Path) -> list[Path]:
     return [path for path in store.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_an_export_too_large_to_reload_is_said_to_be_so(recipe, here, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.steps.environment.available_bytes", lambda: 400 * 2**20)
+
+    ended = here("run", recipe(), "--store", tmp_path / "store", "--json")
+
+    report = json.loads(ended.out)
+    assert ended.code == 0 and report["round_trip"] is None
+    assert report["event_counts"]["round_trip_skipped"] == 1

@@ -8,7 +8,7 @@ import time
 import torch
 
 from compress.architecture import Dimensions
-from compress.memory.measure import PeakSampler, release, rss_anon
+from compress.memory.measure import PeakSampler, available_bytes, release, rss_anon
 from compress.memory.predict import effective_bits, kv_cache_bytes, stored_bytes
 from compress.quantization.scheme import Scheme
 
@@ -35,6 +35,19 @@ def test_a_file_that_is_mapped_does_not_count(tmp_path):
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         assert sum(mapped[::4096]) == 0
         assert rss_anon() - before < 10 * MIB
+
+
+def test_a_container_limit_counts_where_it_is_lower_and_files_in_cache_can_be_dropped(tmp_path):
+    def available(limit):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{90 * MIB}\n")
+        (tmp_path / "memory.stat").write_text(f"anon {60 * MIB}\nfile {30 * MIB}\ninactive_file {20 * MIB}\n")
+        return available_bytes(tmp_path)
+
+    assert available(100 * MIB) == 30 * MIB
+    assert available(10 * MIB) == 0
+    assert available("max") > 100 * MIB
+    assert available_bytes(tmp_path / "missing") > 100 * MIB
 
 
 def test_the_sampler_keeps_the_peak_of_each_phase():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.quantization.gptq import choose_grid, factorise, relative_error, rounded, solve
+from compress.quantization.gptq import _flipped_inverse, choose_grid, factorise, relative_error, rounded, solve
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import BITS, Scheme
 
@@ -191,6 +191,16 @@ def test_all_columns_dead_is_plain_rounding():
 
     assert factor.dead == 8
     assert torch.equal(solution.codes, quantize(weight, solution.grid))
+
+
+@pytest.mark.parametrize("step", [512, 7])
+def test_the_inverse_by_panels_is_the_inverse(step):
+    lower = torch.linalg.cholesky(torch.eye(30, dtype=torch.float64) + correlated(90, 30, seed=3).double().T.cov())
+
+    upper = _flipped_inverse(lower, step).double()
+
+    torch.testing.assert_close(upper @ lower.flip(0, 1), torch.eye(30, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert bool((upper.tril(-1) == 0).all())
 
 
 @pytest.mark.parametrize(("smallest", "multiple"), [(0.5, 1), (-0.02, 3), (-0.07, 10), (-0.2, 30)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compress.quantization.gptq import choose_grid, factorise, solve
 from compress.quantization.grid import Grid, dequantize, quantize
-from compress.quantization.refine import descended, fitted_scales, refined, row_losses
+from compress.quantization.refine import Split, descended, fitted_scales, refined, row_losses
 from compress.quantization.scheme import BITS, Scheme
 from tests.quantization.test_gptq import correlated, hessian_of
 
@@ -119,6 +119,10 @@ def test_refining_gains_over_gptq_alone():
     assert float(gain) < 0.9
 
 
+def split(fitted, held_out):
+    return Split(fitted.float(), held_out.float())
+
+
 def test_held_out_tokens_decide_whether_a_refinement_is_kept():
     """Refined for tokens of quite another kind, the codes fit the held-out ones worse, and GPTQ's stay."""
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
@@ -126,8 +130,8 @@ def test_held_out_tokens_decide_whether_a_refinement_is_kept():
     hessian, held_out, other = hessian_of(inputs), hessian_of(inputs[350:]), hessian_of(correlated(400, 48, 9))
     factor, scheme = factorise(hessian, 0.01), Scheme(3, True, 16)
 
-    (agreed,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", (hessian_of(inputs[:350]), held_out))
-    (refused,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", (other, held_out))
+    (agreed,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", split(hessian_of(inputs[:350]), held_out))
+    (refused,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", split(other, held_out))
     (plain,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax")
 
     assert agreed.refined and agreed.error < plain.error

@@ -130,7 +130,9 @@ def test_held_out_tokens_decide_whether_a_refinement_is_kept():
     hessian, held_out, other = hessian_of(inputs), hessian_of(inputs[350:]), hessian_of(correlated(400, 48, 9))
     factor, scheme = factorise(hessian, 0.01), Scheme(3, True, 16)
 
-    (agreed,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", split(hessian_of(inputs[:350]), held_out))
+    (agreed,) = solve(
+        [weight], hessian, factor, scheme, torch.float16, "minmax", split(hessian_of(inputs[:350]), held_out)
+    )
     (refused,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax", split(other, held_out))
     (plain,) = solve([weight], hessian, factor, scheme, torch.float16, "minmax")
 

@@ -20,25 +20,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress import parallel
-from compress.architecture import InputGroup
-from compress.calibration.statistics import InputStatistics
 from compress.calibration.token_weights import TokenWeights, token_weights
-from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
+from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Event
 from compress.memory.measure import release
 from compress.quantization.columns import column_kernel
-from compress.quantization.gptq import Factor, ScaleSearch, Solution, factorise, solve
-from compress.quantization.grid import Grid, dequantize
-from compress.quantization.refine import Split
-from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import TOKENS_PER_COLUMN, Mismatch, Shift, shift_of
+from compress.quantization.gptq import ScaleSearch
+from compress.quantization.target_shift import TOKENS_PER_COLUMN
 from compress.stages.base import StageContext, StageOutcome, restore
+from compress.stages.gptq_block import BlockWork
 from compress.stages.quantize import QuantizeStage
 
 WEIGHTS_SEED = 0
@@ -113,11 +109,11 @@ class Gptq(QuantizeStage):
         return bool(self.target_shift or self.residual_shift)
 
     def apply(self, context: StageContext) -> StageOutcome:
-        return _Run(self, context).blocks()
+        return GptqRun(self, context).blocks()
 
 
-class _Run:
-    """One application of the stage: the block loop, its clock and its ledger."""
+class GptqRun:
+    """One application of the stage: the block loop, its clock and its ledger. `gptq_block` solves inside a block."""
 
     def __init__(self, stage: Gptq, context: StageContext) -> None:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
@@ -151,7 +147,7 @@ class _Run:
             progress = self.context.progress
             self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
             self.seconds["token weights"] = time.perf_counter() - started
-        with self._timed("forward"):
+        with self.timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
         narrowest = min(columns for _, columns in self.skeleton.linear_shapes().values())
         reference = states[: self.shifting_batches] if self.can_shift(narrowest) else None
@@ -182,7 +178,7 @@ class _Run:
         """A finished block: its forward with weights already written."""
         forward = forward_of(self.skeleton, self.batches, index)
         prefix = self.skeleton.architecture.block_name(index)
-        with self.skeleton.loaded(checkpoint, prefix) as block, self._timed("forward"):
+        with self.skeleton.loaded(checkpoint, prefix) as block, self.timed("forward"):
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
 
     def _solve_block(
@@ -193,7 +189,7 @@ class _Run:
         prefix = arch.block_name(index)
         forward = forward_of(self.skeleton, self.batches, index)
         with self.skeleton.loaded(self.source, prefix) as block:
-            work = _BlockWork(self, prefix, index, block)
+            work = BlockWork(self, prefix, index, block)
             stream = Stream(block, states)
             beside = None if reference is None else Stream(with_source_weights(block), reference)
             started, others = time.perf_counter(), sum(self.seconds.values())
@@ -203,146 +199,18 @@ class _Run:
         names = [f"{prefix}.{name}" for name in arch.linears]
         work.events += self.stage.kept_events(names)
         record = {"modules": work.records, "events": [event.to_json() for event in work.events]}
-        with self._timed("write"):
+        with self.timed("write"):
             if parallel.leads():
                 self.output.write_block(self.source, index, work.quantised, record)
         return stream.states, beside.states if beside else None, record
 
     @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
+    def timed(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - started
-
-
-class _BlockWork:
-    """Statistics and solutions of one block while its forward passes are under way."""
-
-    def __init__(self, run: _Run, prefix: str, index: int, block: nn.Module) -> None:
-        self.run, self.prefix, self.index, self.block = run, prefix, index, block
-        self.quantised: dict[str, tuple[Tensor, Grid]] = {}
-        self.records: list[dict[str, Any]] = []
-        self.events: list[Event] = []
-        self._statistics: InputStatistics | None = None
-
-    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
-        if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
-            return
-        with self.run._timed("hessian"):
-            if self._statistics is None:
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-            mask = self.run.batches[number].mask
-            weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
-            if there is None or not self.run.can_shift(here.inputs.shape[-1]):
-                held = number >= self.run.fitted
-                (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
-                return
-            residual = None
-            if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
-                residual = (here.residual, there.residual)
-            self._statistics.add_pair(here.inputs, there.inputs, mask, residual, weights)
-
-    def on_group(self, group: InputGroup) -> None:
-        if self._statistics is None:
-            return
-        statistics, self._statistics = self._statistics, None
-        with self.run._timed("hessian"):
-            statistics.reduce()
-        # The shift first: its sums are as large as H, and are gone before H is factorised.
-        with self.run._timed("factorise"):
-            shift = self._shift(statistics.mismatch())
-            hessian, split = statistics.hessian()
-            factor = factorise(hessian, self.run.stage.damping)
-        self._note(group, hessian, factor)
-        if factor is None:
-            shift = None
-        elif shift is None and self.run.stage.shifts:
-            self._note_no_shift(group, len(hessian))
-        # Only errors are measured with H from here on, in float32.
-        hessian = hessian.float()
-        by_scheme: dict[Scheme, list[str]] = {}
-        for name in group.linears:
-            scheme = self.run.stage.scheme_of(f"{self.prefix}.{name}")
-            if scheme is not None:
-                by_scheme.setdefault(scheme, []).append(name)
-        for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor, shift, split)
-
-    def _shift(self, mismatch: Mismatch | None) -> Shift | None:
-        """What moves the group's targets. Uses up the memory of `mismatch`."""
-        stage = self.run.stage
-        if mismatch is None:
-            return None
-        return shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
-
-    def _note_no_shift(self, group: InputGroup, columns: int) -> None:
-        where, tokens = f"{self.prefix}.{'+'.join(group.linears)}", self.run.shifting_tokens
-        reason = "no factor of its Hessian" if self.run.can_shift(columns) else f"{tokens} tokens for {columns} columns"
-        self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
-
-    def _note(self, group: InputGroup, hessian: Tensor, factor: Factor | None) -> None:
-        where = f"{self.prefix}.{'+'.join(group.linears)}"
-        if factor is None:
-            finite = bool(torch.isfinite(hessian).all())
-            reason = "no damping on the ladder made the Hessian definite" if finite else "its inputs are not finite"
-            self.events.append(Event("rounding_fallback", where, f"rounded to nearest: {reason}"))
-            return
-        if factor.damping > self.run.stage.damping:
-            message = f"damping raised from {self.run.stage.damping:g} to {factor.damping:g}"
-            self.events.append(Event("damping_raised", where, message, {"damping": factor.damping}))
-        if factor.dead:
-            message = f"{factor.dead} of {len(factor.order)} input columns were never excited; rounded, not solved"
-            self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
-
-    def _solve(
-        self,
-        names: list[str],
-        scheme: Scheme,
-        hessian: Tensor,
-        factor: Factor | None,
-        shift: Shift | None,
-        split: Split | None,
-    ) -> None:
-        """Solve linears with one scheme together and put the values a runtime will see into the block."""
-        transposed = self.run.skeleton.architecture.transposed_linears
-        started = time.perf_counter()
-        linears = [self.block.get_submodule(name) for name in names]
-        stored = [linear.get_parameter("weight").data.float() for linear in linears]
-        weights = [weight.T for weight in stored] if transposed else stored
-        targets = weights if shift is None else [shift.target(weight) for weight in weights]
-        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
-        for linear, solution in zip(linears, solutions, strict=True):
-            value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
-            linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
-        spent = time.perf_counter() - started
-        self.run.seconds["solve"] += spent
-        rows = sum(weight.shape[0] for weight in weights)
-        for name, weight, solution in zip(names, weights, solutions, strict=True):
-            module = f"{self.prefix}.{name}"
-            self.quantised[module] = (solution.codes, solution.grid)
-            if solution.kept_rounding:
-                self.events.append(Event("rounding_kept", module, "rounding was better than solving, and was kept"))
-            share = spent * weight.shape[0] / rows
-            self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
-
-    def _record(
-        self, module: str, scheme: Scheme, solution: Solution, shape: torch.Size, spent: float, fell_back: bool
-    ) -> dict[str, Any]:
-        rows, columns = shape
-        return {
-            "name": module,
-            "block": self.index,
-            "scheme": scheme.label,
-            "error": solution.error,
-            "rounding_error": solution.rounding_error,
-            "damping": solution.damping,
-            "refined": solution.refined,
-            "seconds": spent,
-            "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
-            "events": ["rounding_fallback"] * fell_back + ["rounding_kept"] * solution.kept_rounding,
-        }
 
 
 def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:

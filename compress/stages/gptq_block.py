@@ -1,0 +1,150 @@
+"""Inside a block while its forward passes are held: sums, factor, shift, solve, and the record of what was done."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.architecture import InputGroup
+from compress.calibration.statistics import InputStatistics
+from compress.calibration.walk import Arrival
+from compress.events import Event
+from compress.quantization.gptq import Factor, Solution, factorise, solve
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.refine import Split
+from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import Mismatch, Shift, shift_of
+
+if TYPE_CHECKING:
+    from compress.stages.gptq import GptqRun
+
+
+class BlockWork:
+    """Statistics and solutions of one block while its forward passes are under way."""
+
+    def __init__(self, run: GptqRun, prefix: str, index: int, block: nn.Module) -> None:
+        self.run, self.prefix, self.index, self.block = run, prefix, index, block
+        self.quantised: dict[str, tuple[Tensor, Grid]] = {}
+        self.records: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self._statistics: InputStatistics | None = None
+
+    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
+        if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
+            return
+        with self.run.timed("hessian"):
+            if self._statistics is None:
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+            mask = self.run.batches[number].mask
+            weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
+            if there is None or not self.run.can_shift(here.inputs.shape[-1]):
+                held = number >= self.run.fitted
+                (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
+                return
+            residual = None
+            if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
+                residual = (here.residual, there.residual)
+            self._statistics.add_pair(here.inputs, there.inputs, mask, residual, weights)
+
+    def on_group(self, group: InputGroup) -> None:
+        if self._statistics is None:
+            return
+        statistics, self._statistics = self._statistics, None
+        with self.run.timed("hessian"):
+            statistics.reduce()
+        # The shift first: its sums are as large as H, and are gone before H is factorised.
+        with self.run.timed("factorise"):
+            shift = self._shift(statistics.mismatch())
+            hessian, split = statistics.hessian()
+            factor = factorise(hessian, self.run.stage.damping)
+        self._note(group, hessian, factor)
+        if factor is None:
+            shift = None
+        elif shift is None and self.run.stage.shifts:
+            self._note_no_shift(group, len(hessian))
+        # Only errors are measured with H from here on, in float32.
+        hessian = hessian.float()
+        by_scheme: dict[Scheme, list[str]] = {}
+        for name in group.linears:
+            scheme = self.run.stage.scheme_of(f"{self.prefix}.{name}")
+            if scheme is not None:
+                by_scheme.setdefault(scheme, []).append(name)
+        for scheme, names in by_scheme.items():
+            self._solve(names, scheme, hessian, factor, shift, split)
+
+    def _shift(self, mismatch: Mismatch | None) -> Shift | None:
+        """What moves the group's targets. Uses up the memory of `mismatch`."""
+        stage = self.run.stage
+        if mismatch is None:
+            return None
+        return shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
+
+    def _note_no_shift(self, group: InputGroup, columns: int) -> None:
+        where, tokens = f"{self.prefix}.{'+'.join(group.linears)}", self.run.shifting_tokens
+        reason = "no factor of its Hessian" if self.run.can_shift(columns) else f"{tokens} tokens for {columns} columns"
+        self.events.append(Event("target_shift_skipped", where, f"target not shifted: {reason}"))
+
+    def _note(self, group: InputGroup, hessian: Tensor, factor: Factor | None) -> None:
+        where = f"{self.prefix}.{'+'.join(group.linears)}"
+        if factor is None:
+            finite = bool(torch.isfinite(hessian).all())
+            reason = "no damping on the ladder made the Hessian definite" if finite else "its inputs are not finite"
+            self.events.append(Event("rounding_fallback", where, f"rounded to nearest: {reason}"))
+            return
+        if factor.damping > self.run.stage.damping:
+            message = f"damping raised from {self.run.stage.damping:g} to {factor.damping:g}"
+            self.events.append(Event("damping_raised", where, message, {"damping": factor.damping}))
+        if factor.dead:
+            message = f"{factor.dead} of {len(factor.order)} input columns were never excited; rounded, not solved"
+            self.events.append(Event("dead_columns", where, message, {"columns": factor.dead}))
+
+    def _solve(
+        self,
+        names: list[str],
+        scheme: Scheme,
+        hessian: Tensor,
+        factor: Factor | None,
+        shift: Shift | None,
+        split: Split | None,
+    ) -> None:
+        """Solve linears with one scheme together and put the values a runtime will see into the block."""
+        transposed = self.run.skeleton.architecture.transposed_linears
+        started = time.perf_counter()
+        linears = [self.block.get_submodule(name) for name in names]
+        stored = [linear.get_parameter("weight").data.float() for linear in linears]
+        weights = [weight.T for weight in stored] if transposed else stored
+        targets = weights if shift is None else [shift.target(weight) for weight in weights]
+        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
+        for linear, solution in zip(linears, solutions, strict=True):
+            value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
+            linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
+        spent = time.perf_counter() - started
+        self.run.seconds["solve"] += spent
+        rows = sum(weight.shape[0] for weight in weights)
+        for name, weight, solution in zip(names, weights, solutions, strict=True):
+            module = f"{self.prefix}.{name}"
+            self.quantised[module] = (solution.codes, solution.grid)
+            if solution.kept_rounding:
+                self.events.append(Event("rounding_kept", module, "rounding was better than solving, and was kept"))
+            share = spent * weight.shape[0] / rows
+            self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
+
+    def _record(
+        self, module: str, scheme: Scheme, solution: Solution, shape: torch.Size, spent: float, fell_back: bool
+    ) -> dict[str, Any]:
+        rows, columns = shape
+        return {
+            "name": module,
+            "block": self.index,
+            "scheme": scheme.label,
+            "error": solution.error,
+            "rounding_error": solution.rounding_error,
+            "damping": solution.damping,
+            "refined": solution.refined,
+            "seconds": spent,
+            "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
+            "events": ["rounding_fallback"] * fell_back + ["rounding_kept"] * solution.kept_rounding,
+        }

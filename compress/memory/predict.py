@@ -68,6 +68,8 @@ class WalkLoad:
     calibration_tokens: int
     streams: float
     """Sets of calibration activations held at once: 1.25 where a quarter of the source's run beside the compressed."""
+    refines: bool
+    """Whether statistics of held-out text are kept apart."""
     evaluation_tokens: int
     vocabulary: int
     compute_bytes: int
@@ -85,7 +87,7 @@ def calibration_peak_bytes(load: WalkLoad) -> int:
     activations = streams * load.calibration_tokens * (load.widest_input + 3 * load.hidden) * load.compute_bytes
     kept = load.evaluation_tokens * load.hidden * 4
     block = load.block_parameters * ((2 if shifts else 1) * load.compute_bytes + 1)
-    solve = 8 * load.rows_of_widest * load.hidden * 4
+    solve = (16 if load.refines else 8) * load.rows_of_widest * load.hidden * 4
     return INTERPRETER + round(activations) + kept + block + max(_matrices(load), solve)
 
 
@@ -99,12 +101,15 @@ def _matrices(load: WalkLoad) -> int:
 
     factorising   H and its factor in float64, U and a shift in float32
     shifting      H, the pairs' own H and D, and R (hidden, columns), in float64, and the shift in float32
+
+    Where refinements are judged, there is one more in float64, later two in float32.
     """
     square, oblong = load.widest_input**2, load.widest_input * load.hidden
+    held_out = square * 8 if load.refines else 0
     if not _shifts(load, load.widest_input):
-        return 2 * square * 8 + square * 4
+        return 2 * square * 8 + square * 4 + held_out
     shift = 4 * (square + oblong)
-    return max(2 * square * 8 + square * 4, 3 * square * 8 + oblong * 8) + shift
+    return max(2 * square * 8 + square * 4, 3 * square * 8 + oblong * 8) + shift + held_out
 
 
 def evaluation_peak_bytes(load: WalkLoad) -> int:

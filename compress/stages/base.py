@@ -92,6 +92,16 @@ class Stage(BaseModel):
         """What a stage that trains does with its windows, for `plan` to predict time and memory; None for others."""
         return None
 
+    @property
+    def forwards(self) -> float:
+        """Forward passes over the calibration text that the stage's arithmetic amounts to."""
+        return self.activation_streams
+
+    @property
+    def refines(self) -> bool:
+        """Whether some calibration text is held out to judge refinements: more matrices, more arithmetic."""
+        return False
+
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""
         raise NotImplementedError

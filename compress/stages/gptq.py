@@ -104,6 +104,15 @@ class Gptq(QuantizeStage):
         return 1 + (self.shift_share if self.shifts else 0)
 
     @property
+    def forwards(self) -> float:
+        # Token weights: forward, forward again with gradients, and a backward pass, which counts twice.
+        return self.activation_streams + (4 if self.token_weights else 0)
+
+    @property
+    def refines(self) -> bool:
+        return self.refine
+
+    @property
     def shifts(self) -> bool:
         """Whether the source's own activations run beside the compressed ones."""
         return bool(self.target_shift or self.residual_shift)

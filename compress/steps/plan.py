@@ -211,6 +211,7 @@ def _load(
         hidden=dimensions.hidden,
         calibration_tokens=calibrated if streams and machine.device.type == "cpu" else 0,
         streams=streams,
+        refines=any(stage.refines for stage in recipe.stages),
         evaluation_tokens=_evaluation_tokens(recipe),
         vocabulary=dimensions.vocabulary,
         compute_bytes=machine.compute.itemsize,
@@ -246,12 +247,13 @@ def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: D
             flops += training_flops(stage.training, recipe.calibration, inside, dimensions)
         elif stage.needs_calibration and recipe.calibration:
             tokens = recipe.calibration.windows * recipe.calibration.window_tokens
-            flops += 2 * tokens * inside * stage.activation_streams
+            flops += 2 * tokens * inside * stage.forwards
             # H takes a little over half of a product, D and R one and a third, of the tokens they cover.
             moments = 0.6 + 1.35 * (stage.activation_streams - 1)
             flops += sum(2 * tokens * moments * columns**2 for columns in _inputs(matrices))
             flops += sum(4 * columns**3 for columns in _inputs(matrices))
-            flops += sum(10 * rows * columns**2 for rows, columns in matrices.values())
+            products = 20 if stage.refines else 10
+            flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
         flops += 2500 * inside
     return 12.0 + flops / _multiplication_rate()
 

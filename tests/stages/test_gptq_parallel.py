@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.calibration.statistics import InputStatistics
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
@@ -112,16 +113,14 @@ def test_an_error_of_the_leader_ends_both_and_the_next_run_goes_on(model, tmp_pa
 
 
 def test_a_follower_that_fails_ends_the_leader(model, tmp_path, monkeypatch):
-    import compress.stages.gptq as module
+    original = InputStatistics.mismatch
 
-    original = module.factorise
-
-    def failing(*arguments):
+    def failing(statistics):
         if not leads():
             raise MemoryError("enough")
-        return original(*arguments)
+        return original(statistics)
 
-    monkeypatch.setattr(module, "factorise", failing)
+    monkeypatch.setattr(InputStatistics, "mismatch", failing)
     stage = Gptq(group_size=32)
     ended = in_processes(2, lambda: _as_a_run(stage, _context(model, tmp_path / "stage")), tmp_path)
 

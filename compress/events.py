@@ -19,6 +19,7 @@ EVENT_KINDS: dict[str, str] = {
     "damping_raised": "the factorisation needed more damping than the recipe asked for",
     "dead_columns": "input columns never excited by the calibration data; their weights were rounded, not solved",
     "target_shift_skipped": "a linear's target was not shifted: too few calibration tokens, or no factor",
+    "token_weights_skipped": "calibration tokens of a group count alike: gradients were not finite, or all zero",
     "refinement_skipped": "scales and codes were not refined: too few calibration windows to hold some out",
     "torch_columns": "a GPU without Triton: torch rounded the columns, by the same arithmetic but slowly",
     "recover_kept_input": "training lowered no held-out divergence; the stage's input was shipped unchanged",

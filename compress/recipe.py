@@ -28,7 +28,7 @@ from compress.files import digest_of_json
 from compress.gates import AnyGate
 from compress.recipe_errors import Lines, describe, parse_yaml
 from compress.stages import AnyStage
-from compress.stages.presets import written_out
+from compress.stages.presets import forget_quality, written_out
 
 ALWAYS_MEASURED = (
     "weight_bytes",
@@ -127,6 +127,8 @@ def _override(data: Any, override: str, lines: Lines) -> None:
         if last:
             try:
                 place[index] = yaml.safe_load(text)
+                if index == "quality":
+                    forget_quality(place)
             except yaml.YAMLError as error:
                 raise RecipeError(f"--set {override}: the value is not YAML ({error}).") from error
             lines.mark_override(tuple(int(key) if key.isdigit() else key for key in keys), override)

@@ -82,9 +82,9 @@ class Windows:
         """The first `count` windows, for a quick look."""
         return Windows(self.ids[:count], None if self.mask is None else self.mask[:count], self.ledger)
 
-    def batches(self, tokens_at_once: int) -> list[Batch]:
-        """Cut into batches of about `tokens_at_once` tokens."""
-        size = max(1, tokens_at_once // self.ids.shape[1])
+    def batches(self, tokens_at_once: int, at_least: int = 1) -> list[Batch]:
+        """Cut into batches of about `tokens_at_once` tokens, or smaller ones to have `at_least` so many."""
+        size = max(1, min(tokens_at_once // self.ids.shape[1], len(self.ids) // at_least))
         return [
             Batch(self.ids[start : start + size], None if self.mask is None else self.mask[start : start + size])
             for start in range(0, len(self.ids), size)

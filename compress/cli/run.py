@@ -101,6 +101,7 @@ def plan(
             "KV cache",
             f"{console.bytes_text(facts['kv_cache_bytes'])} at {facts['context']} tokens x {facts['concurrency']}",
         ],
+        ["stages", ", ".join(facts["stages"])],
         ["peak host memory", console.bytes_text(facts["peak_host_bytes"])],
         ["disk while running", console.bytes_text(facts["disk_bytes"])],
         ["time", f"about {console.seconds_text(facts['seconds'])}, within a factor of two"],

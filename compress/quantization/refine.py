@@ -26,6 +26,8 @@ from compress.quantization.grid import Grid, dequantize, storable
 
 MU = 0.05
 """Pull of the fitted scales towards the old ones, fraction of diag A."""
+SYSTEM_NUMBERS = 1 << 22
+"""Numbers in the G x G systems that are solved together: with many groups, few rows at a time."""
 BLOCK = 64
 """Columns between two products that bring R up to date."""
 
@@ -55,6 +57,16 @@ def refined(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, rounds: 
 def fitted_scales(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
     """The grid with each row's scales fitted together, cast to the stored dtype. A row that gains nothing keeps its."""
     rows, groups = grid.scale.shape
+    step = max(1, SYSTEM_NUMBERS // groups**2)
+    parts = [
+        _fitted_rows(target[start : start + step], codes[start : start + step], grid.rows(start, start + step), hessian)
+        for start in range(0, rows, step)
+    ]
+    return Grid(grid.scheme, torch.cat([part.scale for part in parts]), grid.zero)
+
+
+def _fitted_rows(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
+    rows, groups = grid.scale.shape
     integers = codes.float().view(rows, groups, -1)
     if grid.zero is not None:
         integers = integers - grid.zero.float().unsqueeze(-1)
@@ -66,11 +78,14 @@ def fitted_scales(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) ->
         moments[:, group] = (product * integers).sum(-1)
     right = ((target @ hessian).view(rows, groups, width) * integers).sum(-1)
     diagonal = moments.diagonal(dim1=1, dim2=2)
+    excited = diagonal > 0
     old = grid.scale.float()
     # A group whose codes are all zero has no say: keep its scale.
-    pull = MU * diagonal + (diagonal <= 0)
-    fitted = _solved(moments + torch.diag_embed(pull), right + pull * old)
-    new = storable(torch.where((diagonal > 0) & torch.isfinite(fitted), fitted, old), grid.scale.dtype)
+    pull = MU * diagonal + ~excited
+    right += pull * old
+    diagonal += pull
+    fitted = _solved(moments, right)
+    new = storable(torch.where(excited & torch.isfinite(fitted), fitted, old), grid.scale.dtype)
     candidate = Grid(grid.scheme, new, grid.zero)
     better = row_losses(target, codes, candidate, hessian) < row_losses(target, codes, grid, hessian)
     return Grid(grid.scheme, torch.where(better.unsqueeze(1), new, grid.scale), grid.zero)

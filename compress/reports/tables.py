@@ -147,7 +147,7 @@ def _memory_row(label: str, both: PredictedMeasured) -> tuple[str, ...]:
 def stages_table(report: Report) -> Table:
     rows = [
         (
-            stage.kind,
+            f"{stage.kind} ({quality})" if (quality := stage.config.get("quality")) else stage.kind,
             "reused" if stage.reused else duration(stage.seconds),
             time_split(stage.seconds_by_part) or MISSING,
             f"{size(stage.weight_bytes_before)} → {size(stage.weight_bytes_after)}",
@@ -161,12 +161,12 @@ def stages_table(report: Report) -> Table:
 
 
 def time_split(parts: Mapping[str, float]) -> str:
-    """'solve 61 %, forward 30 %', the longest first."""
+    """'solve 12 s (61 %), forward 6 s (30 %)', the longest first."""
     total = sum(parts.values())
     if total <= 0:
         return ""
     ordered = sorted(parts.items(), key=lambda part: -part[1])
-    return ", ".join(f"{name} {100 * seconds / total:.0f} %" for name, seconds in ordered)
+    return ", ".join(f"{name} {duration(seconds)} ({100 * seconds / total:.0f} %)" for name, seconds in ordered)
 
 
 def worst_table(stage: StageRecord, most: int = 8) -> Table:
@@ -180,12 +180,13 @@ def worst_table(stage: StageRecord, most: int = 8) -> Table:
             number(module.error),
             number(module.rounding_error),
             number(module.damping),
+            "yes" if module.refined else MISSING,
             ", ".join(module.events) or MISSING,
         )
         for module in worst
     ]
-    headers = ("Linear", "Scheme", "Error", "Plain rounding", "Damping", "Events")
-    return Table(f"Largest errors in {stage.kind}", headers, "llrrrl", rows)
+    headers = ("Linear", "Scheme", "Error", "Plain rounding", "Damping", "Refined", "Events")
+    return Table(f"Largest errors in {stage.kind}", headers, "llrrrll", rows)
 
 
 def event_counts_table(report: Report) -> Table:

@@ -78,6 +78,8 @@ class Stage(BaseModel):
     """Draws at random, so that the recipe's seed decides its output."""
     shares_windows: ClassVar[bool] = False
     """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
+    batches_at_least: ClassVar[int] = 1
+    """Batches that calibration text is cut into where it has as many windows."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 

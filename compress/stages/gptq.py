@@ -39,6 +39,8 @@ from compress.stages.quantize import QuantizeStage
 
 WEIGHTS_SEED = 0
 """Of the labels that token weights are computed from."""
+BATCHES = 8
+"""Batches that a text of as many windows is cut into at least, so that shares of it can be told apart on any device."""
 HELD_OUT = 8
 """The last of so many batches judge refinements; the source's stream never runs beside those."""
 Quality = Literal["fast", "balanced", "max"]
@@ -89,6 +91,7 @@ class Gptq(QuantizeStage):
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
     needs_calibration: ClassVar[bool] = True
+    batches_at_least: ClassVar[int] = BATCHES
     shares_windows: ClassVar[bool] = True
 
     @model_validator(mode="before")
@@ -129,7 +132,7 @@ class GptqRun:
         self.stage, self.context, self.windows = stage, context, context.windows
         self.source, self.output = context.source, context.output
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
-        batches = self.windows.batches(context.tokens_at_once)
+        batches = self.windows.batches(context.tokens_at_once, BATCHES)
         self.batches: list[Batch] = parallel.share(batches)
         held_out = max(1, len(batches) // HELD_OUT) if stage.refine and len(batches) > 1 else 0
         self.refines = held_out > 0
@@ -156,6 +159,7 @@ class GptqRun:
             progress = self.context.progress
             self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
             self.seconds["token weights"] = time.perf_counter() - started
+            events += _weight_events(self.weights, self.skeleton)
         with self.timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
         narrowest = min(columns for _, columns in self.skeleton.linear_shapes().values())
@@ -220,6 +224,15 @@ class GptqRun:
             yield
         finally:
             self.seconds[part] += time.perf_counter() - started
+
+
+def _weight_events(weights: TokenWeights, skeleton: Skeleton) -> list[Event]:
+    """Groups whose gradients said nothing: every token then counts the same."""
+    return [
+        Event("token_weights_skipped", f"{skeleton.architecture.block_name(block)}.{group}", "gradients not usable")
+        for (block, group), values in sorted(weights.items())
+        if all(bool((value == 1).all()) for value in values)
+    ]
 
 
 def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:

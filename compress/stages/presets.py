@@ -5,13 +5,22 @@ A stage knows no other stage, so this is kept beside the registry. The recipe th
 
 from __future__ import annotations
 
+from typing import Any
+
 from compress.stages.base import Stage
-from compress.stages.gptq import Gptq
+from compress.stages.gptq import PRESETS, Gptq
 from compress.stages.recover import Recover
 
-MAX_RECOVER = Recover(epochs=2, learning_rate=2e-3, self_generated_windows=64)
-"""Training that `quality: max` adds. More text beats more epochs over the same text, and the model can write it; see
-docs/benchmarks/ablation.md."""
+MAX_RECOVER = Recover()
+"""Training that `quality: max` adds, at its defaults. Text sampled from the source would help, but
+sampling takes the whole model in memory; a recipe that can afford it has a recover stage of its own."""
+
+
+def forget_quality(stage: dict[str, Any]) -> None:
+    """Drop the fields that a quality fills in from a stage that is given another one; those of a resolved recipe would
+    win over it, and only the label would change."""
+    for field in {field for preset in PRESETS.values() for field in preset}:
+        stage.pop(field, None)
 
 
 def written_out(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

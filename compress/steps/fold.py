@@ -122,7 +122,10 @@ def _apply(
                 output.finish(_work(stage, origin, source, output, key, windows, seed, machine, stored, progress))
     record = output.record()
     checkpoint = Checkpoint(folder)
-    sizes = {"weight_bytes_before": source.weight_bytes, "weight_bytes_after": packed_bytes(checkpoint, stored)}
+    sizes = {
+        "weight_bytes_before": packed_bytes(source, stored),
+        "weight_bytes_after": packed_bytes(checkpoint, stored),
+    }
     report = {key: value for key, value in record.items() if key != "events"} | sizes
     report |= {"reused": reused, "peak_host_bytes": None if reused else sampler.current_peak}
     return Folded(checkpoint, key, report, tuple([*events, *(Event(**event) for event in record["events"])]))

@@ -74,7 +74,7 @@ def together(stage: Stage, context: StageContext) -> Iterator[None]:
     if parallel.met() == 1 or not stage.shares_windows or context.windows is None:
         yield
         return
-    batches = len(context.windows.batches(context.tokens_at_once))
+    batches = len(context.windows.batches(context.tokens_at_once, stage.batches_at_least))
     if batches < parallel.met():
         raise RecipeError(
             f"calibration: {batches} batches of {context.tokens_at_once} tokens for {parallel.met()} processes. Start "

@@ -13,6 +13,7 @@ import torch
 
 from compress import parallel
 from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
+from compress.calibration.texts import SelfGenerated
 from compress.checkpoints.compressed_tensors import cannot_load, unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
@@ -126,7 +127,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=_peak(load, trainings, machine),
+        peak_host_bytes=_peak(load, trainings, _samples(recipe), machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions),
@@ -223,15 +224,28 @@ def _evaluation_tokens(recipe: Recipe) -> int:
     return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
 
 
-def _peak(load: predict.WalkLoad, trainings: list[tuple[Training, predict.TrainingLoad]], machine: Machine) -> int:
-    """The worst phase: calibrating, training, measuring, or, where it fits, reloading the export publicly."""
+def _peak(
+    load: predict.WalkLoad, trainings: list[tuple[Training, predict.TrainingLoad]], samples: bool, machine: Machine
+) -> int:
+    """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, or, where it
+    fits, reloading the export publicly."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if samples and machine.device.type == "cpu":
+        peaks.append(predict.INTERPRETER + load.parameters * 4)
     if machine.device.type == "cpu":
         states = load.evaluation_tokens * load.hidden * 4
         peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
     if fits(load.parameters, predict.reload_peak_bytes(load), machine) and machine.device.type == "cpu":
         peaks.append(predict.reload_peak_bytes(load))
     return max(peaks)
+
+
+def _samples(recipe: Recipe) -> bool:
+    """Whether any text is sampled from the model."""
+    if any(stage.training and stage.training.more_windows for stage in recipe.stages):
+        return True
+    text = recipe.calibration
+    return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
 
 
 def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:

@@ -19,6 +19,11 @@ def nothing_to_train(recipe: Recipe, matrices: dict[str, tuple[int, int]]) -> li
     found = []
     coded: set[str] = set()
     for index, stage in enumerate(recipe.stages):
+        if stage.training and recipe.calibration is not None and recipe.calibration.windows < 2:
+            found.append(
+                f"stages[{index}]: {stage.kind} keeps some calibration windows out of training, and there is only one; "
+                "use calibration.windows: 2 or more"
+            )
         if stage.needs_codes and not coded:
             makers = ", ".join(kind for kind, other in STAGES.items() if not other.needs_codes)
             found.append(

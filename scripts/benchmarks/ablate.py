@@ -22,6 +22,7 @@ from compress.console import StageProgress
 from compress.evaluation.measure import score, summarise, walk_states
 from compress.memory.measure import PeakSampler, exact_allocation
 from compress.recipe import Recipe, load_recipe
+from compress.stages.presets import written_out
 from compress.steps.environment import choose_machine, provenance, versions
 from compress.steps.fold import fold
 from compress.steps.judging import measure_source
@@ -43,9 +44,10 @@ def measure(recipe: Recipe, variants: dict[str, list[dict[str, Any]]], out: Path
     results: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
     for name, stages in variants.items():
         varied = Recipe.model_validate({**recipe.model_dump(mode="json", by_alias=True), "stages": stages})
+        applied = written_out(varied.stages)
         with PeakSampler() as sampler:
             folded = fold(
-                varied.stages,
+                applied,
                 source.checkpoint,
                 source.digest,
                 texts.calibration,
@@ -67,7 +69,10 @@ def measure(recipe: Recipe, variants: dict[str, list[dict[str, Any]]], out: Path
             "values": after.values,
             "source": before.values,
             "intervals": after.intervals,
-            "seconds": {each.record["kind"]: each.record["seconds_by_part"] for each in folded},
+            "seconds": {
+                f"{index} {each.record['kind']}": each.record["seconds_by_part"] for index, each in enumerate(folded)
+            },
+            "recipe": recipe.digest(),
             "events": sorted({event.kind for each in folded for event in each.events}),
             "peak_host_bytes": max((each.record["peak_host_bytes"] or 0) for each in folded),
             "versions": versions(),

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from compress.calibration.overlap import LIMIT, NGRAM, shared_fraction
 from compress.calibration.texts import FilesText, documents
-from compress.calibration.windows import WindowSpec, build_windows
+from compress.calibration.windows import Windows, WindowSpec, build_windows
 from compress.errors import RecipeError
 
 WORDS = ("the", "cat", "and", "a", "hat", "sat", "on", "Alice", "was", "looking", "at", "queen", "of", "hearts")
@@ -182,3 +182,11 @@ def test_one_copied_window_of_eight_is_found_wherever_it_lies():
     grams = 64 - NGRAM + 1
     assert share == pytest.approx((59 - NGRAM + 1) / (8 * grams), abs=0.01)
     assert share > LIMIT
+
+
+def test_batches_are_smaller_where_there_must_be_more_of_them():
+    windows = Windows(torch.zeros(20, 8, dtype=torch.int64), None, {"digest": ""})
+
+    assert [len(batch.ids) for batch in windows.batches(16 * 8)] == [16, 4]
+    assert [len(batch.ids) for batch in windows.batches(16 * 8, at_least=8)] == [2] * 10
+    assert [len(batch.ids) for batch in windows.first(3).batches(16 * 8, at_least=8)] == [1] * 3

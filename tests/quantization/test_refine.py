@@ -138,3 +138,13 @@ def test_held_out_tokens_decide_whether_a_refinement_is_kept():
 
     assert agreed.refined and agreed.error < plain.error
     assert not refused.refined and torch.equal(refused.codes, plain.codes)
+
+
+def test_rows_fitted_a_few_at_a_time_get_the_same_scales(monkeypatch):
+    from compress.quantization import refine
+
+    weight, codes, grid, hessian = _problem()
+    together = fitted_scales(weight, codes, grid, hessian)
+    monkeypatch.setattr(refine, "SYSTEM_NUMBERS", 2 * 3**2)
+
+    torch.testing.assert_close(fitted_scales(weight, codes, grid, hessian).scale, together.scale)

@@ -1,0 +1,36 @@
+"""A quality that takes more than one stage is written out, once."""
+
+from __future__ import annotations
+
+import pytest
+
+from compress.stages import Gptq, RoundToNearest
+from compress.stages.presets import MAX_RECOVER, forget_quality, written_out
+from compress.stages.recover import Recover
+
+
+def test_max_is_followed_by_recover():
+    before, after = RoundToNearest(ignore=("*.mlp.*",)), RoundToNearest()
+
+    assert written_out((before, Gptq(quality="max"), after)) == (before, Gptq(quality="max"), MAX_RECOVER, after)
+
+
+@pytest.mark.parametrize("stages", [(Gptq(),), (Gptq(quality="fast"),), (Gptq(quality="max"), Recover(epochs=9))])
+def test_nothing_is_added_to_other_qualities_or_beside_a_recover_stage(stages):
+    assert written_out(stages) == stages
+
+
+def test_writing_out_twice_adds_nothing():
+    once = written_out((Gptq(quality="max"),))
+
+    assert written_out(once) == once
+
+
+@pytest.mark.parametrize("stored", ["fast", "balanced", "max"])
+@pytest.mark.parametrize("wanted", ["fast", "balanced", "max"])
+def test_another_quality_on_a_resolved_stage_is_that_quality(stored, wanted):
+    resolved = Gptq(quality=stored, bits=3).model_dump(mode="json")
+    resolved["quality"] = wanted
+    forget_quality(resolved)
+
+    assert Gptq.model_validate(resolved) == Gptq(quality=wanted, bits=3)

@@ -118,7 +118,7 @@ def test_every_section_is_there_with_its_numbers(face: str) -> None:
         "KV cache: 2,048 tokens, 4 at once",
         "+4.8 %",  # error of the predicted peak
         "1.20 GiB",
-        "forward 1 min 1 s (47 %)",
+        "forward 1 min 01 s (47 %)",
         "damping_raised",
         "asked 0.01; used 0.1",
         "AutoModelForCausalLM",

@@ -140,7 +140,7 @@ def test_an_error_outside_a_stage_sends_followers_home(tmp_path):
 
 
 def test_more_processes_than_batches_is_a_mistake(model, tmp_path):
-    context = _context(model, tmp_path / "stage", random_windows(count=2))
+    context = _context(model, tmp_path / "stage", random_windows(count=1))
 
     ended = in_processes(2, lambda: _as_a_run(Gptq(group_size=32), context), tmp_path)
 

@@ -147,7 +147,7 @@ def _leftovers(store: Path) -> list[Path]:
 
 
 def test_an_export_too_large_to_reload_is_said_to_be_so(recipe, here, tmp_path, monkeypatch):
-    monkeypatch.setattr("compress.steps.environment.available_bytes", lambda: 400 * 2**20)
+    monkeypatch.setattr("compress.memory.measure.available_bytes", lambda: 400 * 2**20)
 
     ended = here("run", recipe(), "--store", tmp_path / "store", "--json")
 

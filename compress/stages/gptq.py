@@ -14,8 +14,6 @@ same problem, and the leader writes. The source's stream runs beside the same ba
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,6 +34,7 @@ from compress.quantization.target_shift import TOKENS_PER_COLUMN
 from compress.stages.base import StageContext, StageOutcome, restore
 from compress.stages.gptq_block import BlockWork
 from compress.stages.quantize import QuantizeStage
+from compress.training.clock import Clock
 
 WEIGHTS_SEED = 0
 """Of the labels that token weights are computed from."""
@@ -142,7 +141,7 @@ class GptqRun:
         self.shifting_batches = parallel.among_first(shifting)
         self.shifting_tokens = sum(batch.tokens for batch in batches[:shifting])
         self.weights: TokenWeights | None = None
-        self.seconds = {"forward": 0.0, "hessian": 0.0, "factorise": 0.0, "solve": 0.0, "write": 0.0}
+        self.clock = Clock("forward", "hessian", "factorise", "solve", "write")
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
@@ -158,9 +157,9 @@ class GptqRun:
             started = time.perf_counter()
             progress = self.context.progress
             self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
-            self.seconds["token weights"] = time.perf_counter() - started
+            self.clock.seconds["token weights"] = time.perf_counter() - started
             events += _weight_events(self.weights, self.skeleton)
-        with self.timed("forward"):
+        with self.clock.timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
         narrowest = min(columns for _, columns in self.skeleton.linear_shapes().values())
         reference = states[: self.shifting_batches] if self.can_shift(narrowest) else None
@@ -181,7 +180,7 @@ class GptqRun:
                 modules += done
                 events += happened
                 advance(f"block {index + 1}/{count}")
-        return StageOutcome(modules, events, self.seconds)
+        return StageOutcome(modules, events, self.clock.seconds)
 
     def can_shift(self, columns: int) -> bool:
         """Whether the source's stream covers tokens enough to shift linears with `columns` inputs."""
@@ -191,7 +190,7 @@ class GptqRun:
         """A finished block: its forward with weights already written."""
         forward = forward_of(self.skeleton, self.batches, index)
         prefix = self.skeleton.architecture.block_name(index)
-        with self.skeleton.loaded(checkpoint, prefix) as block, self.timed("forward"):
+        with self.skeleton.loaded(checkpoint, prefix) as block, self.clock.timed("forward"):
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
 
     def _solve_block(
@@ -205,25 +204,17 @@ class GptqRun:
             work = BlockWork(self, prefix, index, block)
             stream = Stream(block, states)
             beside = None if reference is None else Stream(with_source_weights(block), reference)
-            started, others = time.perf_counter(), sum(self.seconds.values())
+            started, others = time.perf_counter(), sum(self.clock.seconds.values())
             run_block(stream, arch.groups, forward, work.on_input, work.on_group, beside)
             elapsed = time.perf_counter() - started
-            self.seconds["forward"] += elapsed - (sum(self.seconds.values()) - others)
+            self.clock.seconds["forward"] += elapsed - (sum(self.clock.seconds.values()) - others)
         names = [f"{prefix}.{name}" for name in arch.linears]
         work.events += self.stage.kept_events(names)
         record = {"modules": work.records, "events": [event.to_json() for event in work.events]}
-        with self.timed("write"):
+        with self.clock.timed("write"):
             if parallel.leads():
                 self.output.write_block(self.source, index, work.quantised, record)
         return stream.states, beside.states if beside else None, record
-
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] += time.perf_counter() - started
 
 
 def _weight_events(weights: TokenWeights, skeleton: Skeleton) -> list[Event]:

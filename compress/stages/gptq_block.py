@@ -35,7 +35,7 @@ class BlockWork:
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
             return
-        with self.run.timed("hessian"):
+        with self.run.clock.timed("hessian"):
             if self._statistics is None:
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
             mask = self.run.batches[number].mask
@@ -53,10 +53,10 @@ class BlockWork:
         if self._statistics is None:
             return
         statistics, self._statistics = self._statistics, None
-        with self.run.timed("hessian"):
+        with self.run.clock.timed("hessian"):
             statistics.reduce()
         # The shift first: its sums are as large as H, and are gone before H is factorised.
-        with self.run.timed("factorise"):
+        with self.run.clock.timed("factorise"):
             shift = self._shift(statistics.mismatch())
             hessian, split = statistics.hessian()
             factor = factorise(hessian, self.run.stage.damping)
@@ -122,7 +122,7 @@ class BlockWork:
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
         spent = time.perf_counter() - started
-        self.run.seconds["solve"] += spent
+        self.run.clock.seconds["solve"] += spent
         rows = sum(weight.shape[0] for weight in weights)
         for name, weight, solution in zip(names, weights, solutions, strict=True):
             module = f"{self.prefix}.{name}"

@@ -20,7 +20,17 @@ from compress import __version__, parallel
 from compress.errors import EnvironmentLacksError
 from compress.memory.measure import free_bytes
 
-PACKAGES = ("torch", "transformers", "compressed-tensors", "safetensors", "tokenizers", "datasets", "gguf", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "compressed-tensors",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "gguf",
+    "numpy",
+    "triton",
+)
 _CODE = (
     "architecture.py",
     "parallel.py",

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """`with clock.timed("training")` adds to `seconds["training"]`; parts do not nest."""
+    """`with clock.timed("training")` adds to `seconds["training"]`, which do not nest. `parts` are there at once."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, *parts: str) -> None:
+        self.seconds = dict.fromkeys(parts, 0.0)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

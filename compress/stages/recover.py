@@ -135,8 +135,9 @@ class _Run:
         outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)
         improved = outcome.after < outcome.before
         if not improved:
-            message = f"held-out KL {outcome.before:.4g} before training, {outcome.after:.4g} after: the input ships"
-            numbers = {"before": outcome.before, "after": outcome.after}
+            # `after` is that of the best state seen, which in whole-model training may be the input itself.
+            message = f"nothing that training reached was below the input's held-out KL of {outcome.before:.4g}"
+            numbers = {"before": outcome.before, "best": outcome.after}
             self.events.append(Event("recover_kept_input", "recover", message, numbers))
         facts = {
             "mode": mode,

@@ -1,5 +1,6 @@
 """Measurements of a model on held-out text: perplexity, and KL divergence from the source.
 
+paired       scores of two models on the same windows or items
 specs        what a recipe asks for
 measure      walk a checkpoint, form logits in chunks, reduce to flat measurements
 statistics   intervals from per-window means

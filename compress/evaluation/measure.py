@@ -21,6 +21,7 @@ from compress.calibration.walk import final_hidden_states
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Head, Skeleton
+from compress.evaluation.paired import Paired
 from compress.evaluation.specs import AnyEvaluation
 from compress.evaluation.statistics import Interval, mean_interval
 from compress.events import Progress
@@ -37,6 +38,8 @@ class Measured:
     values: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     ratio_intervals: dict[str, Interval] = field(default_factory=dict)
+    paired: dict[str, Paired] = field(default_factory=dict)
+    """By measurement, what it was computed from; kept with the compressed model's."""
 
 
 HEALTH_WINDOWS = 4
@@ -169,6 +172,7 @@ def _perplexity(name: str, tokens: TokenScores, source: Measured, candidate: Mea
         measured.intervals[name] = (_exp(low), _exp(high))
     _, (low, high) = _interval(tokens.loss - tokens.source_loss, tokens.counts)
     candidate.ratio_intervals[name] = (_exp(low), _exp(high))
+    candidate.paired[name] = _windows(tokens.source_loss, tokens.loss, tokens.counts)
 
 
 def _divergence(name: str, tokens: TokenScores, candidate: Measured) -> None:
@@ -185,8 +189,21 @@ def _divergence(name: str, tokens: TokenScores, candidate: Measured) -> None:
             f"{name}.top1_agreement": agreement,
         }
     )
+    nothing = torch.zeros_like(tokens.divergence)
+    candidate.paired[f"{name}.mean_kl"] = _windows(nothing, tokens.divergence, tokens.counts)
     candidate.intervals[f"{name}.mean_kl"] = (max(0.0, interval[0]), interval[1])
     candidate.intervals[f"{name}.top1_agreement"] = agreement_interval
+
+
+def _windows(source: Tensor, compressed: Tensor, counts: Tensor) -> Paired:
+    """Means of each window that has tokens; scores and counts (windows, tokens)."""
+    kept = counts.sum(1)
+    rows = kept > 0
+    means = [
+        (scores.double().masked_fill(~counts, 0).sum(1)[rows] / kept[rows]).numpy() for scores in (source, compressed)
+    ]
+    ids = tuple(str(index) for index in rows.nonzero().flatten().tolist())
+    return Paired("windows", ids, means[0], means[1], kept[rows].double().numpy())
 
 
 def _quantile(values: Tensor, fraction: float) -> float:

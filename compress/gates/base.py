@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compress.evaluation.paired import Paired
+
 Verdict = Literal["passed", "failed", "inconclusive"]
 Interval = tuple[float, float]
 
@@ -21,6 +23,7 @@ class Facts:
     intervals: dict[str, Interval] = field(default_factory=dict)
     ratio_intervals: dict[str, Interval] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
+    paired: dict[str, Paired] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ def judge(recipe: Recipe, evidence: Evidence, events: list[Event]) -> tuple[Verd
         intervals=evidence.compressed.intervals,
         ratio_intervals=evidence.compressed.ratio_intervals,
         event_counts=count_by_kind(events),
+        paired=evidence.compressed.paired,
     )
     judgements = [gate.judge(facts) for gate in recipe.gates]
     if evidence.reloaded is not None:

@@ -23,7 +23,9 @@ from compress.calibration.windows import WindowSpec
 from compress.checkpoints.export import FORMATS, FormatName
 from compress.checkpoints.sources import ModelSpec
 from compress.errors import CompressError, RecipeError, nearest
-from compress.evaluation.specs import AnyEvaluation
+from compress.evaluation.specs import AnyEvaluation, OnText
+from compress.evaluation.tasks.items import draw
+from compress.evaluation.tasks.spec import Task
 from compress.files import digest_of_json
 from compress.gates import AnyGate
 from compress.recipe_errors import Lines, describe, parse_yaml
@@ -66,8 +68,18 @@ class Recipe(BaseModel):
     calibration: WindowSpec | None = Field(default=None, description="text that calibrated stages read")
     stages: tuple[AnyStage, ...] = Field(min_length=1, description="applied in order")
     export: Export = Export()
-    evaluation: tuple[AnyEvaluation, ...] = Field(min_length=1, description="what is measured, on which text")
+    evaluation: tuple[AnyEvaluation, ...] = Field(min_length=1, description="what is measured, on which text or task")
     gates: tuple[AnyGate, ...] = Field(min_length=1, description="bounds on measurements; all must pass")
+
+    @property
+    def on_text(self) -> tuple[OnText, ...]:
+        """Evaluations that read windows of text."""
+        return tuple(spec for spec in self.evaluation if not isinstance(spec, Task))
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Evaluations that ask questions."""
+        return tuple(spec for spec in self.evaluation if isinstance(spec, Task))
 
     def digest(self) -> str:
         """sha256 of the resolved recipe."""
@@ -147,6 +159,7 @@ def _cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
             )
     mistakes += _texts(recipe, base, lines)
     mistakes += _sets(recipe, lines)
+    mistakes += _tasks(recipe, base, lines)
     known = recipe.measures()
     for index, gate in enumerate(recipe.gates):
         for measure in gate.measures:
@@ -161,7 +174,7 @@ def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> 
     if measure not in known:
         return f"nothing measures {measure!r}.{nearest(measure, known)} Measured: {', '.join(known)}"
     relative = gate.kind == "relative"
-    both = [name for name in known if name.startswith("perplexity.")] + ["weight_bytes"]
+    both = [name for name in known if name.startswith(("perplexity.", "task."))] + ["weight_bytes"]
     if relative and measure not in both:
         return f"the source has no {measure}, so there is no ratio; relative gates take {', '.join(both)}"
     if gate.use_interval and not measure.startswith("perplexity.") and (relative or not _has_interval(measure)):
@@ -172,7 +185,9 @@ def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> 
 
 
 def _has_interval(measure: str) -> bool:
-    return measure.startswith("divergence.") and measure.endswith((".mean_kl", ".top1_agreement"))
+    return measure.startswith("task.") or (
+        measure.startswith("divergence.") and measure.endswith((".mean_kl", ".top1_agreement"))
+    )
 
 
 def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
@@ -180,7 +195,11 @@ def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
     specs: list[tuple[tuple[str | int, ...], WindowSpec]] = []
     if recipe.calibration is not None:
         specs.append((("calibration", "data"), recipe.calibration))
-    specs += [(("evaluation", index, "data"), spec) for index, spec in enumerate(recipe.evaluation)]
+    specs += [
+        (("evaluation", index, "data"), spec)
+        for index, spec in enumerate(recipe.evaluation)
+        if not isinstance(spec, Task)
+    ]
     mistakes = []
     for path, spec in specs:
         try:
@@ -201,12 +220,36 @@ def _sets(recipe: Recipe, lines: Lines) -> list[str]:
     seen: dict[str, WindowSpec] = {}
     mistakes = []
     for index, evaluation in enumerate(recipe.evaluation):
+        if isinstance(evaluation, Task):
+            continue
         name = evaluation.set_name
         if seen.setdefault(name, evaluation.window_spec) != evaluation.window_spec:
             mistakes.append(
                 f"{lines.place(('evaluation', index))}: set {name!r} is defined twice with different windows; give one "
                 "of them another `set:` name, or make them equal"
             )
+    return mistakes
+
+
+def _tasks(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
+    """Tasks have names of their own and files without mistakes; and some text is measured beside them."""
+    seen: dict[str, int] = {}
+    mistakes = []
+    for index, spec in enumerate(recipe.evaluation):
+        if not isinstance(spec, Task):
+            continue
+        place = lines.place(("evaluation", index))
+        if spec.label in seen:
+            mistakes.append(f"{place}: task {spec.label!r} is named twice; give one another `name:`")
+        seen[spec.label] = index
+        if spec.file is not None:
+            _, wrong = draw(_absolute_task(spec, base), recipe.seed)
+            mistakes += [f"{place}: {sentence}" for sentence in wrong]
+    if seen and not recipe.on_text:
+        mistakes.append(
+            f"{lines.place(('evaluation',))}: only tasks are evaluated; add a perplexity or a divergence, whose text "
+            "also tells whether the source is healthy and whether the export loads"
+        )
     return mistakes
 
 
@@ -218,8 +261,20 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
         updates["model"] = recipe.model.model_copy(update={"path": path})
     if recipe.calibration is not None:
         updates["calibration"] = _absolute_text(recipe.calibration, base)
-    updates["evaluation"] = tuple(_absolute_text(spec, base) for spec in recipe.evaluation)
+    updates["evaluation"] = tuple(
+        _absolute_task(spec, base) if isinstance(spec, Task) else _absolute_text(spec, base)
+        for spec in recipe.evaluation
+    )
     return recipe.model_copy(update=updates)
+
+
+def _absolute_task(spec: Task, base: Path) -> Task:
+    update = {
+        name: (base / path.expanduser()).resolve()
+        for name, path in (("file", spec.file), ("few_shot_file", spec.few_shot_file))
+        if path is not None
+    }
+    return spec.model_copy(update=update)
 
 
 def _absolute_text(spec: Any, base: Path) -> Any:

@@ -22,7 +22,7 @@ from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Head, Skeleton
 from compress.evaluation.paired import Paired
-from compress.evaluation.specs import AnyEvaluation
+from compress.evaluation.specs import OnText
 from compress.evaluation.statistics import Interval, mean_interval
 from compress.events import Progress
 from compress.files import atomic_path
@@ -153,7 +153,7 @@ def _score_window(first, second, pair: tuple[Tensor, Tensor], ids: Tensor) -> tu
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def summarise(evaluations: tuple[AnyEvaluation, ...], scores: dict[str, TokenScores]) -> tuple[Measured, Measured]:
+def summarise(evaluations: tuple[OnText, ...], scores: dict[str, TokenScores]) -> tuple[Measured, Measured]:
     """Flat measurements of source and candidate, for what the recipe asks."""
     source, candidate = Measured(), Measured()
     for evaluation in evaluations:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from compress.calibration.texts import SelfGenerated, TextSource
 from compress.calibration.windows import WindowSpec
+from compress.evaluation.tasks.spec import Task
 
 
 class EvaluationSpec(WindowSpec):
@@ -53,5 +54,10 @@ class Divergence(EvaluationSpec):
 
 
 DIVERGENCE_NAMES = ("mean_kl", "median_kl", "kl_p99", "kl_p999", "max_kl", "top1_agreement")
-AnyEvaluation = Annotated[Perplexity | Divergence, Field(discriminator="kind")]
-EVALUATIONS: dict[str, type[Perplexity] | type[Divergence]] = {"perplexity": Perplexity, "divergence": Divergence}
+OnText = Perplexity | Divergence
+AnyEvaluation = Annotated[Perplexity | Divergence | Task, Field(discriminator="kind")]
+EVALUATIONS: dict[str, type[Perplexity] | type[Divergence] | type[Task]] = {
+    "perplexity": Perplexity,
+    "divergence": Divergence,
+    "task": Task,
+}

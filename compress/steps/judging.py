@@ -111,7 +111,7 @@ def measure_export(
         machine.compute,
         progress,
     )
-    before, after = summarise(plan.recipe.evaluation, scores)
+    before, after = summarise(plan.recipe.on_text, scores)
     before.values["weight_bytes"] = float(source.checkpoint.weight_bytes)
     after.values["weight_bytes"] = float(checkpoint.weight_bytes)
     bits = _effective_bits(checkpoint)

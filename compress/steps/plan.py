@@ -19,6 +19,7 @@ from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
+from compress.evaluation.tasks.spec import Task
 from compress.events import Progress
 from compress.memory import predict
 from compress.memory.measure import available_bytes
@@ -164,7 +165,9 @@ def _mistakes(
         )
     if dimensions.max_context:
         texts = [("calibration", recipe.calibration)] if recipe.calibration else []
-        texts += [(f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation)]
+        texts += [
+            (f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation) if not isinstance(spec, Task)
+        ]
         found += [
             f"{where}.window_tokens: {spec.window_tokens} is more than the model's context of {dimensions.max_context}"
             for where, spec in texts
@@ -221,7 +224,7 @@ def _load(
 
 def _evaluation_tokens(recipe: Recipe) -> int:
     """Tokens of all sets, a set measured twice counted once."""
-    return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.evaluation}.values())
+    return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.on_text}.values())
 
 
 def _peak(

@@ -125,7 +125,7 @@ def _round_trip(evidence: Evidence) -> RoundTrip | None:
 def _evaluation(recipe: Recipe, texts: Texts) -> list[dict[str, Any]]:
     sets: list[dict[str, Any]] = []
     for name, windows in texts.evaluation.items():
-        kinds = [spec.kind for spec in recipe.evaluation if spec.set_name == name]
+        kinds = [spec.kind for spec in recipe.on_text if spec.set_name == name]
         protocol = (
             f"{windows.ids.shape[0]} non-overlapping {windows.ledger['layout']} windows of {windows.ids.shape[1]} "
             "tokens; every token but a window's first is predicted from those before it in the window; float32 "

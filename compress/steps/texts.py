@@ -37,8 +37,8 @@ def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress:
     base = Path.cwd()
     vocabulary = int(source.checkpoint.config["vocab_size"])
     evaluation = {}
-    with progress.task("texts", len({spec.set_name for spec in recipe.evaluation}) + 1) as advance:
-        for spec in recipe.evaluation:
+    with progress.task("texts", len({spec.set_name for spec in recipe.on_text}) + 1) as advance:
+        for spec in recipe.on_text:
             if spec.set_name not in evaluation:
                 where = f"evaluation set {spec.set_name}"
                 evaluation[spec.set_name] = build_windows(spec.window_spec, base, source.tokenizer, recipe.seed, where)

@@ -63,7 +63,7 @@ def measure(recipe: Recipe, variants: dict[str, list[dict[str, Any]]], out: Path
         )
         pair = (source.checkpoint, baseline.states), (last, states)
         scores = score(*pair, texts.evaluation, machine.device, machine.compute, progress)
-        before, after = summarise(recipe.evaluation, scores)
+        before, after = summarise(recipe.on_text, scores)
         results[name] = {
             "stages": stages,
             "values": after.values,

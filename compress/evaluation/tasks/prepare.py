@@ -1,0 +1,178 @@
+"""The prompts of a task as tokens, from a dry run through lm-eval: checked, and digested, before any work.
+
+The digest covers every token that a model will read and every right answer, so it stands for items, examples, chat
+template and tokenizer together: the source's answers are kept by it, and an export whose tokenizer would ask anything
+else is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import RecipeError
+from compress.evaluation.tasks import harness
+from compress.evaluation.tasks.items import Drawn, draw, order
+from compress.evaluation.tasks.spec import Task
+from compress.files import digest_of_json, sha256_of
+
+MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task ready to be asked. `question` is lm-eval's task."""
+
+    spec: Task
+    question: Any
+    positions: list[int] | None
+    """Documents of `question` that are asked, in this order; None for all."""
+    ids: tuple[str, ...]
+    """Of the items, in the order asked."""
+    contexts: tuple[str, ...]
+    """What an item itself says, without examples and chat template; empty where lm-eval builds it of several texts."""
+    available: int
+    """Items that could be asked."""
+    generates: bool
+    digest: str
+    facts: dict[str, Any]
+    """For the report: where the items are from, how they are put."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.label
+
+
+def prepare(spec: Task, tokenizer: Any, max_context: int | None, seed: int) -> Prepared:
+    """Build a task, ask it in a dry run and check its prompts. Raises RecipeError with all mistakes of the task."""
+    from compress.evaluation.tasks import question as questions
+    from compress.evaluation.tasks.language_model import Recorder
+
+    check_template(spec, tokenizer)
+    if spec.file is not None:
+        drawn, mistakes = draw(spec, seed)
+        if mistakes:
+            raise RecipeError(mistakes)
+        asked: Any = questions.local_task(spec, drawn)
+        positions, available = None, drawn.available
+        documents = [item.to_json() for item in drawn.asked]
+    else:
+        drawn, asked = None, questions.named_task(spec)
+        positions, available = _limited(spec, asked, seed)
+        documents = [dict(asked.eval_docs[at]) for at in (positions or range(available))]
+    recorder = Recorder(tokenizer)
+    records = harness.ask(asked, recorder, positions, spec.chat_template, seed)
+    ids = tuple(str(document["id"]) for document in documents) if drawn else tuple(str(r["doc_id"]) for r in records)
+    mistakes = _unanswerable(spec, ids, records, recorder) + _too_long(spec, ids, records, recorder, max_context)
+    if mistakes:
+        raise RecipeError(mistakes)
+    contexts = tuple(str(d["context"]) for d in documents) if drawn else tuple(_context(asked, r) for r in records)
+    digest = _digest(records, recorder)
+    facts = _facts(spec, drawn, asked, tokenizer)
+    generates = bool(recorder.written)
+    return Prepared(spec, asked, positions, ids, contexts, available, generates, digest, facts)
+
+
+def check_template(spec: Task, tokenizer: Any) -> None:
+    """Raises RecipeError where a task wants a chat template and the tokenizer has none."""
+    if spec.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise RecipeError(
+            f"task {spec.label}: chat_template is asked for, but the tokenizer of {tokenizer.name_or_path} has none. "
+            "Leave it out, or use a chat model."
+        )
+
+
+def _limited(spec: Task, question: Any, seed: int) -> tuple[list[int] | None, int]:
+    """Positions that are asked of one of lm-eval's tasks, and how many there are."""
+    available = len(question.eval_docs)
+    for name, limit in (("items", spec.items or 1), ("max_items", spec.max_items or 1)):
+        if limit > available:
+            raise RecipeError(f"task {spec.label}: {name} is {limit}, lm-eval's {spec.task} has {available}")
+    return (None if spec.items is None else sorted(order(available, seed)[: spec.items])), available
+
+
+def _context(question: Any, record: dict[str, Any]) -> str:
+    text = question.doc_to_text(record["doc"])
+    return text if isinstance(text, str) else ""
+
+
+def _owners(ids: tuple[str, ...], records: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """(item, number of its request) for every request, in the order asked."""
+    return [
+        (identity, number)
+        for identity, record in zip(ids, records, strict=True)
+        for number in range(len(record["arguments"]))
+    ]
+
+
+def _unanswerable(spec: Task, ids: tuple[str, ...], records: list[dict[str, Any]], recorder: Any) -> list[str]:
+    """Choices and answers that are no token at all."""
+    owners = _owners(ids, records)
+    found = [owner for owner, (_, after) in zip(owners, recorder.scored, strict=False) if not after]
+    named = ", ".join(f"item {identity} choice {number}" for identity, number in found[:MOST_NAMED])
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    sentence = f"{_place(spec)}: tokenise to nothing after their context: {named}{more}; the model cannot be asked"
+    return [sentence] if found else []
+
+
+def _too_long(
+    spec: Task, ids: tuple[str, ...], records: list[dict[str, Any]], recorder: Any, max_context: int | None
+) -> list[str]:
+    """Prompts that do not fit in the model's context: they would be cut, and something else would be asked."""
+    if not max_context:
+        return []
+    lengths = [len(before) + len(after) - 1 for before, after in recorder.scored]
+    lengths += [len(one.prompt) + one.max_new_tokens for one in recorder.written]
+    owners = _owners(ids, records)
+    found: dict[str, int] = {}
+    for (identity, _), length in zip(owners, lengths, strict=True):
+        if length > max_context:
+            found[identity] = max(length, found.get(identity, 0))
+    named = ", ".join(f"item {identity} ({length} tokens)" for identity, length in list(found.items())[:MOST_NAMED])
+    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    sentence = f"{_place(spec)}: longer than the model's context of {max_context} tokens: {named}{more}"
+    return [sentence] if found else []
+
+
+def _place(spec: Task) -> str:
+    return f"task {spec.label}" + (f" ({spec.file})" if spec.file else "")
+
+
+def _digest(records: list[dict[str, Any]], recorder: Any) -> str:
+    """sha256 over every prompt's tokens, how it is ended, and every right answer."""
+    written = [(one.prompt, one.stop, one.max_new_tokens) for one in recorder.written]
+    return digest_of_json(
+        {"scored": recorder.scored, "written": written, "answers": [record["target"] for record in records]}
+    )
+
+
+def tokens_asked(prepared: Prepared, tokenizer: Any, seed: int) -> str:
+    """The digest again, for another tokenizer: equal where both models are asked the same tokens."""
+    from compress.evaluation.tasks.language_model import Recorder
+
+    recorder = Recorder(tokenizer)
+    return _digest(
+        harness.ask(prepared.question, recorder, prepared.positions, prepared.spec.chat_template, seed), recorder
+    )
+
+
+def _facts(spec: Task, drawn: Drawn | None, question: Any, tokenizer: Any) -> dict[str, Any]:
+    """Where the items are from and how they are put, for the report."""
+    template = str(tokenizer.chat_template) if spec.chat_template else None
+    facts: dict[str, Any] = {
+        "type": spec.type if drawn else str(question.get_config("output_type")),
+        "few_shot": int(question.get_config("num_fewshot") or 0),
+        "chat_template": digest_of_json(template) if template is not None else None,
+        "lm_eval": harness.version(),
+    }
+    if drawn is None:
+        return {**facts, "source": f"lm-eval: {spec.task}"}
+    assert spec.file is not None
+    examples: Path | None = spec.few_shot_file
+    return {
+        **facts,
+        "source": str(spec.file),
+        "file_sha256": sha256_of(spec.file),
+        "examples": None if not drawn.examples else str(examples) if examples else "items that are not asked",
+    }

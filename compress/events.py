@@ -30,6 +30,7 @@ EVENT_KINDS: dict[str, str] = {
     "stage_reused": "a finished stage with the same fingerprint was reused",
     "blocks_resumed": "finished blocks of an interrupted run were reused",
     "baseline_reused": "the source measurements came from the cache",
+    "task_skipped": "a task that needs generated text was not asked: the whole model does not fit in memory",
     "source_was_quantized": "the source weights came from a quantised file",
     "few_calibration_tokens": "fewer calibration tokens than input columns: the Hessian is rank deficient",
     "text_truncated": "documents were shortened to the length of the evaluation or calibration window",

@@ -20,6 +20,7 @@ from compress.artifacts.store import Store, check_writable
 from compress.checkpoints.export import export
 from compress.checkpoints.sources import cache_folder
 from compress.errors import ExitCode
+from compress.evaluation.tasks.compare import write_items
 from compress.events import Event, Progress
 from compress.files import disk_errors
 from compress.memory.measure import PeakSampler, exact_allocation
@@ -33,6 +34,7 @@ from compress.steps.fold import fold, stage_events
 from compress.steps.judging import judge, measure_export, measure_source, round_trip
 from compress.steps.plan import Plan, make_plan
 from compress.steps.source import open_source
+from compress.steps.tasks import ask_export, ask_source, read_tasks
 from compress.steps.texts import read_texts
 
 EXIT_CODES = {
@@ -69,8 +71,10 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
             texts = read_texts(recipe, source, planned.machine, progress)
+            tasks = read_tasks(planned, source, texts, progress)
         with clock.step("baseline"), sampler.phase("baseline"):
             baseline = measure_source(recipe, source, texts, planned.machine, progress)
+            answers = ask_source(planned, source, tasks, progress)
         with clock.step("stages"):
             folded = fold(
                 recipe.stages,
@@ -89,9 +93,10 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 export(last, staged / "model", recipe.export.format, planned.stored, recipe.export.max_shard_bytes)
             with clock.step("evaluation"), sampler.phase("evaluation"):
                 evidence, states = measure_export(planned, staged / "model", source, baseline, texts, progress)
+                evidence = ask_export(planned, staged / "model", tasks, answers, evidence, progress)
             with clock.step("round trip"), sampler.phase("round trip"):
                 evidence = round_trip(planned, staged / "model", texts, evidence, states, progress)
-            events: list[Event] = [*source.events, *texts.events, *baseline.events]
+            events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += stage_events(folded)
             events += evidence.events
             verdict, judgements = judge(recipe, evidence, events)
@@ -115,6 +120,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 )
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
+                write_items(evidence.tasks, staged / "reports" / "items")
                 folder = slot.publish(staged, verdict, _facts(report))
     return Outcome(folder, report)
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.reports import markdown, tables, words
+from compress.reports import markdown, tables, task_tables, words
 from compress.reports.report import Report
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -82,6 +82,10 @@ def _results(report: Report) -> Iterator[dict[str, Any]]:
             yield {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
 
 
+def _quality(report: Report) -> list[tables.Table]:
+    return [*tables.quality_tables(report), *([task_tables.tasks_table(report)] if report.tasks else [])]
+
+
 def _base_model(source: Mapping[str, Any]) -> str:
     for key in ("base_model", "id"):
         value = source.get(key)
@@ -112,9 +116,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         }
         for stage in report.stages
     ]
-    quality = [
-        {"title": table.title, "text": _Ready(markdown.table_text(table))} for table in tables.quality_tables(report)
-    ]
+    quality = [{"title": table.title, "text": _Ready(markdown.table_text(table))} for table in _quality(report)]
     calibration = markdown.table_text(tables.Table("", ("Calibration", ""), "ll", tables.facts(report.calibration)))
     return environment.get_template("card.md.j2").render(
         report={"artifact": report.artifact, "stages": stages},

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import pictures, tables, words
+from compress.reports import pictures, tables, task_tables, words
 from compress.reports.report import Report, StageRecord
 
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
@@ -36,6 +36,8 @@ def render_html(report: Report) -> str:
         tiles=_tiles(report),
         gates=tables.gates_table(report),
         quality=tables.quality_tables(report),
+        tasks=task_tables.tasks_table(report),
+        flips=task_tables.flips_tables(report),
         errors=[_errors(stage) for stage in report.stages if stage.modules],
         memory=tables.memory_table(report),
         stages=tables.stages_table(report),

@@ -20,6 +20,7 @@ from compress.reports.tables import (
     stages_table,
     worst_table,
 )
+from compress.reports.task_tables import flips_tables, tasks_table
 from compress.reports.words import MOST_EVENTS, duration, headline, limits, showable
 
 
@@ -51,6 +52,8 @@ def render_markdown(report: Report) -> str:
     parts = [f"# {report.verdict.capitalize()}: {escape(headline(report))}"]
     parts += _section("Gates", [gates_table(report)])
     parts += ["## Before and after", *_titled(quality_tables(report))]
+    if report.tasks:
+        parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
     parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]
     parts += _section("Memory", [memory_table(report)])
     parts += _section("Stages", [stages_table(report)])
@@ -75,8 +78,8 @@ def _section(title: str, tables: list[Table]) -> list[str]:
     return [f"## {title}", *(texts or ["None."])]
 
 
-def _titled(tables: Iterable[Table]) -> list[str]:
-    return [f"### {escape(table.title)}\n\n{table_text(table)}" for table in tables if table.rows] or ["None."]
+def _titled(tables: Iterable[Table], none: str = "None.") -> list[str]:
+    return [f"### {escape(table.title)}\n\n{table_text(table)}" for table in tables if table.rows] or [none]
 
 
 def _steps(report: Report) -> list[str]:

@@ -106,6 +106,45 @@ class Measurements(Value):
     intervals: dict[str, tuple[float, float]] = Field(default_factory=dict, description="of compressed measures, 95 %")
 
 
+class Flip(Value):
+    """An item that one model got right and the other did not."""
+
+    id: str
+    context_tail: str = Field(description="the end of the prompt")
+    cut: bool = Field(description="the prompt is longer than what is shown")
+    choices: list[str]
+    answer: str
+    source: str = Field(description="what the source chose or wrote")
+    compressed: str
+
+
+class TaskRecord(Value):
+    """One task as both models answered it; every item is in `items_file`."""
+
+    name: str
+    type: str
+    source: str = Field(description="where the items are from")
+    items: int = Field(description="how many were asked")
+    available: int = Field(description="how many could have been")
+    few_shot: int
+    chat_template: str | None = Field(description="digest of the template, equal on both sides; None if none was used")
+    prompts_digest: str = Field(description="sha256 over every prompt's tokens and every right answer")
+    floor: float | None = Field(description="accuracy the source had to reach")
+    accuracy_source: float
+    accuracy_compressed: float
+    interval_source: tuple[float, float] = Field(description="Wilson, 95 %")
+    interval_compressed: tuple[float, float] = Field(description="Wilson, 95 %")
+    nll_source: float | None = Field(default=None, description="mean nats of a whole answer; cloze only")
+    nll_compressed: float | None = None
+    lost: int = Field(description="items that only the source got right")
+    gained: int = Field(description="items that only the compressed model got right")
+    lost_examples: list[Flip]
+    gained_examples: list[Flip]
+    overlap_with_calibration: float = Field(description="share of the questions' n-grams found in calibration windows")
+    items_file: str = Field(description="JSON lines below the artifact: both models' answers to every item")
+    facts: dict[str, Any] = Field(default_factory=dict, description="file digest, versions, where examples came from")
+
+
 class ArtifactRef(Value):
     path: str
     name: str
@@ -125,6 +164,7 @@ class Report(Value):
     round_trip: RoundTrip | None
     events: list[Event]
     event_counts: dict[str, int]
+    tasks: list[TaskRecord] = Field(default_factory=list, description="questions with answers, if any were asked")
     evaluation: list[dict[str, Any]] = Field(description="each set: name, windows, tokens, protocol, digest, source")
     calibration: dict[str, Any] = Field(description="requested, obtained, dropped, digest, descriptor, licence")
     provenance: dict[str, Any] = Field(

@@ -61,7 +61,7 @@ def quality_tables(report: Report) -> list[Table]:
     """Before and after: one table for the whole model, then one for each evaluation set."""
     groups: dict[str, list[str]] = {"": []}
     for name in dict.fromkeys([*report.measurements.compressed, *report.measurements.source]):
-        if name.startswith("round_trip."):
+        if name.startswith("round_trip.") or (report.tasks and name.startswith("task.")):
             continue  # they have a section of their own
         groups.setdefault(_group(name), []).append(name)
     headers = ("Measure", "Source", "Compressed", "Change", "95 % interval")
@@ -118,7 +118,7 @@ def _quality_row(report: Report, name: str) -> tuple[str, ...]:
 def _change(name: str, before: float | None, after: float | None) -> str:
     if not before or after is None or not math.isfinite(after / before):
         return MISSING
-    if name.endswith(("accuracy", "top1_agreement")):
+    if name.endswith(("accuracy", "accuracy_norm", "top1_agreement")):
         return f"{100 * (after - before):+.1f} points"
     return f"× {after / before:.3f}"
 

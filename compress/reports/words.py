@@ -23,6 +23,8 @@ MEASURES: dict[str, str] = {
     "kv_cache_bytes": "KV cache",
     "top1_agreement": "Same most likely token",
     "accuracy": "Accuracy",
+    "accuracy_norm": "Accuracy by likelihood per character",
+    "nll": "Nats of a whole answer",
 }
 ORDER = list(MEASURES)
 
@@ -71,7 +73,7 @@ def measured(name: str, value: float | None) -> str:
         return MISSING
     if name.endswith("bytes"):
         return size(value)
-    return percent(value) if name.endswith(("top1_agreement", "accuracy")) else number(value)
+    return percent(value) if name.endswith(("top1_agreement", "accuracy", "accuracy_norm")) else number(value)
 
 
 def interval_text(name: str, interval: tuple[float, float] | None) -> str:

@@ -21,6 +21,7 @@ from compress.evaluation.measure import (
     summarise,
     walk_states,
 )
+from compress.evaluation.tasks.compare import Comparison
 from compress.events import Event, Progress, count_by_kind
 from compress.files import digest_of_json
 from compress.gates import Facts, Judgement, ThresholdGate, overall
@@ -44,38 +45,46 @@ class Baseline:
 def measure_source(
     recipe: Recipe, source: OpenedSource, texts: Texts, machine: Machine, progress: Progress
 ) -> Baseline:
-    """Walk the source, or take the kept states of an earlier run with the same source and windows; check its health."""
-    path = cache_folder() / "baselines" / f"{_key(source, texts, machine)}.safetensors"
-    states = load_states(path, texts.evaluation)
-    events: tuple[Event, ...] = ()
-    if states is None:
-        states = walk_states(
-            source.checkpoint,
-            texts.evaluation,
-            machine.device,
-            machine.compute,
-            machine.tokens_at_once,
-            progress,
-            "measuring the source",
+    """Walk the source on the sets that no earlier run kept its states of; check its health.
+
+    What is kept is one file a set, so another recipe with the same set and other ones reads it too.
+    """
+    paths = {name: _kept(source, windows, machine) for name, windows in texts.evaluation.items()}
+    states: States = {}
+    for name, path in paths.items():
+        kept = load_states(path, {"states": texts.evaluation[name]})
+        states |= {name: kept["states"]} if kept else {}
+    reused = tuple(states)
+    missing = {name: windows for name, windows in texts.evaluation.items() if name not in states}
+    if missing:
+        label = "measuring the source"
+        walked = walk_states(
+            source.checkpoint, missing, machine.device, machine.compute, machine.tokens_at_once, progress, label
         )
-        save_states(path, states)
-    else:
-        events = (Event("baseline_reused", "source", "the source's hidden states came from the cache"),)
+        for name, tensor in walked.items():
+            save_states(paths[name], {"states": tensor})
+        states = {name: (states | walked)[name] for name in texts.evaluation}
+    events: tuple[Event, ...] = ()
+    if reused:
+        message = f"the source's hidden states on {', '.join(reused)} came from the cache"
+        events = (Event("baseline_reused", "source", message),)
     perplexities = quick_perplexities(source.checkpoint, states, texts.evaluation, machine.device, machine.compute)
     check_perplexity(perplexities, recipe.model.max_perplexity)
     return Baseline(states, events)
 
 
-def _key(source: OpenedSource, texts: Texts, machine: Machine) -> str:
-    return digest_of_json(
+def _kept(source: OpenedSource, windows: Windows, machine: Machine) -> Path:
+    """Where the source's states on a set are kept, whatever the set is called."""
+    key = digest_of_json(
         {
             "source": source.digest,
-            "sets": {name: windows.digest for name, windows in texts.evaluation.items()},
+            "windows": windows.digest,
             "machine": machine.to_json(),
             "code": code_digest(),
             "versions": versions(),
         }
     )
+    return cache_folder() / "baselines" / f"{key}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Evidence:
     compressed: Measured
     reloaded: Reloaded | None
     events: tuple[Event, ...]
+    tasks: tuple[Comparison, ...] = ()
 
 
 def measure_export(

@@ -19,6 +19,7 @@ from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
+from compress.evaluation.tasks import harness
 from compress.evaluation.tasks.spec import Task
 from compress.events import Progress
 from compress.memory import predict
@@ -84,6 +85,8 @@ class Plan:
 
 def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     """Check a recipe against model, machine and disk, and predict. Raises with every mistake of one kind together."""
+    if recipe.tasks:
+        harness.require()
     config = read_config(recipe.model, Path.cwd(), progress)
     machine = choose_machine(recipe.model.device, config)
     architecture = architecture_of(config)

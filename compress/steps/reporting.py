@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import Event, count_by_kind
 from compress.gates import Judgement
 from compress.gates.base import Verdict
@@ -12,6 +13,7 @@ from compress.memory.measure import PeakSampler, device_peak_bytes
 from compress.recipe import Recipe
 from compress.reports.report import (
     ArtifactRef,
+    Flip,
     GateResult,
     Measurements,
     Memory,
@@ -19,6 +21,7 @@ from compress.reports.report import (
     Report,
     RoundTrip,
     StageRecord,
+    TaskRecord,
 )
 from compress.steps.environment import provenance
 from compress.steps.fold import Folded
@@ -58,6 +61,7 @@ def assemble(
         round_trip=_round_trip(evidence),
         events=events,
         event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
+        tasks=[_task(comparison, evidence) for comparison in evidence.tasks],
         evaluation=_evaluation(recipe, texts),
         calibration=calibration_facts(texts.calibration),
         provenance=_provenance(plan, source, started, seconds_by_step),
@@ -119,6 +123,36 @@ def _round_trip(evidence: Evidence) -> RoundTrip | None:
         mean_kl=reloaded.mean_kl,
         bound=BOUND,
         passed=reloaded.mean_kl <= BOUND,
+    )
+
+
+def _task(comparison: Comparison, evidence: Evidence) -> TaskRecord:
+    prepared = comparison.prepared
+    name, facts = f"task.{prepared.name}", dict(prepared.facts)
+    before, after = evidence.source, evidence.compressed
+    return TaskRecord(
+        name=prepared.name,
+        type=facts.pop("type"),
+        source=facts.pop("source"),
+        items=len(prepared.ids),
+        available=prepared.available,
+        few_shot=facts.pop("few_shot"),
+        chat_template=facts.pop("chat_template"),
+        prompts_digest=prepared.digest,
+        floor=prepared.spec.floor,
+        accuracy_source=before.values[f"{name}.accuracy"],
+        accuracy_compressed=after.values[f"{name}.accuracy"],
+        interval_source=before.intervals[f"{name}.accuracy"],
+        interval_compressed=after.intervals[f"{name}.accuracy"],
+        nll_source=before.values.get(f"{name}.nll"),
+        nll_compressed=after.values.get(f"{name}.nll"),
+        lost=len(comparison.flips(lost=True)),
+        gained=len(comparison.flips(lost=False)),
+        lost_examples=[Flip(**example) for example in examples(comparison, lost=True)],
+        gained_examples=[Flip(**example) for example in examples(comparison, lost=False)],
+        overlap_with_calibration=comparison.overlap,
+        items_file=f"reports/items/{prepared.name}.jsonl",
+        facts=facts,
     )
 
 

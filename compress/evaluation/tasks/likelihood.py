@@ -28,7 +28,7 @@ STATES_BYTES = 1 << 29
 """Hidden states resident in one walk, at most; more sequences are read in several walks."""
 LOGITS_AT_ONCE = 64
 _WIDTHS = 8
-"""Sequences are padded to multiples of this: few shapes, so that a block's arguments are shared."""
+"""Long sequences are padded to multiples of this: few shapes, so that a block's arguments are shared."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,9 @@ def _batches(reading: Reading, part: range, tokens_at_once: int) -> Iterator[tup
 
 
 def _padded(length: int) -> int:
+    """Short sequences are padded to no multiple: it would double their work."""
+    if length <= 4 * _WIDTHS:
+        return length
     return -(-length // _WIDTHS) * _WIDTHS
 
 

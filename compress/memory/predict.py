@@ -20,6 +20,9 @@ INTERPRETER = 330 * 2**20
 """Anonymous memory of Python with torch, transformers and datasets imported and used once; measured, see
 docs/benchmarks/memory.md."""
 
+LM_EVAL = 100 * 2**20
+"""What importing lm-eval and building a task's prompts adds."""
+
 
 def stored_bytes(
     parameters: dict[str, tuple[int, ...]],
@@ -118,6 +121,15 @@ def evaluation_peak_bytes(load: WalkLoad) -> int:
     heads = 2 * load.vocabulary * load.hidden * load.compute_bytes
     logits = 4 * 64 * load.vocabulary * 4
     return INTERPRETER + states + heads + logits + load.block_parameters * load.compute_bytes
+
+
+def asking_peak_bytes(load: WalkLoad, states: int, positions: int) -> int:
+    """Peak anonymous host memory of asking tasks: lm-eval, the states (bytes) of one walk with what is kept of it,
+    one block or the head, logits of a chunk; beside them both models' states on the evaluation text.
+    """
+    kept = 2 * load.evaluation_tokens * load.hidden * 4 + positions * load.hidden * 4
+    part = max(load.block_parameters, load.vocabulary * load.hidden) * load.compute_bytes
+    return INTERPRETER + LM_EVAL + states + kept + part + 3 * 64 * load.vocabulary * 4
 
 
 def reload_peak_bytes(load: WalkLoad) -> int:

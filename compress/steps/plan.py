@@ -20,6 +20,8 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.evaluation.tasks import harness
+from compress.evaluation.tasks.likelihood import STATES_BYTES
+from compress.evaluation.tasks.size import Size, size_of
 from compress.evaluation.tasks.spec import Task
 from compress.events import Progress
 from compress.memory import predict
@@ -105,6 +107,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     export_bytes = predict.stored_bytes(
         shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
+    asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), Size())
     load = _load(recipe, skeleton, dimensions, matrices, parameters, machine)
     trainings = trainings_of(recipe, skeleton, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
@@ -131,10 +134,10 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=_peak(load, trainings, _samples(recipe), machine),
+        peak_host_bytes=_peak(load, trainings, _samples(recipe), asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
-        seconds=_seconds(recipe, matrices, dimensions),
+        seconds=_seconds(recipe, matrices, dimensions, asked),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
         warnings=tuple(_warnings(recipe, schemes, architecture, dimensions)),
     )
@@ -183,7 +186,11 @@ def _warnings(
     recipe: Recipe, schemes: dict[str, Scheme], architecture: Architecture, dimensions: Dimensions
 ) -> list[str]:
     """Legal, but probably not what is wanted."""
-    found = []
+    found = [
+        f"task {spec.label}: its items are known once lm-eval has loaded them; time and memory are predicted without it"
+        for spec in recipe.tasks
+        if spec.file is None
+    ]
     sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
     if sizes:
         found.append(
@@ -231,11 +238,18 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 
 
 def _peak(
-    load: predict.WalkLoad, trainings: list[tuple[Training, predict.TrainingLoad]], samples: bool, machine: Machine
+    load: predict.WalkLoad,
+    trainings: list[tuple[Training, predict.TrainingLoad]],
+    samples: bool,
+    asked: Size,
+    machine: Machine,
 ) -> int:
-    """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, or, where it
-    fits, reloading the export publicly."""
+    """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, asking, or, where
+    it fits, reloading the export publicly."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if asked.tokens:
+        states = min(STATES_BYTES, asked.tokens * load.hidden * load.compute_bytes)
+        peaks.append(predict.asking_peak_bytes(load, states, asked.positions))
     if samples and machine.device.type == "cpu":
         peaks.append(predict.INTERPRETER + load.parameters * 4)
     if machine.device.type == "cpu":
@@ -254,12 +268,14 @@ def _samples(recipe: Recipe) -> bool:
     return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
 
 
-def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions) -> float:
+def _seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions, asked: Size) -> float:
     """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
     inside = _inside(matrices)
     evaluated = _evaluation_tokens(recipe)
     head = dimensions.hidden * dimensions.vocabulary
     flops = 2.0 * 2 * evaluated * (inside + head)
+    # Text is written a token at a time, which reaches about a tenth of a product's rate.
+    flops += 2.0 * 2 * ((asked.tokens + 10 * asked.writes) * inside + asked.positions * head)
     # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
     flops += 40 * 10 * evaluated * dimensions.vocabulary
     for stage in recipe.stages:

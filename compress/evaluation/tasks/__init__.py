@@ -10,6 +10,7 @@ walk, so that a model larger than memory can be judged, and greedy text through 
 spec              what a recipe says
 items             JSONL -> items, every mistake with its line
 question          items -> lm-eval task, in memory
+size              how much reading a task is, before there is a tokenizer
 prepare           the prompts of a task as tokens, checked before any work
 language_model    lm-eval's LM interface over a checkpoint folder
 likelihood        log-likelihoods of continuations by the block walk

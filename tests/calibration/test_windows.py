@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compress.calibration.overlap import LIMIT, NGRAM, shared_fraction
+from compress.calibration.overlap import LIMIT, NGRAM, SHORTEST, shared_fraction, shared_fraction_of_questions
 from compress.calibration.texts import FilesText, documents
 from compress.calibration.windows import Windows, WindowSpec, build_windows
 from compress.errors import RecipeError
@@ -170,6 +170,18 @@ def test_equal_text_shares_everything_and_other_text_nothing():
 
     assert shared_fraction(one, one) == 1.0
     assert shared_fraction(one, other) == 0.0
+
+
+def test_questions_of_any_length_are_compared_and_very_short_ones_left_out():
+    generator = torch.Generator().manual_seed(2)
+    calibration = torch.randint(0, 1000, (4, 64), generator=generator)
+    other = torch.randint(1000, 2000, (64,), generator=generator).tolist()
+    row = calibration[2].tolist()
+
+    assert shared_fraction_of_questions(calibration, [row[3:40], other[:30]]) == pytest.approx(25 / (25 + 18))
+    assert shared_fraction_of_questions(calibration, [row[5 : 5 + NGRAM - 3], other[:9]]) == 0.5
+    assert shared_fraction_of_questions(calibration, [row[: SHORTEST - 1]]) == 0.0
+    assert shared_fraction_of_questions(calibration, []) == 0.0
 
 
 def test_one_copied_window_of_eight_is_found_wherever_it_lies():

@@ -8,6 +8,7 @@ from typing import Any
 from compress.events import Event, count_by_kind
 from compress.reports.report import (
     ArtifactRef,
+    Flip,
     GateResult,
     Measurements,
     Memory,
@@ -16,6 +17,7 @@ from compress.reports.report import (
     Report,
     RoundTrip,
     StageRecord,
+    TaskRecord,
     Verdict,
 )
 
@@ -192,6 +194,41 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def task(**changes: Any) -> TaskRecord:
+    """217 capitals, of which compression lost 30 and won 3; keyword arguments replace whole fields."""
+    flip = Flip(
+        id="africa/gb",
+        context_tail="The capital of Gabon is",
+        cut=False,
+        choices=["Libreville", "Monrovia"],
+        answer="Libreville",
+        source="Libreville (-10.70 nats)",
+        compressed="Monrovia (-11.41 nats)",
+    )
+    fields: dict[str, Any] = {
+        "name": "capitals",
+        "type": "multiple_choice",
+        "source": "tasks/capitals.jsonl",
+        "items": 217,
+        "available": 217,
+        "few_shot": 0,
+        "chat_template": None,
+        "prompts_digest": DIGEST,
+        "floor": 0.5,
+        "accuracy_source": 164 / 217,
+        "accuracy_compressed": 137 / 217,
+        "interval_source": (0.694, 0.808),
+        "interval_compressed": (0.565, 0.693),
+        "lost": 30,
+        "gained": 3,
+        "lost_examples": [flip],
+        "gained_examples": [],
+        "overlap_with_calibration": 0.0,
+        "items_file": "reports/items/capitals.jsonl",
+    }
+    return TaskRecord(**(fields | changes))
+
+
 def example_report(verdict: Verdict = "passed", **changes: Any) -> Report:
     """The example; keyword arguments replace whole fields."""
     happened = events()
@@ -257,8 +294,12 @@ def hostile_report() -> Report:
     stage = base.stages[0].model_copy(
         update={"kind": HOSTILE, "modules": [module], "seconds_by_part": {HOSTILE: 1.0, "solve": 2.0}}
     )
+    flip = task().lost_examples[0]
+    flip = flip.model_copy(update={**dict.fromkeys(dict(flip), HOSTILE), "cut": True, "choices": [HOSTILE, HOSTILE]})
+    asked = task(name=HOSTILE, type=HOSTILE, source=HOSTILE, lost_examples=[flip], gained_examples=[flip])
     return example_report(
         "failed",
+        tasks=[asked],
         gates=[gate],
         stages=[stage],
         measurements=Measurements(

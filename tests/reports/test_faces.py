@@ -17,10 +17,11 @@ from compress.reports.html import render_html
 from compress.reports.junit import render_junit
 from compress.reports.markdown import render_markdown
 from compress.reports.report import PredictedMeasured, Report, Verdict
+from compress.reports.task_tables import flips_tables, tasks_table
 from compress.reports.words import headline, limits
 from compress.reports.write import write_report
 
-from .example import HOSTILE, RECIPE, example_report, hostile_report, memory
+from .example import HOSTILE, RECIPE, example_report, hostile_report, memory, task
 
 
 class Page(HTMLParser):
@@ -236,3 +237,28 @@ def test_junit_is_valid_xml_with_hostile_text() -> None:
     assert failure is not None and failure.get("type") == "failed"
     assert '<script>alert("x")</script>' in (failure.get("message") or "")
     assert "\ufffd" in (failure.get("message") or "")
+
+
+def test_tasks_are_one_table_and_flips_are_shown_by_direction() -> None:
+    report = example_report(tasks=[task(nll_source=2.5, nll_compressed=2.75, few_shot=2)])
+    (row,) = tasks_table(report).rows
+    assert row[:4] == ("capitals", "75.6 %", "63.1 %", "-12.4 points")
+    assert row[5:] == ("217", "30 lost, 3 gained", "2.5 → 2.75", "multiple choice, 2 examples, no chat template")
+    (flips,) = flips_tables(report)
+    assert flips.title == "capitals: 1 of 30 answers lost by compression"
+    for face in (render_markdown(report), Page(render_html(report)).text):
+        assert "The capital of Gabon is" in face and "Libreville / Monrovia" in face
+        assert "Monrovia (-11.41 nats)" in face
+
+
+def test_a_report_without_tasks_has_no_section_for_them() -> None:
+    assert "<h2>Tasks" not in render_html(example_report()) and "## Tasks" not in render_markdown(example_report())
+
+
+def test_measurements_of_tasks_are_in_their_own_table_only() -> None:
+    measured = example_report().measurements
+    more = {"task.capitals.accuracy": 0.5}
+    both = measured.model_copy(update={"source": measured.source | more, "compressed": measured.compressed | more})
+    with_tasks = example_report(measurements=both, tasks=[task()])
+    assert "capitals" not in [table.title for table in tables.quality_tables(with_tasks)]
+    assert "capitals" in [table.title for table in tables.quality_tables(example_report(measurements=both))]

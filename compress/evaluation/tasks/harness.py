@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import cache
 from importlib import metadata
 from io import StringIO
 from typing import Any
@@ -87,17 +88,22 @@ def ask(task: Any, lm: Any, positions: list[int] | None, chat_template: bool, se
     return [record for record in records if record["filter"] == first]
 
 
-def load_named(name: str) -> Any:
-    """One of lm-eval's own tasks. Raises KeyError for an unknown name, and whatever its data set's loader raises."""
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its tasks, read from thousands of files: several seconds."""
     with quiet():
         from lm_eval.tasks import TaskManager
 
-        return TaskManager().load([name])
+        return TaskManager()
+
+
+def load_named(name: str) -> Any:
+    """One of lm-eval's own tasks. Raises KeyError for an unknown name, and whatever its data set's loader raises."""
+    manager = _manager()
+    with quiet():
+        return manager.load([name])
 
 
 def known_names() -> list[str]:
     """Names of lm-eval's own tasks."""
-    with quiet():
-        from lm_eval.tasks import TaskManager
-
-        return list(TaskManager().all_subtasks)
+    return list(_manager().all_subtasks)

@@ -11,7 +11,7 @@ from compress.calibration.overlap import LIMIT, NGRAM, shared_fraction_of_questi
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
-from compress.errors import CompressError, RecipeError, UnhealthySourceError
+from compress.errors import RecipeError, UnhealthySourceError
 from compress.evaluation.tasks import harness
 from compress.evaluation.tasks.compare import Comparison, measure
 from compress.evaluation.tasks.generate import Generation, write_texts
@@ -182,27 +182,38 @@ def _check_floors(tasks: Tasks, answers: dict[str, Answers]) -> None:
         )
 
 
+def check_same_prompts(folder: Path, tasks: Tasks, seed: int) -> Any:
+    """The tokenizer of a model folder. Raises RecipeError where it lacks a chat template that a task wants, or would
+    ask anything else than the source is asked."""
+    tokenizer = load_tokenizer(folder)
+    mistakes = []
+    for task in tasks.prepared:
+        check_template(task.spec, tokenizer)
+        if tokens_asked(task, tokenizer, seed) != task.digest:
+            mistakes.append(
+                f"task {task.name}: the tokenizer or chat template of {folder} gives other prompts than the source's, "
+                "so the two cannot be compared"
+            )
+    if mistakes:
+        raise RecipeError(mistakes)
+    return tokenizer
+
+
 def ask_export(
     plan: Plan, folder: Path, tasks: Tasks, source: SourceAnswers, evidence: Evidence, progress: Progress
 ) -> Evidence:
     """The evidence with the export's answers, read from disk in its public format and with its own tokenizer.
 
-    Raises CompressError if that tokenizer would ask anything else than the source was asked.
+    Raises RecipeError if that tokenizer would ask anything else than the source was asked.
     """
     if not tasks.prepared:
         return evidence
-    tokenizer = load_tokenizer(folder)
+    tokenizer = check_same_prompts(folder, tasks, plan.recipe.seed)
     model = Model(folder, Checkpoint(folder), tokenizer, plan.machine, progress, "the export's answers")
     comparisons = []
     for task in tasks.prepared:
         if task.name not in source.answers:
             continue
-        check_template(task.spec, tokenizer)
-        if tokens_asked(task, tokenizer, plan.recipe.seed) != task.digest:
-            raise CompressError(
-                f"task {task.name}: the tokenizer or chat template of {folder} gives other prompts than the source's; "
-                "the two cannot be compared."
-            )
         answers = ask(task, model, plan.recipe.seed)
         overlap = (tasks.overlap or {})[task.name]
         comparisons.append(Comparison(task, source.answers[task.name], answers, overlap))

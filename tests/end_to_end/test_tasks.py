@@ -83,7 +83,7 @@ def test_a_source_below_its_floor_ends_with_5_before_any_stage(asking, here, tmp
     ended = here("run", write_recipe(tmp_path / "r.yaml", asking), "--store", tmp_path / "store")
     assert ended.code == 5
     assert "0.0% on text, its floor is 90.0%" in ended.err and "nothing was compressed" in ended.err
-    assert not list((tmp_path / "store").glob("*/*")) or not list((tmp_path / "store").glob("glass-int4/*"))
+    assert not list((tmp_path / "store").glob("glass-int4/*"))
 
 
 def test_mistakes_of_all_task_files_are_reported_together_with_their_lines(asking, here, tmp_path):
@@ -117,3 +117,27 @@ def test_questions_that_were_calibrated_on_are_refused(asking, texts, glass_reci
     leaking = changed(asking, calibration=glass_recipe["calibration"], stages=glass_recipe["stages"])
     ended = here("run", write_recipe(tmp_path / "r.yaml", leaking), "--store", tmp_path / "store")
     assert ended.code == 2 and "tasks overlap calibration text: cloze" in ended.err
+
+
+def test_text_is_not_generated_where_the_model_does_not_fit_and_a_gate_on_it_fails(asking, here, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.steps.tasks.fits", lambda *_: False)
+    asking["gates"] = [{"kind": "threshold", "measure": "task.text.accuracy", "min": 0.0}]
+    ended = here("run", write_recipe(tmp_path / "r.yaml", asking), "--store", tmp_path / "store", "--json")
+    report = json.loads(ended.out)
+    assert ended.code == 3 and report["gates"][0]["observed"] is None
+    assert [event["where"] for event in report["events"] if event["kind"] == "task_skipped"] == ["text"]
+    assert [task["name"] for task in report["tasks"]] == ["choices", "cloze"]
+
+
+def test_an_export_whose_tokenizer_asks_something_else_is_refused(asking, here, tmp_path, monkeypatch):
+    from compress.steps.source import load_tokenizer
+
+    def other(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.add_tokens(["beginning to get"])
+        return tokenizer
+
+    monkeypatch.setattr("compress.steps.tasks.load_tokenizer", other)
+    ended = here("run", write_recipe(tmp_path / "r.yaml", asking), "--store", tmp_path / "store")
+    assert ended.code == 2 and "gives other prompts than the source's" in " ".join(ended.err.split())
+    assert not list((tmp_path / "store").glob("glass-int4/v*"))

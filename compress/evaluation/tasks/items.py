@@ -28,6 +28,8 @@ class Item:
     context: str
     choices: tuple[str, ...]
     answer: int | str
+    line: int
+    """Of its file."""
 
     def to_json(self) -> dict[str, Any]:
         return {"id": self.id, "context": self.context, "choices": list(self.choices), "answer": self.answer}
@@ -100,7 +102,7 @@ def _item(line: str, number: int, type_: TaskType) -> tuple[Item | None, list[st
     wrong += more
     if wrong:
         return None, wrong
-    return Item(str(identity), str(context), tuple(choices), answer), []
+    return Item(str(identity), str(context), tuple(choices), answer, number), []
 
 
 def _choice(choices: Any, answer: Any) -> tuple[int, list[str]]:

@@ -13,11 +13,9 @@ from typing import Any
 
 from compress.errors import RecipeError
 from compress.evaluation.tasks import harness
-from compress.evaluation.tasks.items import Drawn, draw, order
+from compress.evaluation.tasks.items import MOST_MISTAKES, Drawn, draw, order
 from compress.evaluation.tasks.spec import Task
 from compress.files import digest_of_json, sha256_of
-
-MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,11 @@ def prepare(spec: Task, tokenizer: Any, max_context: int | None, seed: int) -> P
     recorder = Recorder(tokenizer)
     records = harness.ask(asked, recorder, positions, spec.chat_template, seed)
     ids = tuple(str(document["id"]) for document in documents) if drawn else tuple(str(r["doc_id"]) for r in records)
-    mistakes = _unanswerable(spec, ids, records, recorder) + _too_long(spec, ids, records, recorder, max_context)
-    if mistakes:
-        raise RecipeError(mistakes)
+    places = [f"{spec.file}:{item.line}" for item in drawn.asked] if drawn else [f"task {spec.label}" for _ in ids]
+    owners = [at for at, record in enumerate(records) for _ in record["arguments"]]
+    wrong = _unanswerable(owners, recorder) | _too_long(owners, recorder, max_context)
+    if wrong:
+        raise RecipeError(_sentences(wrong, places, ids))
     contexts = tuple(str(d["context"]) for d in documents) if drawn else tuple(_context(asked, r) for r in records)
     digest = _digest(records, recorder)
     facts = _facts(spec, drawn, asked, tokenizer)
@@ -97,46 +97,36 @@ def _context(question: Any, record: dict[str, Any]) -> str:
     return text if isinstance(text, str) else ""
 
 
-def _owners(ids: tuple[str, ...], records: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    """(item, number of its request) for every request, in the order asked."""
-    return [
-        (identity, number)
-        for identity, record in zip(ids, records, strict=True)
-        for number in range(len(record["arguments"]))
-    ]
+def _unanswerable(owners: list[int], recorder: Any) -> dict[int, str]:
+    """By item: choices and answers that are no token at all. owners[i] is the item of request i."""
+    found: dict[int, str] = {}
+    for request, (_, after) in enumerate(recorder.scored):
+        if not after:
+            choice = request - owners.index(owners[request])
+            found[owners[request]] = f"choice {choice} tokenises to nothing after its context, so it cannot be asked"
+    return found
 
 
-def _unanswerable(spec: Task, ids: tuple[str, ...], records: list[dict[str, Any]], recorder: Any) -> list[str]:
-    """Choices and answers that are no token at all."""
-    owners = _owners(ids, records)
-    found = [owner for owner, (_, after) in zip(owners, recorder.scored, strict=False) if not after]
-    named = ", ".join(f"item {identity} choice {number}" for identity, number in found[:MOST_NAMED])
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-    sentence = f"{_place(spec)}: tokenise to nothing after their context: {named}{more}; the model cannot be asked"
-    return [sentence] if found else []
-
-
-def _too_long(
-    spec: Task, ids: tuple[str, ...], records: list[dict[str, Any]], recorder: Any, max_context: int | None
-) -> list[str]:
-    """Prompts that do not fit in the model's context: they would be cut, and something else would be asked."""
-    if not max_context:
-        return []
+def _too_long(owners: list[int], recorder: Any, max_context: int | None) -> dict[int, str]:
+    """By item: prompts that do not fit in the model's context. They would be cut, and something else be asked."""
     lengths = [len(before) + len(after) - 1 for before, after in recorder.scored]
     lengths += [len(one.prompt) + one.max_new_tokens for one in recorder.written]
-    owners = _owners(ids, records)
-    found: dict[str, int] = {}
-    for (identity, _), length in zip(owners, lengths, strict=True):
-        if length > max_context:
-            found[identity] = max(length, found.get(identity, 0))
-    named = ", ".join(f"item {identity} ({length} tokens)" for identity, length in list(found.items())[:MOST_NAMED])
-    more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
-    sentence = f"{_place(spec)}: longer than the model's context of {max_context} tokens: {named}{more}"
-    return [sentence] if found else []
+    longest: dict[int, int] = {}
+    for owner, length in zip(owners, lengths, strict=True):
+        longest[owner] = max(length, longest.get(owner, 0))
+    return {
+        owner: f"{length} tokens with its answer, the model's context is {max_context}"
+        for owner, length in longest.items()
+        if max_context and length > max_context
+    }
 
 
-def _place(spec: Task) -> str:
-    return f"task {spec.label}" + (f" ({spec.file})" if spec.file else "")
+def _sentences(wrong: dict[int, str], places: list[str], ids: tuple[str, ...]) -> list[str]:
+    """The first mistakes in words, and how many more there are."""
+    said = [f"{places[at]}: item {ids[at]}: {sentence}" for at, sentence in sorted(wrong.items())]
+    if len(said) > MOST_MISTAKES:
+        said[MOST_MISTAKES:] = [f"{places[0].rpartition(':')[0] or places[0]}: and {len(said) - MOST_MISTAKES} more"]
+    return said
 
 
 def _digest(records: list[dict[str, Any]], recorder: Any) -> str:

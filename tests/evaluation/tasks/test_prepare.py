@@ -88,14 +88,16 @@ def test_the_digest_changes_with_items_examples_template_and_tokenizer(tokenizer
 
 
 def test_questions_longer_than_the_context_are_named(tokenizer, spec):
-    with pytest.raises(RecipeError, match=r"longer than the model's context of 12 tokens: item f \(18 tokens\)"):
+    with pytest.raises(RecipeError, match=r"t\.jsonl:6: item f: 18 tokens with its answer, the model's context is 12"):
         prepare(spec, tokenizer, 12, 0)
 
 
 def test_room_for_generated_text_counts_as_context(tokenizer, tmp_path):
     file = write_jsonl(tmp_path / "c.jsonl", [CLOZE[0]])
     spec = Task(name="t", file=file, type="generation", max_new_tokens=125)
-    with pytest.raises(RecipeError, match="longer than the model's context of 128 tokens: item a"):
+    with pytest.raises(
+        RecipeError, match=r"c\.jsonl:1: item a: \d+ tokens with its answer, the model's context is 128"
+    ):
         prepare(spec, tokenizer, 128, 0)
     assert prepare(spec.model_copy(update={"max_new_tokens": 20}), tokenizer, 128, 0).generates
 
@@ -110,7 +112,7 @@ def test_choices_that_tokenise_to_nothing_are_named(spec, tokenizer, monkeypatch
         return before, [] if continuation == " x" else after
 
     monkeypatch.setattr(PromptLM, "encode_request", nothing)
-    with pytest.raises(RecipeError, match="tokenise to nothing after their context: item a choice 2"):
+    with pytest.raises(RecipeError, match=r"t\.jsonl:1: item a: choice 2 tokenises to nothing"):
         prepare(spec, tokenizer, 128, 0)
 
 

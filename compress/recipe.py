@@ -233,19 +233,17 @@ def _sets(recipe: Recipe, lines: Lines) -> list[str]:
 
 def _tasks(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
     """Tasks have names of their own and files without mistakes; and some text is measured beside them."""
-    seen: dict[str, int] = {}
+    named: set[str] = set()
     mistakes = []
     for index, spec in enumerate(recipe.evaluation):
         if not isinstance(spec, Task):
             continue
-        place = lines.place(("evaluation", index))
-        if spec.label in seen:
-            mistakes.append(f"{place}: task {spec.label!r} is named twice; give one another `name:`")
-        seen[spec.label] = index
-        if spec.file is not None:
-            _, wrong = draw(_absolute_task(spec, base), recipe.seed)
-            mistakes += [f"{place}: {sentence}" for sentence in wrong]
-    if seen and not recipe.on_text:
+        wrong = draw(spec.absolute(base), recipe.seed)[1] if spec.file is not None else []
+        if spec.label in named:
+            wrong = [f"task {spec.label!r} is named twice; give one another `name:`", *wrong]
+        named.add(spec.label)
+        mistakes += [f"{lines.place(('evaluation', index))}: {sentence}" for sentence in wrong]
+    if named and not recipe.on_text:
         mistakes.append(
             f"{lines.place(('evaluation',))}: only tasks are evaluated; add a perplexity or a divergence, whose text "
             "also tells whether the source is healthy and whether the export loads"
@@ -262,19 +260,9 @@ def _absolute(recipe: Recipe, base: Path) -> Recipe:
     if recipe.calibration is not None:
         updates["calibration"] = _absolute_text(recipe.calibration, base)
     updates["evaluation"] = tuple(
-        _absolute_task(spec, base) if isinstance(spec, Task) else _absolute_text(spec, base)
-        for spec in recipe.evaluation
+        spec.absolute(base) if isinstance(spec, Task) else _absolute_text(spec, base) for spec in recipe.evaluation
     )
     return recipe.model_copy(update=updates)
-
-
-def _absolute_task(spec: Task, base: Path) -> Task:
-    update = {
-        name: (base / path.expanduser()).resolve()
-        for name, path in (("file", spec.file), ("few_shot_file", spec.few_shot_file))
-        if path is not None
-    }
-    return spec.model_copy(update=update)
 
 
 def _absolute_text(spec: Any, base: Path) -> Any:

@@ -9,7 +9,7 @@ import yaml
 
 from compress.errors import RecipeError
 from compress.recipe import json_schema, load_recipe
-from tests.helpers import PROJECT
+from tests.helpers import PROJECT, write_recipe
 
 SHIPPED = sorted((PROJECT / "recipes").rglob("*.yaml"))
 
@@ -265,3 +265,29 @@ def test_the_json_schema_names_every_key_an_editor_should_offer():
     assert set(schema["properties"]) == set(yaml.safe_load(GOOD)) | {"seed", "export"}
     assert schema["additionalProperties"] is False
     assert {"Gptq", "RoundToNearest", "ThresholdGate", "RelativeGate", "EventsGate"} <= set(schema["$defs"])
+
+
+def task_recipe(tmp_path, glass_recipe, *tasks):
+    (tmp_path / "t.jsonl").write_text('{"id": 1, "context": "a", "choices": ["b", "c"], "answer": "b"}\n')
+    recipe = {**glass_recipe, "evaluation": [*glass_recipe["evaluation"], *tasks]}
+    return write_recipe(tmp_path / "r.yaml", recipe)
+
+
+def test_files_of_tasks_become_absolute(tmp_path, glass_recipe):
+    recipe = load_recipe(task_recipe(tmp_path, glass_recipe, {"kind": "task", "name": "t", "file": "t.jsonl"}))
+    assert recipe.tasks[0].file == tmp_path / "t.jsonl"
+    assert [spec.kind for spec in recipe.on_text] == ["perplexity", "divergence"]
+    stored = tmp_path / "elsewhere"
+    stored.mkdir()
+    (stored / "recipe.yaml").write_text(recipe.dump())
+    assert load_recipe(stored / "recipe.yaml").digest() == recipe.digest()
+
+
+def test_tasks_need_names_of_their_own_and_a_text_beside_them(tmp_path, glass_recipe):
+    task = {"kind": "task", "name": "t", "file": "t.jsonl"}
+    with pytest.raises(RecipeError, match=r"evaluation\[3\]: task 't' is named twice"):
+        load_recipe(task_recipe(tmp_path, glass_recipe, task, task))
+    gates = [{"kind": "threshold", "measure": "task.t.accuracy", "min": 0.5}]
+    only = {**glass_recipe, "evaluation": [task], "gates": gates}
+    with pytest.raises(RecipeError, match="only tasks are evaluated; add a perplexity or a divergence"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", only))

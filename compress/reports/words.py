@@ -106,7 +106,11 @@ def limits(report: Report) -> list[str]:
         if sets
         else "Quality was not measured on any text."
     )
-    if not any(name.startswith("task.") for name in report.measurements.compressed):
+    if report.tasks:
+        said.append(
+            f"Of abilities, only those that {', '.join(task.name for task in report.tasks)} ask for were tried."
+        )
+    elif not any(name.startswith("task.") for name in report.measurements.compressed):
         said.append("No task benchmarks (questions, code, tool use) were run.")
     said.append("Speed when served, and safety or bias of the answers, were not measured; compression can change both.")
     if report.round_trip is None:

@@ -53,7 +53,8 @@ class Task(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Task:
         """All rules that span fields, their sentences joined."""
-        said = self.model_fields_set
+        # A resolved recipe writes every default, so a field counts as said only where it differs from its default.
+        said = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
         wrong = []
         if (self.task is None) == (self.file is None):
             wrong.append("give either `task:` (one of lm-eval's) or `file:` (a local JSONL)")
@@ -80,6 +81,12 @@ class Task(BaseModel):
     def label(self) -> str:
         """The name in measurements and file names."""
         return self.name or re.sub(r"[^A-Za-z0-9_-]", "_", self.task or "")
+
+    def absolute(self, base: Path) -> Task:
+        """The same with its files' paths resolved against `base`."""
+        files = {"file": self.file, "few_shot_file": self.few_shot_file}
+        resolved = {name: (base / path.expanduser()).resolve() for name, path in files.items() if path is not None}
+        return self.model_copy(update=resolved)
 
     @property
     def measures(self) -> list[str]:

@@ -141,3 +141,17 @@ def test_measures_follow_the_type():
     assert Task(name="n", file="f", normalise=True).measures == ["task.n.accuracy", "task.n.accuracy_norm"]
     assert Task(name="n", file="f", type="cloze").measures == ["task.n.accuracy", "task.n.nll"]
     assert Task(task="arc:easy").measures == ["task.arc_easy.accuracy"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"task": "arc_easy", "few_shot": 5},
+        {"file": "f", "name": "n", "normalise": True, "items": 5, "max_items": 9},
+        {"file": "f", "name": "n", "type": "cloze", "few_shot": 1, "few_shot_file": "g"},
+        {"file": "f", "name": "n", "type": "generation", "stop": ["x"], "max_new_tokens": 3},
+    ],
+)
+def test_a_task_written_out_with_its_defaults_is_the_same_task(fields):
+    spec = Task(**fields)
+    assert Task(**spec.model_dump(mode="json", exclude_none=True)) == spec

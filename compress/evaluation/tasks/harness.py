@@ -98,12 +98,12 @@ def _manager() -> Any:
 
 
 def load_named(name: str) -> Any:
-    """One of lm-eval's own tasks. Raises KeyError for an unknown name, and whatever its data set's loader raises."""
+    """One of lm-eval's own tasks, by a name of `known_names`. Raises whatever its data set's loader raises."""
     manager = _manager()
     with quiet():
         return manager.load([name])
 
 
 def known_names() -> list[str]:
-    """Names of lm-eval's own tasks."""
-    return list(_manager().all_subtasks)
+    """Names of lm-eval's own tasks and groups."""
+    return list(_manager().task_index)

@@ -71,11 +71,13 @@ def _same_text(document: dict[str, Any], results: list[str]) -> dict[str, Any]:
 def named_task(spec: Task) -> Any:
     """One of lm-eval's own tasks by name. Raises RecipeError where it is unknown or cannot be compared by item."""
     assert spec.task is not None
+    known = harness.known_names()
+    if spec.task not in known:
+        # lm-eval would also take a path here, to a file that may name code to run.
+        near = nearest(spec.task, known)
+        raise RecipeError(f"task {spec.task}: lm-eval has no such task.{near} `lm-eval ls tasks` lists them.")
     try:
         loaded = harness.load_named(spec.task)
-    except KeyError:
-        near = nearest(spec.task, harness.known_names())
-        raise RecipeError(f"task {spec.task}: lm-eval has no such task.{near} `lm-eval ls tasks` lists them.") from None
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise EnvironmentLacksError(

@@ -54,6 +54,7 @@ def tokenizer(glass: Path) -> Any:
 def offered(monkeypatch: pytest.MonkeyPatch, *tasks: Any) -> None:
     named = {f"own{number}": task for number, task in enumerate(tasks)}
     monkeypatch.setattr(harness, "load_named", lambda name: {"tasks": named, "groups": {}})
+    monkeypatch.setattr(harness, "known_names", lambda: ["own"])
 
 
 def test_some_items_of_a_named_task_are_asked_and_answered(monkeypatch, tokenizer, glass):

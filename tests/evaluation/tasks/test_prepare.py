@@ -128,12 +128,20 @@ def test_lm_eval_says_nothing_on_stdout_or_stderr(spec, tokenizer, capfd):
 
 def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch):
     monkeypatch.setattr(harness, "known_names", lambda: ["hellaswag", "lambada_openai"])
-    monkeypatch.setattr(harness, "load_named", lambda name: (_ for _ in ()).throw(KeyError(name)))
     with pytest.raises(RecipeError, match=r'no such task\. Did you mean "hellaswag"'):
         named_task(Task(task="helaswag"))
 
 
+def test_a_path_is_no_name_of_a_task_because_its_file_could_name_code(monkeypatch, tmp_path):
+    (tmp_path / "evil.yaml").write_text("task: evil\ncustom_dataset: !function code.run\n")
+    monkeypatch.setattr(harness, "known_names", lambda: ["hellaswag"])
+    with pytest.raises(RecipeError, match="no such task"):
+        named_task(Task(task=str(tmp_path / "evil.yaml")))
+
+
 def test_a_named_task_without_its_data_is_a_lack_of_the_environment(monkeypatch):
+    monkeypatch.setattr(harness, "known_names", lambda: ["hellaswag"])
+
     def offline(name: str) -> Any:
         raise ConnectionError("offline mode")
 

@@ -161,6 +161,10 @@ def _cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
     mistakes += _sets(recipe, lines)
     mistakes += _tasks(recipe, base, lines)
     known = recipe.measures()
+    if all(gate.tier != "critical" for gate in recipe.gates):
+        mistakes.append(
+            f"{lines.place(('gates',))}: no gate is critical, so nothing could fail; make one tier: critical"
+        )
     for index, gate in enumerate(recipe.gates):
         for measure in gate.measures:
             sentence = _gate_mistake(recipe, gate, measure, known)
@@ -173,15 +177,27 @@ def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> 
     """Why a gate could never be judged as it is written, or None."""
     if measure not in known:
         return f"nothing measures {measure!r}.{nearest(measure, known)} Measured: {', '.join(known)}"
+    if gate.kind == "non_inferiority" and not _is_paired(measure):
+        return f"{measure} is not compared item by item; take perplexity, divergence.<set>.mean_kl or task accuracy"
     relative = gate.kind == "relative"
     both = [name for name in known if name.startswith(("perplexity.", "task."))] + ["weight_bytes"]
     if relative and measure not in both:
         return f"the source has no {measure}, so there is no ratio; relative gates take {', '.join(both)}"
-    if gate.use_interval and not measure.startswith("perplexity.") and (relative or not _has_interval(measure)):
+    if (
+        getattr(gate, "use_interval", False)
+        and not measure.startswith("perplexity.")
+        and (relative or not _has_interval(measure))
+    ):
         return f"{measure} has no interval; leave out use_interval, or judge perplexity, mean_kl or top1_agreement"
     if measure == "effective_bits" and not FORMATS[recipe.export.format].packs:
         return f"format {recipe.export.format} packs nothing, so there are no effective_bits"
     return None
+
+
+def _is_paired(measure: str) -> bool:
+    """Whether both models' scores are kept by item or window."""
+    kind, _, rest = measure.partition(".")
+    return kind == "perplexity" or (kind, rest.rpartition(".")[2]) in {("divergence", "mean_kl"), ("task", "accuracy")}
 
 
 def _has_interval(measure: str) -> bool:

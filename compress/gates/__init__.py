@@ -5,27 +5,44 @@ A gate is a pure function of measurements: it sees numbers and event counts, nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import Field
 
-from compress.gates.base import Facts, Gate, Judgement, Verdict
+from compress.gates.base import Facts, Gate, Judgement
 from compress.gates.events import EventsGate
+from compress.gates.memory import MemoryGate
+from compress.gates.non_inferiority import NonInferiorityGate
 from compress.gates.relative import RelativeGate
+from compress.gates.size import SizeGate
 from compress.gates.threshold import ThresholdGate
+from compress.gates.verdict import adjusted, overall
 
-AnyGate = Annotated[ThresholdGate | RelativeGate | EventsGate, Field(discriminator="kind")]
+AnyGate = Annotated[
+    ThresholdGate | RelativeGate | NonInferiorityGate | EventsGate | SizeGate | MemoryGate, Field(discriminator="kind")
+]
 
-GATES: dict[str, type[Gate]] = {"threshold": ThresholdGate, "relative": RelativeGate, "events": EventsGate}
+GATES: dict[str, type[Gate]] = {
+    "threshold": ThresholdGate,
+    "relative": RelativeGate,
+    "non_inferiority": NonInferiorityGate,
+    "events": EventsGate,
+    "size": SizeGate,
+    "memory": MemoryGate,
+}
 
-
-def overall(judgements: Iterable[Judgement]) -> Verdict:
-    """Failed if any failed, else inconclusive if any is, else passed. No judgement at all is a failure."""
-    verdicts = {judgement.verdict for judgement in judgements}
-    if not verdicts or "failed" in verdicts:
-        return "failed"
-    return "inconclusive" if "inconclusive" in verdicts else "passed"
-
-
-__all__ = ["GATES", "AnyGate", "EventsGate", "Facts", "Gate", "Judgement", "RelativeGate", "ThresholdGate", "overall"]
+__all__ = [
+    "GATES",
+    "AnyGate",
+    "EventsGate",
+    "Facts",
+    "Gate",
+    "Judgement",
+    "MemoryGate",
+    "NonInferiorityGate",
+    "RelativeGate",
+    "SizeGate",
+    "ThresholdGate",
+    "adjusted",
+    "overall",
+]

@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.evaluation.paired import Paired
 
 Verdict = Literal["passed", "failed", "inconclusive"]
+Tier = Literal["critical", "supporting", "advisory"]
 Interval = tuple[float, float]
 
 
@@ -37,12 +38,24 @@ class Judgement:
     limit: str
     verdict: Verdict
     sentence: str
+    tier: Tier = "critical"
+    units: int | None = None
+    """Items or windows that decided, where the gate is a test."""
+    p_within: float | None = None
+    """Small where the loss is surely below the margin, where the gate is a test."""
+    p_beyond: float | None = None
+    """Small where it is surely above."""
+    alpha: float | None = None
 
 
 class Gate(BaseModel):
     """Base of all gate configs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    tier: Tier = Field(
+        default="critical",
+        description="critical: decides; supporting: its failure makes the verdict inconclusive; advisory: only informs",
+    )
 
     @property
     def measures(self) -> list[str]:

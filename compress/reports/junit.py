@@ -9,15 +9,17 @@ from compress.reports.words import showable
 
 
 def render_junit(report: Report) -> str:
-    """junit.xml as text. An inconclusive gate is a failure of type "inconclusive": undecided must not look green."""
-    failures = sum(gate.verdict != "passed" for gate in report.gates)
+    """junit.xml as text. An inconclusive gate is a failure of type "inconclusive": undecided must not look green. What
+    cannot keep the verdict from passing (advisory gates, undecided supporting ones) is skipped, with its sentence."""
+    missed = [gate for gate in report.gates if gate.verdict != "passed"]
+    skipped = sum(_only_informs(gate) for gate in missed)
     suite = ElementTree.Element(
         "testsuite",
         name=showable(f"{report.artifact.name} {report.artifact.version}"),
         tests=str(len(report.gates)),
-        failures=str(failures),
+        failures=str(len(missed) - skipped),
         errors="0",
-        skipped="0",
+        skipped=str(skipped),
         time=f"{sum(report.seconds_by_step.values()):.3f}",
     )
     properties = ElementTree.SubElement(suite, "properties")
@@ -34,7 +36,13 @@ def render_junit(report: Report) -> str:
 def _case(gate: GateResult) -> ElementTree.Element:
     name = showable(f"{gate.measure} {gate.limit}")
     case = ElementTree.Element("testcase", classname=showable(f"compress.gates.{gate.kind}"), name=name, time="0")
-    if gate.verdict != "passed":
+    if gate.verdict != "passed" and _only_informs(gate):
+        ElementTree.SubElement(case, "skipped", message=showable(f"{gate.tier}: {gate.sentence}"))
+    elif gate.verdict != "passed":
         failure = ElementTree.SubElement(case, "failure", type=gate.verdict, message=showable(gate.sentence))
         failure.text = showable(f"observed {gate.observed}, interval {gate.interval}, limit {gate.limit}")
     return case
+
+
+def _only_informs(gate: GateResult) -> bool:
+    return gate.tier == "advisory" or (gate.tier == "supporting" and gate.verdict == "inconclusive")

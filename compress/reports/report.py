@@ -29,6 +29,12 @@ class GateResult(Value):
     limit: str = Field(description="the bound in words, e.g. '<= 0.1' or '<= 1.08 x source'")
     verdict: Verdict
     sentence: str = Field(description="one sentence a reviewer can quote")
+    tier: Literal["critical", "supporting", "advisory"] = Field(
+        default="critical", description="critical gates decide; a supporting one that fails leaves the verdict open"
+    )
+    units: int | None = Field(default=None, description="items or windows that decided, where the gate is a test")
+    p_within: float | None = Field(default=None, description="one-sided p-value of 'worse than the margin'")
+    p_beyond: float | None = Field(default=None, description="one-sided p-value of 'within the margin', unadjusted")
 
 
 class PredictedMeasured(Value):

@@ -36,6 +36,7 @@ def gates_table(report: Report) -> Table:
     rows = [
         (
             gate.verdict,
+            gate.tier,
             gate.measure,
             _observed(gate.kind, gate.measure, gate.observed),
             MISSING
@@ -46,8 +47,8 @@ def gates_table(report: Report) -> Table:
         )
         for gate in report.gates
     ]
-    headers = ("Verdict", "Measure", "Observed", "Interval", "Limit", "In words")
-    return Table("Gates", headers, "llrrll", rows)
+    headers = ("Verdict", "Tier", "Measure", "Observed", "Interval", "Limit", "In words")
+    return Table("Gates", headers, "lllrrll", rows)
 
 
 def _observed(kind: str, measure: str, value: float | None) -> str:

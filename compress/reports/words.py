@@ -81,18 +81,24 @@ def interval_text(name: str, interval: tuple[float, float] | None) -> str:
 
 
 def headline(report: Report) -> str:
-    """The verdict in one sentence."""
+    """The verdict in one sentence. Gates that only inform are left out of it."""
     who = f"{report.artifact.name} {report.artifact.version}"
-    undecided = [gate for gate in report.gates if gate.verdict == "inconclusive"]
-    failed = [gate for gate in report.gates if gate.verdict == "failed"]
     if not report.gates:
         return f"{who} was judged by no gate at all; the verdict is {report.verdict}."
+    critical = [gate for gate in report.gates if gate.tier == "critical"]
+    failed = [gate.measure for gate in critical if gate.verdict == "failed"]
     if report.verdict == "passed":
-        return f"{who} met {_all(len(report.gates))}{_shrunk(report)}."
+        return f"{who} met {_all(len(critical))}{_shrunk(report)}."
     if failed:
-        return f"{who} failed {_of(len(failed), len(report.gates))}: {', '.join(gate.measure for gate in failed)}."
-    what = ", ".join(gate.measure for gate in undecided)
-    return f"{who} failed nothing, but {_of(len(undecided), len(report.gates))} could not be decided: {what}."
+        return f"{who} failed {_of(len(failed), len(critical))}: {', '.join(failed)}."
+    undecided = [gate.measure for gate in critical if gate.verdict == "inconclusive"]
+    doubtful = [gate.measure for gate in report.gates if gate.tier == "supporting" and gate.verdict == "failed"]
+    said = []
+    if undecided:
+        said.append(f"{_of(len(undecided), len(critical))} could not be decided: {', '.join(undecided)}")
+    if doubtful:
+        said.append(f"what a person must decide about: {', '.join(doubtful)} missed a supporting bound")
+    return f"{who} failed nothing, but {'; '.join(said)}."
 
 
 def limits(report: Report) -> list[str]:

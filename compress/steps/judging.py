@@ -24,7 +24,7 @@ from compress.evaluation.measure import (
 from compress.evaluation.tasks.compare import Comparison
 from compress.events import Event, Progress, count_by_kind
 from compress.files import digest_of_json
-from compress.gates import Facts, Judgement, ThresholdGate, overall
+from compress.gates import Facts, Judgement, ThresholdGate, adjusted, overall
 from compress.gates.base import Verdict
 from compress.recipe import Recipe
 from compress.steps.environment import Machine, code_digest, fits, versions
@@ -195,7 +195,7 @@ def judge(recipe: Recipe, evidence: Evidence, events: list[Event]) -> tuple[Verd
         event_counts=count_by_kind(events),
         paired=evidence.compressed.paired,
     )
-    judgements = [gate.judge(facts) for gate in recipe.gates]
+    judgements = adjusted([replace(gate.judge(facts), tier=gate.tier) for gate in recipe.gates])
     if evidence.reloaded is not None:
         judgements.append(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts))
     return overall(judgements), judgements

@@ -79,6 +79,10 @@ def _gate(judgement: Judgement) -> GateResult:
         limit=judgement.limit,
         verdict=judgement.verdict,
         sentence=judgement.sentence,
+        tier=judgement.tier,
+        units=judgement.units,
+        p_within=judgement.p_within,
+        p_beyond=judgement.p_beyond,
     )
 
 

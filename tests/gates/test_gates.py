@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compress.events import EVENT_KINDS
-from compress.gates import EventsGate, Facts, RelativeGate, ThresholdGate, overall
+from compress.gates import EventsGate, Facts, MemoryGate, RelativeGate, SizeGate, ThresholdGate, overall
 
 FACTS = Facts(
     source={"perplexity.s": 10.0, "zero": 0.0},
@@ -159,3 +159,49 @@ def test_an_unknown_event_is_answered_with_the_nearest():
 def test_every_known_event_can_be_bounded():
     for kind in EVENT_KINDS:
         assert EventsGate(event=kind).max == 0
+
+
+SIZES = Facts(
+    source={"weight_bytes": 400.0},
+    compressed={"weight_bytes": 100.0, "effective_bits": 4.25, "resident_bytes": 120.0, "kv_cache_bytes": 30.0},
+)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ({"max_bytes": 100}, "passed"),
+        ({"max_bytes": 99}, "failed"),
+        ({"max_ratio": 0.25}, "passed"),
+        ({"max_ratio": 0.24}, "failed"),
+        ({"max_effective_bits": 4.25}, "passed"),
+        ({"max_bytes": 200, "max_ratio": 0.3, "max_effective_bits": 4.0}, "failed"),
+    ],
+)
+def test_a_size_gate_fails_on_the_first_bound_that_is_missed(bounds, verdict):
+    assert SizeGate(**bounds).judge(SIZES).verdict == verdict
+
+
+def test_a_size_gate_names_the_bound_that_was_missed():
+    judgement = SizeGate(max_bytes=200, max_effective_bits=4.0).judge(SIZES)
+    assert (judgement.measure, judgement.observed) == ("effective_bits", 4.25)
+    assert "weight_bytes <= 200" in judgement.limit and "effective_bits <= 4" in judgement.limit
+
+
+def test_size_and_memory_fail_where_nothing_was_measured():
+    empty = Facts(source={}, compressed={})
+    assert SizeGate(max_ratio=0.5).judge(empty).verdict == "failed"
+    assert MemoryGate(max_bytes=10**12).judge(empty).verdict == "failed"
+    half = Facts(source={}, compressed={"resident_bytes": 1.0})
+    assert MemoryGate(max_bytes=10**12).judge(half).verdict == "failed"
+
+
+@pytest.mark.parametrize(("what", "total"), [("resident", 120), ("kv_cache", 30), ("serving", 150)])
+def test_a_memory_gate_adds_up_what_it_names(what, total):
+    assert MemoryGate(what=what, max_bytes=total).judge(SIZES).verdict == "passed"
+    assert MemoryGate(what=what, max_bytes=total - 1).judge(SIZES).verdict == "failed"
+
+
+def test_a_size_gate_without_a_bound_is_refused():
+    with pytest.raises(ValidationError, match="judges nothing"):
+        SizeGate()

@@ -262,3 +262,23 @@ def test_measurements_of_tasks_are_in_their_own_table_only() -> None:
     with_tasks = example_report(measurements=both, tasks=[task()])
     assert "capitals" not in [table.title for table in tables.quality_tables(with_tasks)]
     assert "capitals" in [table.title for table in tables.quality_tables(example_report(measurements=both))]
+
+
+def _with_tier(report: Report, tier: str) -> Report:
+    gates = [gate.model_copy(update={"tier": tier}) for gate in report.gates[1:]]
+    return report.model_copy(update={"gates": [report.gates[0], *gates]})
+
+
+def test_what_only_informs_is_skipped_in_junit_and_left_out_of_the_headline() -> None:
+    report = _with_tier(example_report("failed"), "advisory").model_copy(update={"verdict": "passed"})
+    missed = sum(gate.verdict != "passed" for gate in report.gates[1:])
+    suite = ElementTree.fromstring(render_junit(report)).find("testsuite")
+    assert missed and suite is not None
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", str(missed))
+    assert "its only gate" in headline(report)
+
+
+def test_a_supporting_gate_that_failed_is_named_in_the_headline() -> None:
+    report = _with_tier(example_report("failed"), "supporting").model_copy(update={"verdict": "inconclusive"})
+    failed = [gate.measure for gate in report.gates if gate.verdict == "failed"]
+    assert failed and all(measure in headline(report) for measure in failed)

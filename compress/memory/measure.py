@@ -64,14 +64,16 @@ def trim() -> None:
 
 
 def exact_allocation() -> None:
-    """Take tensors of a megabyte and more straight from the system, and return them at once when freed.
+    """Take tensors of 8 MiB and more straight from the system, and return them at once when freed; smaller ones come
+    from the heap, which `trim` gives back.
 
-    glibc raises its threshold for that to 32 MiB as a program goes, and keeps freed tensors in a fragmented heap. With
-    the threshold fixed, the quickstart's GPTQ stage peaked at 702 instead of 1059 MiB, and ran no slower.
+    glibc raises its threshold for that to 32 MiB as a program goes, and large freed tensors then stay in a fragmented
+    heap. A threshold as low as a megabyte keeps least, but the system fills every page with zeros before it hands it
+    out: with the batches of the CPU, 28 % of a GPTQ stage went there (docs/performance.md).
     """
     m_mmap_threshold = -3  # from malloc.h
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 1 << 20)
+        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 8 << 20)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from compress.architecture import InputGroup
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival
 from compress.events import Event
+from compress.memory.measure import trim
 from compress.quantization.gptq import Factor, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.refine import Split
@@ -53,6 +54,8 @@ class BlockWork:
         if self._statistics is None:
             return
         statistics, self._statistics = self._statistics, None
+        # What the batches freed on their way here has other sizes than what they will hold next.
+        trim()
         with self.run.clock.timed("hessian"):
             statistics.reduce()
         # The shift first: its sums are as large as H, and are gone before H is factorised.
@@ -74,6 +77,8 @@ class BlockWork:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
             self._solve(names, scheme, hessian, factor, shift, split)
+        del hessian, factor, shift, split
+        trim()
 
     def _shift(self, mismatch: Mismatch | None) -> Shift | None:
         """What moves the group's targets. Uses up the memory of `mismatch`."""

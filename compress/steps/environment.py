@@ -43,6 +43,10 @@ _CODE = (
 )
 
 
+CPU_TOKENS = 1024
+"""Tokens of a batch on a CPU: intermediate results stay small enough for the heap, products large enough to be fast."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Where tensors live and in what dtype they compute. `tokens_at_once`: tokens in one batch of the walk."""
@@ -71,7 +75,7 @@ def choose_machine(asked: str, config: dict[str, Any]) -> Machine:
             "where `python -c 'import torch; print(torch.cuda.is_available())'` prints True."
         )
     if asked == "cpu" or not here:
-        return Machine(torch.device("cpu"), torch.float32, 2048)
+        return Machine(torch.device("cpu"), torch.float32, CPU_TOKENS)
     declared = str(config.get("dtype") or config.get("torch_dtype") or "")
     compute = torch.bfloat16 if declared == "bfloat16" else torch.float32
     return Machine(torch.device("cuda", torch.cuda.current_device()), compute, 16384)

@@ -107,6 +107,8 @@ def plan(
         ["time", f"about {console.seconds_text(facts['seconds'])}, within a factor of two"],
     ]
     console.print_table(f"plan for {planned.recipe.name}", ["", ""], rows)
+    for power in planned.powers:
+        console.print_line(f"gate: {power.sentence}")
     for warning in planned.warnings:
         console.print_line(f"warning: {warning}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages.base import Training
 from compress.steps.environment import Machine, choose_machine, fits
+from compress.steps.power import Power, powers
 from compress.steps.training import nothing_to_train, training_bytes, training_flops, trainings_of
 
 
@@ -57,6 +58,7 @@ class Plan:
     seconds: float
     effective_bits: float | None
     warnings: tuple[str, ...]
+    powers: tuple[Power, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Flat, for `plan --json`."""
@@ -81,6 +83,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": self.seconds,
             "stages": [stage.kind for stage in self.recipe.stages],
+            "gate_power": [asdict(power) for power in self.powers],
             "warnings": list(self.warnings),
         }
 
@@ -112,6 +115,7 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     trainings = trainings_of(recipe, skeleton, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - _inside(matrices)) * 4)
+    gate_powers = powers(recipe)
     plan = Plan(
         recipe=recipe,
         config=config,
@@ -139,7 +143,8 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
         disk_bytes=disk,
         seconds=_seconds(recipe, matrices, dimensions, asked),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
-        warnings=tuple(_warnings(recipe, schemes, architecture, dimensions)),
+        warnings=tuple(_warnings(recipe, schemes, architecture, dimensions) + _weak(gate_powers)),
+        powers=tuple(gate_powers),
     )
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
     _check_resources(plan, store, plan.peak_host_bytes + beside)
@@ -204,6 +209,16 @@ def _warnings(
     if not architecture.float16_safe and recipe.export.dtype == "float16":
         found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
     return found
+
+
+def _weak(gate_powers: list[Power]) -> list[str]:
+    """Gates that will most likely not be decided."""
+    return [
+        f"{power.measure}: {power.units} resolve margins from {power.smallest_margin:.3g} up, the gate's is "
+        f"{power.margin:g}: expect inconclusive. Take more of them, or a wider margin"
+        for power in gate_powers
+        if not power.suffices
+    ]
 
 
 def _load(

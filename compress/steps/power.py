@@ -1,0 +1,98 @@
+"""What the non-inferiority gates of a recipe can decide, before anything is spent.
+
+A gate resolves a margin m if a model that lost nothing passes it with probability 0.8 or more:
+P(z(m) < -z_alpha) = Phi(m / s - z_alpha), with s the standard error of the loss. It follows that the smallest margin
+that can be resolved is (z_alpha + z_0.8) s; a true loss that far beyond the margin fails with the same probability.
+s is assumed, and the assumption is printed:
+
+items     one in ten changes sides: s = sqrt(0.10 / n)
+windows   a token's loss moves as in a model of mean KL 0.05: a variance of 2 KL to first order, so that
+          s = sqrt(2 x 0.05 / (windows x tokens))
+
+Example: 200 items, alpha 0.05: s = 0.0224, so margins from (1.645 + 0.842) x 0.0224 = 0.056 up are resolved.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from scipy import stats
+
+from compress.evaluation.tasks.items import draw
+from compress.gates import NonInferiorityGate
+from compress.recipe import Recipe
+
+DISCORDANCE = 0.10
+KL = 0.05
+WANTED = 0.8
+
+
+@dataclass(frozen=True)
+class Power:
+    """Of one gate. `margin` and `smallest_margin` are in the gate's unit."""
+
+    measure: str
+    margin: float
+    units: str
+    assumption: str
+    power: float
+    """Probability that a model which lost nothing passes."""
+    smallest_margin: float
+    """That is resolved with a power of 0.8."""
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"{self.measure}: {self.units} pass a model that lost nothing with probability {self.power:.2f} at margin "
+            f"{self.margin:g}; they resolve margins from {self.smallest_margin:.3g} up (assumed: {self.assumption})"
+        )
+
+    @property
+    def suffices(self) -> bool:
+        return self.power >= WANTED
+
+
+def powers(recipe: Recipe) -> list[Power]:
+    """Of every non-inferiority gate on accuracy or perplexity whose number of units is known. A bound on KL is not
+    among them: how far windows differ there depends on the text more than on their number."""
+    found = [_power(recipe, gate) for gate in recipe.gates if isinstance(gate, NonInferiorityGate)]
+    return [each for each in found if each is not None]
+
+
+def _power(recipe: Recipe, gate: NonInferiorityGate) -> Power | None:
+    kind, _, rest = gate.measure.partition(".")
+    if kind == "task":
+        name = rest.rpartition(".")[0]
+        items = _items(recipe, name)
+        if items is None:
+            return None
+        assumption = f"{DISCORDANCE:.0%} of items change sides"
+        return _resolved(gate, f"{items} items", math.sqrt(DISCORDANCE / items), assumption)
+    specs = [spec for spec in recipe.on_text if spec.kind == kind and spec.set_name == rest]
+    if kind != "perplexity" or not specs:
+        return None
+    tokens = specs[0].windows * specs[0].window_tokens
+    units = f"{specs[0].windows} windows of {specs[0].window_tokens} tokens"
+    return _resolved(gate, units, math.sqrt(2 * KL / tokens), f"mean KL {KL:g} nats a token")
+
+
+def _items(recipe: Recipe, label: str) -> int | None:
+    """Items of a local task; None for one of lm-eval's own, whose items are not known before it is loaded."""
+    spec = next((spec for spec in recipe.tasks if spec.label == label), None)
+    return None if spec is None or spec.file is None else len(draw(spec, recipe.seed)[0].asked)
+
+
+def _resolved(gate: NonInferiorityGate, units: str, error: float, assumption: str) -> Power:
+    reach = float(stats.norm.ppf(1 - gate.alpha))
+    is_ratio = gate.measure.startswith("perplexity.")
+    margin = math.log1p(gate.margin) if is_ratio else gate.margin
+    smallest = (reach + float(stats.norm.ppf(WANTED))) * error
+    return Power(
+        measure=gate.measure,
+        margin=gate.margin,
+        units=units,
+        assumption=assumption,
+        power=float(stats.norm.cdf(margin / error - reach)),
+        smallest_margin=math.expm1(smallest) if is_ratio else smallest,
+    )

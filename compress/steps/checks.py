@@ -1,0 +1,82 @@
+"""What is wrong with a recipe for this model, and what is legal but probably not meant; known before work starts."""
+
+from __future__ import annotations
+
+from compress.architecture import Architecture, Dimensions
+from compress.checkpoints.compressed_tensors import cannot_load
+from compress.checkpoints.export import FORMATS
+from compress.evaluation.tasks.spec import Task
+from compress.quantization.scheme import Scheme
+from compress.recipe import Recipe
+from compress.steps.power import Power
+from compress.steps.training import nothing_to_train
+
+
+def mistakes_of(
+    recipe: Recipe, architecture: Architecture, dimensions: Dimensions, matrices: dict[str, tuple[int, int]]
+) -> list[str]:
+    found = [
+        f"stages[{index}]: {sentence}"
+        for index, stage in enumerate(recipe.stages)
+        for sentence in stage.check(matrices, architecture)
+    ]
+    found += nothing_to_train(recipe, matrices)
+    format_ = FORMATS[recipe.export.format]
+    if architecture.transposed_linears and not format_.transposed_linears:
+        able = [name for name, other in FORMATS.items() if other.transposed_linears]
+        found.append(
+            f"export.format: {format_.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: "
+            f"loaders quantise nn.Linear only. Formats that can: {', '.join(able)}"
+        )
+    schemes = {scheme for stage in recipe.stages for scheme in stage.schemes(matrices).values()}
+    if format_.packs and cannot_load(schemes):
+        labels = ", ".join(sorted(scheme.label for scheme in schemes))
+        found.append(
+            f"export.format: transformers cannot load an asymmetric scheme beside another one from {format_.name} "
+            f"({labels}). Use one scheme for all modules, symmetric ones, or format: plain"
+        )
+    if dimensions.max_context:
+        texts = [("calibration", recipe.calibration)] if recipe.calibration else []
+        texts += [
+            (f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation) if not isinstance(spec, Task)
+        ]
+        found += [
+            f"{where}.window_tokens: {spec.window_tokens} is more than the model's context of {dimensions.max_context}"
+            for where, spec in texts
+            if spec is not None and spec.window_tokens > dimensions.max_context
+        ]
+    return found
+
+
+def warnings_of(
+    recipe: Recipe, schemes: dict[str, Scheme], architecture: Architecture, dimensions: Dimensions
+) -> list[str]:
+    """Legal, but probably not what is wanted."""
+    found = [
+        f"task {spec.label}: its items are known once lm-eval has loaded them; time and memory are predicted without it"
+        for spec in recipe.tasks
+        if spec.file is None
+    ]
+    sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
+    if sizes:
+        found.append(
+            f"group sizes {sorted(size for size in sizes if size)} load in transformers, but vLLM's kernels take 32, "
+            "64, 128 or channel"
+        )
+    if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes.values()):
+        found.append("asymmetric schemes other than 4 and 8 bits load in transformers; vLLM does not serve them")
+    if dimensions.max_context and recipe.export.context > dimensions.max_context:
+        found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")
+    if not architecture.float16_safe and recipe.export.dtype == "float16":
+        found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
+    return found
+
+
+def weak_gates(gate_powers: list[Power]) -> list[str]:
+    """Gates that will most likely not be decided."""
+    return [
+        f"{power.measure}: {power.units} resolve margins from {power.smallest_margin:.3g} up, the gate's is "
+        f"{power.margin:g}: expect inconclusive. Take more of them, or a wider margin"
+        for power in gate_powers
+        if not power.suffices
+    ]

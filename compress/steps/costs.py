@@ -1,0 +1,140 @@
+"""Memory and time of a run, predicted from shapes; what `plan` prints."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress import parallel
+from compress.architecture import Dimensions
+from compress.calibration.texts import SelfGenerated
+from compress.checkpoints.skeleton import Skeleton
+from compress.evaluation.tasks.likelihood import STATES_BYTES
+from compress.evaluation.tasks.size import Size
+from compress.memory import predict
+from compress.recipe import Recipe
+from compress.stages.base import Training
+from compress.steps.environment import Machine, fits
+from compress.steps.training import training_bytes, training_flops
+
+
+def walk_load(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    dimensions: Dimensions,
+    matrices: dict[str, tuple[int, int]],
+    parameters: int,
+    machine: Machine,
+) -> predict.WalkLoad:
+    streams = max(stage.activation_streams for stage in recipe.stages)
+    calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
+    calibrated = math.ceil(calibrated / parallel.met())
+    return predict.WalkLoad(
+        parameters=parameters,
+        block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
+        widest_input=max(columns for _, columns in matrices.values()),
+        rows_of_widest=max(rows for rows, _ in matrices.values()),
+        hidden=dimensions.hidden,
+        calibration_tokens=calibrated if streams and machine.device.type == "cpu" else 0,
+        streams=streams,
+        refines=any(stage.refines for stage in recipe.stages),
+        evaluation_tokens=_evaluation_tokens(recipe),
+        vocabulary=dimensions.vocabulary,
+        compute_bytes=machine.compute.itemsize,
+    )
+
+
+def _evaluation_tokens(recipe: Recipe) -> int:
+    """Tokens of all sets, a set measured twice counted once."""
+    return sum({spec.set_name: spec.windows * spec.window_tokens for spec in recipe.on_text}.values())
+
+
+def peak_bytes(
+    load: predict.WalkLoad,
+    trainings: list[tuple[Training, predict.TrainingLoad]],
+    samples: bool,
+    asked: Size,
+    machine: Machine,
+) -> int:
+    """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, asking, or, where
+    it fits, reloading the export publicly."""
+    peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if asked.tokens:
+        states = min(STATES_BYTES, asked.tokens * load.hidden * load.compute_bytes)
+        peaks.append(predict.asking_peak_bytes(load, states, asked.positions))
+    if samples and machine.device.type == "cpu":
+        peaks.append(predict.INTERPRETER + load.parameters * 4)
+    if machine.device.type == "cpu":
+        states = load.evaluation_tokens * load.hidden * 4
+        peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
+    if fits(load.parameters, predict.reload_peak_bytes(load), machine) and machine.device.type == "cpu":
+        peaks.append(predict.reload_peak_bytes(load))
+    return max(peaks)
+
+
+def samples_text(recipe: Recipe) -> bool:
+    """Whether any text is sampled from the model."""
+    if any(stage.training and stage.training.more_windows for stage in recipe.stages):
+        return True
+    text = recipe.calibration
+    return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
+
+
+def seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions, asked: Size) -> float:
+    """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
+    inside = weights_inside(matrices)
+    evaluated = _evaluation_tokens(recipe)
+    head = dimensions.hidden * dimensions.vocabulary
+    flops = 2.0 * 2 * evaluated * (inside + head)
+    # Text is written a token at a time, which reaches about a tenth of a product's rate.
+    flops += 2.0 * 2 * ((asked.tokens + 10 * asked.writes) * inside + asked.positions * head)
+    # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
+    flops += 40 * 10 * evaluated * dimensions.vocabulary
+    for stage in recipe.stages:
+        if stage.training and recipe.calibration:
+            flops += training_flops(stage.training, recipe.calibration, inside, dimensions)
+        elif stage.needs_calibration and recipe.calibration:
+            tokens = recipe.calibration.windows * recipe.calibration.window_tokens
+            flops += 2 * tokens * inside * stage.forwards
+            # H takes a little over half of a product, D and R one and a third, of the tokens they cover.
+            moments = 0.6 + 1.35 * (stage.activation_streams - 1)
+            flops += sum(2 * tokens * moments * columns**2 for columns in _inputs(matrices))
+            flops += sum(4 * columns**3 for columns in _inputs(matrices))
+            products = 20 if stage.refines else 10
+            flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
+        flops += 2500 * inside
+    return 12.0 + flops / _multiplication_rate()
+
+
+def _inputs(matrices: dict[str, tuple[int, int]]) -> list[int]:
+    """Columns of each distinct input: q, k, v share one, gate and up another."""
+    seen: dict[tuple[str, int], int] = {}
+    for name, (_, columns) in matrices.items():
+        block, leaf = name.rsplit(".", 1)
+        kind = "qkv" if leaf in ("q_proj", "k_proj", "v_proj") else "up" if leaf in ("gate_proj", "up_proj") else leaf
+        seen[(f"{block}.{kind}", columns)] = columns
+    return list(seen.values())
+
+
+def _multiplication_rate() -> float:
+    """float32 operations a second of this machine's matrix product, from a tenth of a second of it."""
+    left = torch.rand(768, 768)
+    left @ left
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        left @ left
+        count += 1
+    return 0.6 * count * 2 * 768**3 / (time.perf_counter() - started)
+
+
+def weights_inside(matrices: dict[str, tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in matrices.values())
+
+
+def dtype_bytes(config: dict[str, Any]) -> int:
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return 2 if declared.endswith("16") else 4

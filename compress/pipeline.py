@@ -23,7 +23,7 @@ from compress.errors import ExitCode
 from compress.evaluation.tasks.compare import write_items
 from compress.events import Event, Progress
 from compress.files import disk_errors
-from compress.memory.measure import PeakSampler, exact_allocation
+from compress.memory.measure import PeakSampler, large_tensors_from_system
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import ArtifactRef, Report
@@ -63,7 +63,7 @@ def plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
 
 def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
     """Take a plan to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise."""
-    exact_allocation()
+    large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
     recipe, store = planned.recipe, Store(store_folder)
     with PeakSampler() as sampler, disk_errors(cache_folder()):

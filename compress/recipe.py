@@ -194,10 +194,13 @@ def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> 
     return None
 
 
+_PAIRED = {("divergence", "mean_kl"), ("task", "accuracy"), ("task", "accuracy_norm")}
+
+
 def _is_paired(measure: str) -> bool:
     """Whether both models' scores are kept by item or window."""
     kind, _, rest = measure.partition(".")
-    return kind == "perplexity" or (kind, rest.rpartition(".")[2]) in {("divergence", "mean_kl"), ("task", "accuracy")}
+    return kind == "perplexity" or (kind, rest.rpartition(".")[2]) in _PAIRED
 
 
 def _has_interval(measure: str) -> bool:

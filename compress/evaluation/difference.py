@@ -26,6 +26,7 @@ import numpy as np
 from scipy import optimize, stats
 
 from compress.evaluation.paired import Paired
+from compress.evaluation.statistics import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,9 @@ class Flips:
 
     lost: int
     """Right in the source, wrong in the compressed model: b."""
-    won: int
+    gained: int
     """The other way round: c."""
     items: int
-
-    @property
-    def share(self) -> float:
-        return (self.lost + self.won) / self.items
 
 
 @dataclass(frozen=True)
@@ -61,14 +58,14 @@ class Comparison:
 def flips(paired: Paired) -> Flips:
     """Discordant items of 0/1 scores."""
     lost = int(np.sum(paired.source > paired.compressed))
-    won = int(np.sum(paired.source < paired.compressed))
-    return Flips(lost, won, len(paired))
+    gained = int(np.sum(paired.source < paired.compressed))
+    return Flips(lost, gained, len(paired))
 
 
 def mcnemar(found: Flips) -> float:
     """Exact one-sided p-value of "the compressed model is no worse": P(Bin(b + c, 1/2) >= b). 1 without discordant
     items."""
-    discordant = found.lost + found.won
+    discordant = found.lost + found.gained
     return float(stats.binomtest(found.lost, discordant, 0.5, "greater").pvalue) if discordant else 1.0
 
 
@@ -86,7 +83,7 @@ def _compare_items(found: Flips, margin: float, alpha: float) -> Comparison:
     reach = float(stats.norm.ppf(1 - alpha))
     z = tango_z(found, margin)
     return Comparison(
-        loss=(found.lost - found.won) / found.items,
+        loss=(found.lost - found.gained) / found.items,
         low=_bound(found, reach, -1.0),
         high=_bound(found, -reach, 1.0),
         p_within=float(stats.norm.cdf(z)),
@@ -97,14 +94,14 @@ def _compare_items(found: Flips, margin: float, alpha: float) -> Comparison:
 
 def tango_z(found: Flips, loss: float) -> float:
     """Tango's score statistic of the hypothesis that accuracy fell by `loss` (-1 < loss < 1); it falls with `loss`."""
-    items, lost, won = found.items, found.lost, found.won
+    items, lost, gained = found.items, found.lost, found.gained
     # Where no model is consistent with the loss but a certain one, the variance is 0 and the sign decides.
     a = 2 * items
-    b = -lost - won + (2 * items - lost + won) * loss
-    c = -won * loss * (1 - loss)
+    b = -lost - gained + (2 * items - lost + gained) * loss
+    c = -gained * loss * (1 - loss)
     share = (math.sqrt(max(b * b - 4 * a * c, 0.0)) - b) / (2 * a)
     variance = items * (2 * share + loss * (1 - loss))
-    distance = lost - won - items * loss
+    distance = lost - gained - items * loss
     if variance <= 0:
         return 0.0 if distance == 0 else math.copysign(math.inf, distance)
     return distance / math.sqrt(variance)
@@ -112,7 +109,7 @@ def tango_z(found: Flips, loss: float) -> float:
 
 def _bound(found: Flips, reach: float, end: float) -> float:
     """The loss between the observed one and `end` at which z is `reach`; `end` itself where z never gets there."""
-    observed = (found.lost - found.won) / found.items
+    observed = (found.lost - found.gained) / found.items
     near_end = end * (1 - 1e-9)
 
     def gap(loss: float) -> float:
@@ -127,11 +124,7 @@ def _compare_windows(paired: Paired, margin: float, alpha: float) -> Comparison:
     windows = len(paired)
     if windows < 2:
         raise ValueError(f"{windows} window: without a second one there is no spread to judge by")
-    difference, weights = paired.compressed - paired.source, paired.weights
-    total = float(weights.sum())
-    loss = float((difference * weights).sum()) / total
-    spread = float(((weights * (difference - loss)) ** 2).sum()) * windows / (windows - 1)
-    error = math.sqrt(spread) / total
+    loss, error = weighted_mean(paired.compressed - paired.source, paired.weights)
     if error == 0:
         certain = float(loss > margin)
         return Comparison(loss, loss, loss, certain, 1 - certain, windows)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
 Interval = tuple[float, float]
 
 
+def weighted_mean(means: NDArray[np.float64], weights: NDArray[np.float64]) -> tuple[float, float]:
+    """The ratio estimator sum(w m) / sum(w) over at least two units, and its usual standard error."""
+    units, total = len(means), float(weights.sum())
+    mean = float((means * weights).sum()) / total
+    spread = float(((weights * (means - mean)) ** 2).sum()) * units / (units - 1)
+    return mean, math.sqrt(spread) / total
+
+
 def mean_interval(means: Tensor, counts: Tensor, confidence: float = 0.95) -> tuple[float, Interval]:
     """Token-weighted mean of window means and its interval by Student's t.
 
-    means, counts: (windows,) the mean over a window's tokens, and how many tokens that was. With windows of unequal
-    length this is the ratio estimator sum(n m) / sum(n) with its usual standard error.
+    means, counts: (windows,) the mean over a window's tokens, and how many tokens that was. One window has no interval.
     """
-    means, counts = means.double(), counts.double()
-    windows, total = len(means), float(counts.sum())
-    mean = float((means * counts).sum()) / total
+    windows = len(means)
     if windows < 2:
-        return mean, (-math.inf, math.inf)
-    spread = float(((counts * (means - mean)) ** 2).sum()) * windows / (windows - 1)
-    reach = float(stats.t.ppf(0.5 + confidence / 2, windows - 1)) * math.sqrt(spread) / total
+        return float(means.double().mean()), (-math.inf, math.inf)
+    mean, error = weighted_mean(means.double().numpy(), counts.double().numpy())
+    reach = float(stats.t.ppf(0.5 + confidence / 2, windows - 1)) * error
     return mean, (mean - reach, mean + reach)

@@ -51,7 +51,8 @@ class Judgement:
 class Gate(BaseModel):
     """Base of all gate configs."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An infinite bound is a gate that cannot fail.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     tier: Tier = Field(
         default="critical",
         description="critical: decides; supporting: its failure makes the verdict inconclusive; advisory: only informs",

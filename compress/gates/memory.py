@@ -1,4 +1,4 @@
-"""A bound on memory: of the served model, or of the run itself."""
+"""A bound on the memory of the served model: weights, KV cache, or both."""
 
 from __future__ import annotations
 

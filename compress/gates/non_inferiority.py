@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.evaluation.difference import Comparison, compare, flips
 from compress.evaluation.paired import Paired
@@ -21,7 +21,9 @@ class NonInferiorityGate(Gate):
     """The compressed model is not worse than the source by more than a margin, with confidence 1 - alpha; inconclusive where the data cannot tell."""  # noqa: E501
 
     kind: Literal["non_inferiority"] = "non_inferiority"
-    measure: str = Field(description="task.<name>.accuracy, perplexity.<set> or divergence.<set>.mean_kl")
+    measure: str = Field(
+        description="task.<name>.accuracy or accuracy_norm, perplexity.<set> or divergence.<set>.mean_kl"
+    )
     margin: float = Field(
         description="largest acceptable loss: of accuracy as a difference (0.02 is two points), of perplexity as a "
         "ratio (0.05 is 5 %), of mean KL in nats"
@@ -34,6 +36,12 @@ class NonInferiorityGate(Gate):
         if not value > 0:
             raise ValueError(f"{value:g}: a margin must be above 0; that nothing at all was lost no data can show")
         return value
+
+    @model_validator(mode="after")
+    def _can_fail(self) -> NonInferiorityGate:
+        if self.measure.startswith("task.") and self.margin >= 1:
+            raise ValueError(f"margin {self.margin:g} of an accuracy: every model meets it; 0.02 is two points")
+        return self
 
     @property
     def measures(self) -> list[str]:
@@ -93,7 +101,7 @@ class NonInferiorityGate(Gate):
         basis = f"{found.units} {paired.unit}"
         if paired.unit == "items":
             changed = flips(paired)
-            basis += f", {changed.lost} lost and {changed.won} won"
+            basis += f", {changed.lost} lost and {changed.gained} gained"
         what = "is" if self.measure.startswith("divergence.") else "lost"
         return (
             f"{self.measure} {what} {scale * self._shown(found.loss):.4g}{unit} ({100 * (1 - self.alpha):g} % bounds "

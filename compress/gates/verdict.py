@@ -6,7 +6,7 @@ Two kinds of mistakes, two rules:
   (intersection-union test; Berger, Technometrics 24, 1982).
 - *Failing* needs only one. With ten gates at 5 %, a model that sits exactly at its margins would fail one of them four
   times in ten. So the p-values of failing are adjusted by Holm over the run's non-inferiority gates; one that fails
-  only unadjusted is inconclusive.
+  only unadjusted is inconclusive. Advisory gates decide nothing and are not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def adjusted(judgements: list[Judgement]) -> list[Judgement]:
     """The judgements with failures that are not significant among so many tests turned to inconclusive."""
     from statsmodels.stats.multitest import multipletests
 
-    tests = [index for index, each in enumerate(judgements) if each.p_beyond is not None]
+    tests = [index for index, each in enumerate(judgements) if each.p_beyond is not None and each.tier != "advisory"]
     if len(tests) < 2:
         return judgements
     _, values, _, _ = multipletests([judgements[index].p_beyond for index in tests], method="holm")

@@ -63,7 +63,7 @@ def trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def exact_allocation() -> None:
+def large_tensors_from_system() -> None:
     """Take tensors of 8 MiB and more straight from the system, and return them at once when freed; smaller ones come
     from the heap, which `trim` gives back.
 

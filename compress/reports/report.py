@@ -144,6 +144,9 @@ class TaskRecord(Value):
     nll_compressed: float | None = None
     lost: int = Field(description="items that only the source got right")
     gained: int = Field(description="items that only the compressed model got right")
+    degraded_p: float | None = Field(
+        default=None, description="exact one-sided McNemar p-value of 'no more lost than gained'"
+    )
     lost_examples: list[Flip]
     gained_examples: list[Flip]
     overlap_with_calibration: float = Field(description="share of the questions' n-grams found in calibration windows")

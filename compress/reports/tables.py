@@ -52,10 +52,13 @@ def gates_table(report: Report) -> Table:
 
 
 def _observed(kind: str, measure: str, value: float | None) -> str:
-    """Relative gates observe a ratio, whatever unit the measure has; it is shown bare, as its limit is."""
+    """In the unit of the limit. Relative gates observe a ratio, whatever unit the measure has; it is shown bare."""
     if value is None:
         return "not measured"
-    return size(value) if kind == "threshold" and measure.endswith("bytes") and value >= 1 << 20 else number(value)
+    if kind == "non_inferiority" and not measure.startswith("divergence."):
+        return f"{100 * value:.3g} {'%' if measure.startswith('perplexity.') else 'points'}"
+    in_bytes = kind == "memory" or (kind in ("threshold", "size") and measure.endswith("bytes"))
+    return size(value) if in_bytes and value >= 1 << 20 else number(value)
 
 
 def quality_tables(report: Report) -> list[Table]:

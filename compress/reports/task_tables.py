@@ -20,6 +20,7 @@ def tasks_table(report: Report) -> Table:
             interval_text("accuracy", task.interval_compressed),
             f"{task.items:,}" if task.items == task.available else f"{task.items:,} of {task.available:,}",
             f"{task.lost} lost, {task.gained} gained",
+            number(task.degraded_p),
             _losses(task),
             _put(task),
         )
@@ -33,10 +34,11 @@ def tasks_table(report: Report) -> Table:
         "95 % interval of compressed",
         "Items",
         "Flips",
+        "McNemar p",
         "Nats per answer",
         "Put as",
     )
-    return Table("Tasks", headers, "lrrrrrlrl", rows)
+    return Table("Tasks", headers, "lrrrrrlrrl", rows)
 
 
 def _losses(task: TaskRecord) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
+from compress.evaluation.difference import flips, mcnemar
 from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import Event, count_by_kind
 from compress.gates import Judgement
@@ -134,6 +135,7 @@ def _task(comparison: Comparison, evidence: Evidence) -> TaskRecord:
     prepared = comparison.prepared
     name, facts = f"task.{prepared.name}", dict(prepared.facts)
     before, after = evidence.source, evidence.compressed
+    found = flips(after.paired[f"{name}.accuracy"])
     return TaskRecord(
         name=prepared.name,
         type=facts.pop("type"),
@@ -150,8 +152,9 @@ def _task(comparison: Comparison, evidence: Evidence) -> TaskRecord:
         interval_compressed=after.intervals[f"{name}.accuracy"],
         nll_source=before.values.get(f"{name}.nll"),
         nll_compressed=after.values.get(f"{name}.nll"),
-        lost=len(comparison.flips(lost=True)),
-        gained=len(comparison.flips(lost=False)),
+        lost=found.lost,
+        gained=found.gained,
+        degraded_p=mcnemar(found),
         lost_examples=[Flip(**example) for example in examples(comparison, lost=True)],
         gained_examples=[Flip(**example) for example in examples(comparison, lost=False)],
         overlap_with_calibration=comparison.overlap,

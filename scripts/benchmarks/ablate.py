@@ -20,7 +20,7 @@ import yaml
 
 from compress.console import StageProgress
 from compress.evaluation.measure import score, summarise, walk_states
-from compress.memory.measure import PeakSampler, exact_allocation
+from compress.memory.measure import PeakSampler, large_tensors_from_system
 from compress.recipe import Recipe, load_recipe
 from compress.stages.presets import written_out
 from compress.steps.environment import choose_machine, provenance, versions
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", help="comma-separated names of variants")
     arguments = parser.parse_args()
-    exact_allocation()
+    large_tensors_from_system()
     variants = yaml.safe_load(arguments.variants.read_text())
     if arguments.only:
         variants = {name: variants[name] for name in arguments.only.split(",")}

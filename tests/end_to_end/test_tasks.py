@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,9 @@ def test_every_answer_of_both_models_is_in_the_artifact(asking, here, tmp_path):
         )
         assert sum(row["flip"] for row in rows) == task["lost"] + task["gained"]
         assert all(row["flip"] == (row["source"]["correct"] != row["compressed"]["correct"]) for row in rows)
+        lost, flips = task["lost"], task["lost"] + task["gained"]
+        tail = sum(math.comb(flips, count) for count in range(lost, flips + 1)) / 2**flips
+        assert task["degraded_p"] == pytest.approx(tail)
     assert [task["items"] for task in report["tasks"]] == [4, 6, 5]
     assert report["tasks"][0]["few_shot"] == 1 and report["tasks"][0]["available"] == 5
     for face in ("report.html", "report.md"):

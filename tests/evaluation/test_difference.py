@@ -33,9 +33,11 @@ def likeliest_share(found: Flips, loss: float) -> float:
     """The share won that makes the counts likeliest when `loss` more is lost, by searching."""
 
     def surprise(share: float) -> float:
-        kept = found.items - found.lost - found.won
+        kept = found.items - found.lost - found.gained
         chances = (share + loss, share, 1 - 2 * share - loss)
-        return -sum(n * math.log(max(p, 1e-300)) for n, p in zip((found.lost, found.won, kept), chances, strict=True))
+        return -sum(
+            n * math.log(max(p, 1e-300)) for n, p in zip((found.lost, found.gained, kept), chances, strict=True)
+        )
 
     low, high = max(0.0, -loss), (1 - loss) / 2
     return float(optimize.minimize_scalar(surprise, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x)
@@ -47,7 +49,7 @@ def test_tangos_statistic_uses_the_likeliest_model_with_that_loss(counts, loss):
     found = Flips(*counts)
     share = likeliest_share(found, loss)
     variance = found.items * (2 * share + loss * (1 - loss))
-    expected = (found.lost - found.won - found.items * loss) / math.sqrt(variance)
+    expected = (found.lost - found.gained - found.items * loss) / math.sqrt(variance)
     assert tango_z(found, loss) == pytest.approx(expected, rel=1e-4)
 
 

@@ -10,7 +10,16 @@ import pytest
 from pydantic import ValidationError
 
 from compress.evaluation.paired import Paired
-from compress.gates import Facts, Judgement, NonInferiorityGate, adjusted, overall
+from compress.gates import (
+    Facts,
+    Judgement,
+    NonInferiorityGate,
+    RelativeGate,
+    SizeGate,
+    ThresholdGate,
+    adjusted,
+    overall,
+)
 from tests.evaluation.test_difference import items, windows
 
 ACCURACY, PERPLEXITY, KL = "task.capitals.accuracy", "perplexity.s", "divergence.s.mean_kl"
@@ -54,15 +63,26 @@ def test_a_model_that_answers_nan_fails():
     assert judge(KL, windows([0.01, math.nan, 0.01]), 0.5).verdict == "failed"
 
 
-@pytest.mark.parametrize("margin", [0, -0.1, math.nan])
-def test_a_margin_that_nothing_could_meet_is_refused(margin):
-    with pytest.raises(ValidationError, match="above 0"):
+@pytest.mark.parametrize(
+    ("margin", "said"),
+    [(0, "above 0"), (-0.1, "above 0"), (math.nan, "finite"), (math.inf, "finite"), (1.0, "every model meets it")],
+)
+def test_a_margin_that_no_model_or_every_model_meets_is_refused(margin, said):
+    with pytest.raises(ValidationError, match=said):
         NonInferiorityGate(measure=ACCURACY, margin=margin)
+
+
+@pytest.mark.parametrize("gate", [ThresholdGate, RelativeGate, SizeGate])
+def test_a_bound_that_cannot_be_missed_is_refused(gate):
+    name = "max" if gate is ThresholdGate else "max_ratio"
+    fields = {} if gate is SizeGate else {"measure": PERPLEXITY}
+    with pytest.raises(ValidationError, match="finite"):
+        gate(**fields, **{name: math.inf})
 
 
 def test_the_sentence_says_what_was_lost_and_on_how_many_items():
     sentence = judge(ACCURACY, items(30, 5, 865, 100), 0.03).sentence
-    assert "lost 2.5 points" in sentence and "1000 items, 30 lost and 5 won" in sentence
+    assert "lost 2.5 points" in sentence and "1000 items, 30 lost and 5 gained" in sentence
 
 
 def failure(p_beyond: float) -> Judgement:
@@ -75,6 +95,11 @@ def test_one_failure_among_many_gates_must_be_significant_among_them():
     strong = [failure(0.0001), *weak[1:]]
     assert adjusted(strong)[0].verdict == "failed"
     assert adjusted([failure(0.04)])[0].verdict == "failed"
+
+
+def test_advisory_gates_do_not_make_a_failure_less_significant():
+    advisory = [replace(failure(0.9), verdict="passed", tier="advisory")] * 9
+    assert adjusted([failure(0.04), *advisory])[0].verdict == "failed"
 
 
 def test_gates_that_are_no_tests_are_not_adjusted():

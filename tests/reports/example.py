@@ -221,6 +221,7 @@ def task(**changes: Any) -> TaskRecord:
         "interval_compressed": (0.565, 0.693),
         "lost": 30,
         "gained": 3,
+        "degraded_p": 7e-7,
         "lost_examples": [flip],
         "gained_examples": [],
         "overlap_with_calibration": 0.0,

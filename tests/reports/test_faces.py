@@ -282,3 +282,20 @@ def test_a_supporting_gate_that_failed_is_named_in_the_headline() -> None:
     report = _with_tier(example_report("failed"), "supporting").model_copy(update={"verdict": "inconclusive"})
     failed = [gate.measure for gate in report.gates if gate.verdict == "failed"]
     assert failed and all(measure in headline(report) for measure in failed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "measure", "observed", "shown"),
+    [
+        ("non_inferiority", "perplexity.s", 0.0189, "1.89 %"),
+        ("non_inferiority", "task.capitals.accuracy", 0.025, "2.5 points"),
+        ("non_inferiority", "divergence.s.mean_kl", 0.05, "0.05"),
+        ("memory", "memory.serving", 3.0 * 2**30, "3.00 GiB"),
+        ("size", "weight_bytes", 0.25, "0.25"),
+    ],
+)
+def test_a_gate_shows_what_it_observed_in_the_unit_of_its_limit(kind, measure, observed, shown) -> None:
+    report = example_report("passed")
+    gate = report.gates[0].model_copy(update={"kind": kind, "measure": measure, "observed": observed, "interval": None})
+    (row,) = tables.gates_table(report.model_copy(update={"gates": [gate]})).rows
+    assert row[3].startswith(shown[:4]) and row[3].split()[-1] == shown.split()[-1]

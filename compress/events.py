@@ -30,12 +30,37 @@ EVENT_KINDS: dict[str, str] = {
     "stage_reused": "a finished stage with the same fingerprint was reused",
     "blocks_resumed": "finished blocks of an interrupted run were reused",
     "baseline_reused": "the source measurements came from the cache",
+    "read_through_loader": "weights of a format compress does not read were taken from what its own loader computes",
+    "tokenizer_borrowed": "the judged model brings no tokenizer; the source's was used",
+    "calibration_unknown": "what the judged model was calibrated on is not known, so overlap could not be checked",
     "task_skipped": "a task that needs generated text was not asked: the whole model does not fit in memory",
     "source_was_quantized": "the source weights came from a quantised file",
     "few_calibration_tokens": "fewer calibration tokens than input columns: the Hessian is rank deficient",
     "text_truncated": "documents were shortened to the length of the evaluation or calibration window",
 }
 """Every event kind and what it means. Gates refuse kinds that are not listed here."""
+
+OF_MAKING = frozenset(
+    {
+        "calibration_shortfall",
+        "rounding_fallback",
+        "rounding_kept",
+        "damping_raised",
+        "dead_columns",
+        "target_shift_skipped",
+        "token_weights_skipped",
+        "refinement_skipped",
+        "torch_columns",
+        "recover_kept_input",
+        "recover_block_wise",
+        "training_resumed",
+        "module_kept",
+        "stage_reused",
+        "blocks_resumed",
+        "few_calibration_tokens",
+    }
+)
+"""Kinds that tell how a model was made: who only judges one cannot count them."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     recipe -> plan -> source -> texts -> baseline -> stage 1 -> stage 2 -> ... -> export -> evidence -> gates -> report
 
-Each step is a call into the file of that name under `steps/`. Data goes forward only.
+Each step is a call into the file of that name under `steps/`. Data goes forward only. `evaluate` is the same story
+without the stages, about a model that is there already.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from compress.checkpoints.export import export
 from compress.checkpoints.sources import cache_folder
 from compress.errors import ExitCode
 from compress.evaluation.tasks.compare import write_items
-from compress.events import Event, Progress
+from compress.events import Event, Progress, count_by_kind
 from compress.files import disk_errors
 from compress.memory.measure import PeakSampler, large_tensors_from_system
 from compress.recipe import Recipe
@@ -29,12 +30,13 @@ from compress.reports.card import model_card
 from compress.reports.report import ArtifactRef, Report
 from compress.reports.write import write_report
 from compress.steps import reporting
+from compress.steps.candidate import Asked, check_comparable, exported, open_candidate
 from compress.steps.environment import versions
 from compress.steps.fold import fold, stage_events
-from compress.steps.judging import judge, measure_export, measure_source, round_trip
-from compress.steps.plan import Plan, make_plan
+from compress.steps.judging import judge, measure_candidate, measure_source, round_trip
+from compress.steps.plan import Plan, make_plan, plan_evaluation
 from compress.steps.source import open_source
-from compress.steps.tasks import ask_export, ask_source, read_tasks
+from compress.steps.tasks import ask_candidate, ask_source, read_tasks
 from compress.steps.texts import read_texts
 
 EXIT_CODES = {
@@ -46,10 +48,11 @@ EXIT_CODES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the artifact (or the rejected run) is, and its report."""
+    """Where the artifact, the rejected run or the judged model is; the report, and its HTML face if it was written."""
 
     folder: Path
     report: Report
+    html: Path | None
 
     @property
     def exit_code(self) -> ExitCode:
@@ -92,14 +95,16 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 last = folded[-1].checkpoint
                 export(last, staged / "model", recipe.export.format, planned.stored, recipe.export.max_shard_bytes)
             with clock.step("evaluation"), sampler.phase("evaluation"):
-                evidence, states = measure_export(planned, staged / "model", source, baseline, texts, progress)
-                evidence = ask_export(planned, staged / "model", tasks, answers, evidence, progress)
+                candidate = exported(staged / "model")
+                evidence, states = measure_candidate(planned, candidate, source, baseline, texts, progress)
+                evidence = ask_candidate(planned, candidate, tasks, answers, evidence, progress)
             with clock.step("round trip"), sampler.phase("round trip"):
-                evidence = round_trip(planned, staged / "model", texts, evidence, states, progress)
+                evidence = round_trip(planned, candidate, texts, evidence, states, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += stage_events(folded)
             events += evidence.events
-            verdict, judgements = judge(recipe, evidence, events)
+            counts = count_by_kind(events)
+            verdict, judgements = judge(recipe, evidence, counts, source.checkpoint.weight_bytes, candidate)
             (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
             digest = model_digest(staged)
             with sampler.phase("publish"), store.reserve(recipe.name, rejected=verdict != "passed") as slot:
@@ -122,7 +127,57 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 write_report(report, staged / "reports")
                 write_items(evidence.tasks, staged / "reports" / "items")
                 folder = slot.publish(staged, verdict, _facts(report))
-    return Outcome(folder, report)
+    return Outcome(folder, report, folder / "reports" / "report.html")
+
+
+def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress) -> Outcome:
+    """Judge a model that is there already by a recipe's gates; nothing is compressed or published.
+
+    The report goes to `out`, a new or empty folder, if one is given. Raises CompressError.
+    """
+    large_tensors_from_system()
+    started, clock = datetime.now(UTC), _Clock()
+    with PeakSampler() as sampler, disk_errors(cache_folder()):
+        planned = plan_evaluation(recipe, asked.model.spec, progress)
+        with clock.step("source"), sampler.phase("source"):
+            source = open_source(recipe.model, progress)
+            reference = open_source(asked.against.spec, progress) if asked.against else source
+            candidate = open_candidate(asked.model, reference.tokenizer, progress)
+            texts = read_texts(candidate.calibrated(recipe), reference, planned.machine, progress)
+            check_comparable(recipe, candidate, reference, texts)
+            tasks = read_tasks(planned, reference, texts, progress)
+        with clock.step("baseline"), sampler.phase("baseline"):
+            baseline = measure_source(recipe, reference, texts, planned.machine, progress)
+            answers = ask_source(planned, reference, tasks, progress)
+        with clock.step("evaluation"), sampler.phase("evaluation"):
+            evidence, states = measure_candidate(planned, candidate, reference, baseline, texts, progress)
+            evidence = ask_candidate(planned, candidate, tasks, answers, evidence, progress)
+        with clock.step("round trip"), sampler.phase("round trip"):
+            evidence = round_trip(planned, candidate, texts, evidence, states, progress)
+        events = [*reference.events, *candidate.events, *texts.events, *baseline.events, *answers.events]
+        events += evidence.events
+        verdict, judgements = judge(
+            recipe, evidence, candidate.counts(events), source.checkpoint.weight_bytes, candidate
+        )
+        report = reporting.assemble(
+            planned,
+            source,
+            texts,
+            [],
+            evidence,
+            verdict,
+            judgements,
+            events,
+            sampler,
+            clock.seconds,
+            started,
+            candidate.artifact,
+            reporting.judged(planned, asked, candidate, reference),
+        )
+    if out is not None:
+        write_report(report, out)
+        write_items(evidence.tasks, out / "items")
+    return Outcome(candidate.folder, report, out / "report.html" if out else None)
 
 
 def _facts(report: Report) -> dict[str, Any]:

@@ -242,6 +242,11 @@ def _bytes_of(dtype: str) -> int:
     return sizes.get(dtype, 1)
 
 
+def is_float(dtype: str) -> bool:
+    """Whether a safetensors dtype name is one of plain weights: 16 to 64 bits of floating point."""
+    return dtype in _FLOATS
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """torch dtype of a floating safetensors dtype name."""
     return _FLOATS[name]

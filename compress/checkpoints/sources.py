@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -199,12 +199,23 @@ def _rescaled(source: Source, how: Rescale, progress: Progress) -> Source:
 
     checkpoint = Checkpoint(source.folder)
     key = digest_of_json({"source": checkpoint.digest(), "rescale": how.model_dump(), "version": 1})
-    folder = cache_folder() / "sources" / f"rescaled-{key[:24]}"
-    if not (folder / "config.json").is_file():
-        with _building(folder) as staged, progress.task("rescaling channels (once)", 1) as advance:
+
+    def build(staged: Path) -> None:
+        with progress.task("rescaling channels (once)", 1) as advance:
             rescale(checkpoint, staged, how.amplitude, how.seed)
             advance("")
+
+    folder = cached_source(f"rescaled-{key[:24]}", build)
     return Source(folder, {**source.facts, "rescaled": how.model_dump()})
+
+
+def cached_source(name: str, build: Callable[[Path], None]) -> Path:
+    """A model folder of the cache, built by `build` (given an empty folder) unless it is there."""
+    folder = cache_folder() / "sources" / name
+    if not (folder / "config.json").is_file():
+        with _building(folder) as staged:
+            build(staged)
+    return folder
 
 
 @contextmanager

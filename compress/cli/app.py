@@ -16,6 +16,7 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
+from compress.cli import eval as judging
 from compress.cli import inspect, recipes, run
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
 
@@ -50,6 +51,7 @@ def _root(
 
 app.command("run")(run.run)
 app.command("plan")(run.plan)
+app.command("eval")(judging.eval_)
 app.command("init")(recipes.init)
 app.command("validate")(recipes.validate)
 app.command("kinds")(recipes.kinds)

@@ -12,6 +12,7 @@ from compress.errors import ExitCode
 
 if TYPE_CHECKING:
     from compress.pipeline import Outcome
+    from compress.reports.report import GateResult
     from compress.steps.plan import Plan
 
 
@@ -54,7 +55,7 @@ def _run(recipe: Path, store: Path, set_: list[str] | None, json: bool) -> int:
     if json:
         console.print_json(outcome.report.model_dump(mode="json", by_alias=True))
     else:
-        _print_outcome(outcome)
+        print_outcome(outcome)
     return int(outcome.exit_code)
 
 
@@ -126,7 +127,8 @@ def _print_prediction(planned: Plan) -> None:
         console.note(f"warning: {warning}")
 
 
-def _print_outcome(outcome: Outcome) -> None:
+def print_outcome(outcome: Outcome) -> None:
+    """The tables of a report and where it is."""
     from compress import console
 
     report = outcome.report
@@ -149,12 +151,19 @@ def _print_outcome(outcome: Outcome) -> None:
             rows.append([name, console.bytes_text(value.predicted), console.bytes_text(value.measured)])
     console.print_table("memory", ["", "predicted", "measured"], rows)
     console.print_line()
-    console.print_table("gates", ["verdict", ""], [[gate.verdict, gate.sentence] for gate in report.gates])
+    console.print_table("gates", ["verdict", ""], [[_verdict(gate), gate.sentence] for gate in report.gates])
     counts = ", ".join(f"{kind} {count}" for kind, count in report.event_counts.items())
     console.print_line(f"events: {counts or 'none'}")
     console.print_line()
-    where = "published as" if report.verdict == "passed" else "kept, not published, as"
-    console.print_verdict(
-        report.verdict, f"{where} {outcome.folder} in {console.seconds_text(sum(report.seconds_by_step.values()))}"
-    )
-    console.print_line(f"report: {outcome.folder / 'reports' / 'report.html'}")
+    seconds = console.seconds_text(sum(report.seconds_by_step.values()))
+    if report.judged is not None:
+        console.print_verdict(report.verdict, f"{report.judged.model} against {report.judged.reference}, in {seconds}")
+    else:
+        where = "published as" if report.verdict == "passed" else "kept, not published, as"
+        console.print_verdict(report.verdict, f"{where} {outcome.folder} in {seconds}")
+    if outcome.html is not None:
+        console.print_line(f"report: {outcome.html}")
+
+
+def _verdict(gate: GateResult) -> str:
+    return gate.verdict if gate.tier == "critical" else f"{gate.verdict} ({gate.tier})"

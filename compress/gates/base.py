@@ -25,6 +25,8 @@ class Facts:
     ratio_intervals: dict[str, Interval] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
     paired: dict[str, Paired] = field(default_factory=dict)
+    source_bytes: float | None = None
+    """Tensor bytes of the recipe's source, also where something else is compared with."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class SizeGate(Gate):
 
     def judge(self, facts: Facts) -> Judgement:
         size, bits = facts.compressed.get("weight_bytes"), facts.compressed.get("effective_bits")
-        before = facts.source.get("weight_bytes")
+        before = facts.source_bytes
         checks = [
             ("weight_bytes", size, self.max_bytes, ""),
             ("weight_bytes", size / before if size is not None and before else None, self.max_ratio, " x source"),

@@ -33,6 +33,7 @@ def render_html(report: Report) -> str:
         report=report,
         marks=_MARKS,
         headline=words.headline(report),
+        about=words.about(report),
         tiles=_tiles(report),
         gates=tables.gates_table(report),
         quality=tables.quality_tables(report),

@@ -21,7 +21,7 @@ from compress.reports.tables import (
     worst_table,
 )
 from compress.reports.task_tables import flips_tables, tasks_table
-from compress.reports.words import MOST_EVENTS, duration, headline, limits, showable
+from compress.reports.words import MOST_EVENTS, about, duration, headline, limits, showable
 
 
 def escape(text: object) -> str:
@@ -50,6 +50,7 @@ def render_markdown(report: Report) -> str:
     rest, recipe = split_recipe(report.provenance)
     trip = round_trip_table(report)
     parts = [f"# {report.verdict.capitalize()}: {escape(headline(report))}"]
+    parts.append(escape(about(report)))
     parts += _section("Gates", [gates_table(report)])
     parts += ["## Before and after", *_titled(quality_tables(report))]
     if report.tasks:

@@ -161,6 +161,19 @@ class ArtifactRef(Value):
     digest: str = Field(description="sha256 over 'sha256  path' lines of model/, sorted by path, README.md left out")
 
 
+class JudgedRecord(Value):
+    """What `compress eval` judged, and what it was compared with."""
+
+    model: str = Field(description="as it was named on the command line")
+    folder: str
+    digest: str
+    architecture: str
+    parameters: int
+    reference: str = Field(description="what `source` means in this report: the recipe's source, or a release")
+    reference_digest: str
+    making_recorded: bool = Field(description="the model brings a report that tells how it was made")
+
+
 class Report(Value):
     """The whole report. Stable and versioned by `schema`."""
 
@@ -182,5 +195,8 @@ class Report(Value):
     )
     seconds_by_step: dict[str, float] = Field(description="the run's steps in order: source, baseline, stage ...")
     artifact: ArtifactRef
+    judged: JudgedRecord | None = Field(
+        default=None, description="of `compress eval` only; nothing was compressed then"
+    )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")

@@ -82,7 +82,7 @@ def interval_text(name: str, interval: tuple[float, float] | None) -> str:
 
 def headline(report: Report) -> str:
     """The verdict in one sentence. Gates that only inform are left out of it."""
-    who = f"{report.artifact.name} {report.artifact.version}"
+    who = f"{report.artifact.name} {report.artifact.version}".strip()
     if not report.gates:
         return f"{who} was judged by no gate at all; the verdict is {report.verdict}."
     critical = [gate for gate in report.gates if gate.tier == "critical"]
@@ -99,6 +99,17 @@ def headline(report: Report) -> str:
     if doubtful:
         said.append(f"what a person must decide about: {', '.join(doubtful)} missed a supporting bound")
     return f"{who} failed nothing, but {'; '.join(said)}."
+
+
+def about(report: Report) -> str:
+    """What kind of report this is, where it is not that of a run; else nothing."""
+    judged = report.judged
+    if judged is None:
+        return ""
+    return (
+        f"This is an evaluation: {judged.model} was judged by the gates of a recipe, and nothing was compressed. "
+        f"Wherever this report says source, it means {judged.reference}."
+    )
 
 
 def limits(report: Report) -> list[str]:
@@ -119,6 +130,8 @@ def limits(report: Report) -> list[str]:
     elif not any(name.startswith("task.") for name in report.measurements.compressed):
         said.append("No task benchmarks (questions, code, tool use) were run.")
     said.append("Speed when served, and safety or bias of the answers, were not measured; compression can change both.")
+    if report.event_counts.get("calibration_unknown"):
+        said.append("What this model was calibrated on is not known; it may be the very text that it was judged on.")
     if report.round_trip is None:
         said.append("The exported files were not reloaded through their public loader.")
     if report.event_counts.get("source_was_quantized"):

@@ -30,7 +30,7 @@ def walk_load(
     parameters: int,
     machine: Machine,
 ) -> predict.WalkLoad:
-    streams = max(stage.activation_streams for stage in recipe.stages)
+    streams = max((stage.activation_streams for stage in recipe.stages), default=0)
     calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
     calibrated = math.ceil(calibrated / parallel.met())
     return predict.WalkLoad(

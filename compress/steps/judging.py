@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.windows import Windows
-from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.reader import Checkpoint, is_float
 from compress.checkpoints.sources import cache_folder
 from compress.evaluation.measure import (
     Measured,
@@ -22,11 +22,12 @@ from compress.evaluation.measure import (
     walk_states,
 )
 from compress.evaluation.tasks.compare import Comparison
-from compress.events import Event, Progress, count_by_kind
+from compress.events import OF_MAKING, Event, Progress
 from compress.files import digest_of_json
-from compress.gates import Facts, Judgement, ThresholdGate, adjusted, overall
-from compress.gates.base import Verdict
+from compress.gates import EventsGate, Facts, Gate, Judgement, ThresholdGate, adjusted, overall
+from compress.gates.base import Tier, Verdict
 from compress.recipe import Recipe
+from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.plan import Plan
 from compress.steps.round_trip import BOUND, COMPARED_WINDOWS, Reloaded, reload
@@ -98,51 +99,53 @@ class Evidence:
     tasks: tuple[Comparison, ...] = ()
 
 
-def measure_export(
-    plan: Plan, folder: Path, source: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
+def measure_candidate(
+    plan: Plan, candidate: Candidate, reference: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
 ) -> tuple[Evidence, States]:
-    """Measure the exported folder, read from disk in its public format; also its final hidden states."""
+    """Measure the judged model as it lies on disk; also its final hidden states."""
     machine = plan.machine
-    checkpoint = Checkpoint(folder)
     states = walk_states(
-        checkpoint,
+        candidate.checkpoint,
         texts.evaluation,
         machine.device,
         machine.compute,
         machine.tokens_at_once,
         progress,
-        "measuring the export",
+        f"measuring the {candidate.noun}",
     )
     scores = score(
-        (source.checkpoint, baseline.states),
-        (checkpoint, states),
+        (reference.checkpoint, baseline.states),
+        (candidate.checkpoint, states),
         texts.evaluation,
         machine.device,
         machine.compute,
         progress,
     )
     before, after = summarise(plan.recipe.on_text, scores)
-    before.values["weight_bytes"] = float(source.checkpoint.weight_bytes)
-    after.values["weight_bytes"] = float(checkpoint.weight_bytes)
-    bits = _effective_bits(checkpoint)
+    before.values["weight_bytes"] = float(reference.checkpoint.weight_bytes)
+    after.values["weight_bytes"] = float(candidate.stored_bytes)
+    bits = _effective_bits(candidate, plan.matrices)
     if bits is not None:
         after.values["effective_bits"] = bits
     return Evidence(before, after, None, ()), states
 
 
 def round_trip(
-    plan: Plan, folder: Path, texts: Texts, evidence: Evidence, states: States, progress: Progress
+    plan: Plan, candidate: Candidate, texts: Texts, evidence: Evidence, states: States, progress: Progress
 ) -> Evidence:
     """The evidence with what the public loader gave, or with the event that it could not be tried."""
+    if candidate.files is None:
+        message = "transformers has no loader that keeps a .gguf file packed; resident memory was not measured"
+        return replace(evidence, events=(Event("round_trip_skipped", candidate.noun, message),))
     if not fits(plan.parameters, plan.reload_bytes, plan.machine):
         message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
         return replace(evidence, events=(Event("round_trip_skipped", "export", message),))
     name = next(iter(texts.evaluation))
     windows, ours = texts.evaluation[name].first(COMPARED_WINDOWS), states[name]
     if plan.machine.compute is not torch.float32:
-        ours = _float32_states(plan, folder, windows, progress)
+        ours = _float32_states(plan, candidate.checkpoint, windows, progress)
     with progress.task("reloading through the public loader", 1) as advance:
-        reloaded = reload(folder, windows, ours, plan.machine)
+        reloaded = reload(candidate.folder, candidate.checkpoint, windows, ours, plan.machine)
         advance("")
     evidence.compressed.values.update(
         {
@@ -155,13 +158,11 @@ def round_trip(
     return replace(evidence, reloaded=reloaded)
 
 
-def _float32_states(plan: Plan, folder: Path, windows: Windows, progress: Progress) -> Tensor:
+def _float32_states(plan: Plan, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Tensor:
     """Our states of a few windows once more, in float32, where the walk computes in 16 bits."""
     machine, sets = plan.machine, {"round trip": windows}
     label = "reading the export in float32"
-    states = walk_states(
-        Checkpoint(folder), sets, machine.device, torch.float32, machine.tokens_at_once, progress, label
-    )
+    states = walk_states(checkpoint, sets, machine.device, torch.float32, machine.tokens_at_once, progress, label)
     return states["round trip"]
 
 
@@ -173,29 +174,46 @@ def measured_kv_cache(plan: Plan, reloaded: Reloaded) -> int:
     return round(plan.kv_cache_bytes * reloaded.kv_cache_bytes_per_prompt / small)
 
 
-def _effective_bits(checkpoint: Checkpoint) -> float | None:
-    """8 x bytes of the quantised linears as they lie in the files / their parameters."""
+def _effective_bits(candidate: Candidate, matrices: dict[str, tuple[int, int]]) -> float | None:
+    """8 x bytes of the quantised linears as they lie in the files / their parameters; None where none is quantised."""
+    found = candidate.files
+    if found is None:
+        return None
     stored = parameters = 0
-    for module in checkpoint.schemes:
-        for leaf in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"):
-            if checkpoint.has(f"{module}.{leaf}"):
-                stored += checkpoint.tensor_bytes(f"{module}.{leaf}")
-        rows, columns = (int(size) for size in checkpoint.read(f"{module}.weight_shape"))
+    for module, (rows, columns) in matrices.items():
+        names = [name for name in found.module_tensors(module) if name != f"{module}.bias"]
+        if names == [f"{module}.weight"] and is_float(found.header(names[0])[0]):
+            continue
+        stored += sum(found.tensor_bytes(name) for name in names)
         parameters += rows * columns
     return 8 * stored / parameters if parameters else None
 
 
-def judge(recipe: Recipe, evidence: Evidence, events: list[Event]) -> tuple[Verdict, list[Judgement]]:
-    """Every gate of the recipe, and the round trip, which is always a gate when it was made."""
+def judge(
+    recipe: Recipe, evidence: Evidence, counts: dict[str, int], source_bytes: int, candidate: Candidate
+) -> tuple[Verdict, list[Judgement]]:
+    """Every gate of the recipe on measurements and `counts` of events, and the round trip, which is always a gate when
+    it was made; it only informs where its loader is also what the weights were read through."""
     facts = Facts(
         source=evidence.source.values,
         compressed=evidence.compressed.values,
         intervals=evidence.compressed.intervals,
         ratio_intervals=evidence.compressed.ratio_intervals,
-        event_counts=count_by_kind(events),
+        event_counts=counts,
         paired=evidence.compressed.paired,
+        source_bytes=float(source_bytes),
     )
-    judgements = adjusted([replace(gate.judge(facts), tier=gate.tier) for gate in recipe.gates])
+    judgements = adjusted([_judge(gate, facts) for gate in recipe.gates])
     if evidence.reloaded is not None:
-        judgements.append(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts))
+        tier: Tier = "critical" if candidate.is_read_directly else "advisory"
+        judgements.append(replace(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts), tier=tier))
     return overall(judgements), judgements
+
+
+def _judge(gate: Gate, facts: Facts) -> Judgement:
+    """How a gate judges. One on events of a making that nobody recorded cannot: it is shown, and decides nothing."""
+    judgement = replace(gate.judge(facts), tier=gate.tier)
+    if isinstance(gate, EventsGate) and gate.event in OF_MAKING and gate.event not in facts.event_counts:
+        sentence = f"How this model was made is not recorded, so its {gate.event} events cannot be counted: not judged."
+        return replace(judgement, verdict="inconclusive", tier="advisory", sentence=sentence)
+    return judgement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from compress.architecture import Architecture, Dimensions, architecture_of, dim
 from compress.checkpoints.compressed_tensors import unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
 from compress.checkpoints.skeleton import Skeleton
-from compress.checkpoints.sources import cache_folder, read_config
+from compress.checkpoints.sources import ModelSpec, cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.evaluation.tasks import harness
 from compress.evaluation.tasks.size import Size, size_of
@@ -85,8 +85,17 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
-    """Check a recipe against model, machine and disk, and predict. Raises with every mistake of one kind together."""
+def plan_evaluation(recipe: Recipe, model: ModelSpec, progress: Progress) -> Plan:
+    """The plan of judging `model` by a recipe: what it takes, without any stage and without a store."""
+    judged = recipe.model_copy(update={"model": model, "stages": ()})
+    return replace(make_plan(judged, None, progress), recipe=recipe)
+
+
+def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
+    """Check a recipe against model, machine and disk, and predict. Raises with every mistake of one kind together.
+
+    `store` is None where nothing will be published.
+    """
     if recipe.tasks:
         harness.require()
     config = read_config(recipe.model, Path.cwd(), progress)
@@ -148,13 +157,13 @@ def make_plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     return plan
 
 
-def _check_resources(plan: Plan, store: Path, host_bytes: int) -> None:
+def _check_resources(plan: Plan, store: Path | None, host_bytes: int) -> None:
     """Disk under store and cache, and memory of all processes here. Raises ResourceError with every shortage."""
+    places = []
+    if store is not None:
+        places = [("store", store, plan.stored_bytes + 10**7), ("cache", cache_folder(), plan.disk_bytes)]
     shortages = []
-    for name, folder, needed in (
-        ("store", store, plan.stored_bytes + 10**7),
-        ("cache", cache_folder(), plan.disk_bytes),
-    ):
+    for name, folder, needed in places:
         existing = next((path for path in (folder, *folder.resolve().parents) if path.exists()), None)
         if existing is None:
             continue
@@ -168,7 +177,7 @@ def _check_resources(plan: Plan, store: Path, host_bytes: int) -> None:
     available = available_bytes()
     if host_bytes > available:
         processes = f" by {parallel.neighbours() + 1} processes" if parallel.neighbours() else ""
-        fewer = "processes or calibration windows" if processes else "calibration windows"
+        fewer = f"{'processes or ' if processes else ''}{'calibration' if plan.recipe.stages else 'evaluation'} windows"
         shortages.append(
             f"memory: about {host_bytes:,} bytes are needed{processes} and {available:,} are available. Use fewer "
             f"{fewer}, or a larger machine."

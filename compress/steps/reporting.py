@@ -16,6 +16,7 @@ from compress.reports.report import (
     ArtifactRef,
     Flip,
     GateResult,
+    JudgedRecord,
     Measurements,
     Memory,
     PredictedMeasured,
@@ -24,6 +25,7 @@ from compress.reports.report import (
     StageRecord,
     TaskRecord,
 )
+from compress.steps.candidate import Asked, Candidate
 from compress.steps.environment import provenance
 from compress.steps.fold import Folded
 from compress.steps.judging import Evidence, measured_kv_cache
@@ -46,8 +48,9 @@ def assemble(
     seconds_by_step: dict[str, float],
     started: datetime,
     artifact: ArtifactRef,
+    of: JudgedRecord | None = None,
 ) -> Report:
-    """The report of a run; `artifact` is where it will be published."""
+    """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be."""
     recipe = plan.recipe
     return Report(
         verdict=verdict,
@@ -57,7 +60,7 @@ def assemble(
             compressed=evidence.compressed.values,
             intervals=evidence.compressed.intervals,
         ),
-        memory=_memory(plan, source, evidence, sampler),
+        memory=_memory(plan, source, evidence, sampler, predicted=of is None),
         stages=[StageRecord(**folding.record) for folding in folded],
         round_trip=_round_trip(evidence),
         events=events,
@@ -65,9 +68,24 @@ def assemble(
         tasks=[_task(comparison, evidence) for comparison in evidence.tasks],
         evaluation=_evaluation(recipe, texts),
         calibration=calibration_facts(texts.calibration),
-        provenance=_provenance(plan, source, started, seconds_by_step),
+        provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None),
         seconds_by_step=seconds_by_step,
         artifact=artifact,
+        judged=of,
+    )
+
+
+def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSource) -> JudgedRecord:
+    """What an evaluation judged, for its report."""
+    return JudgedRecord(
+        model=asked.model.text,
+        folder=str(candidate.folder),
+        digest=candidate.digest,
+        architecture=plan.architecture.model_type,
+        parameters=plan.parameters,
+        reference=asked.against.text if asked.against else plan.recipe.model.label,
+        reference_digest=reference.digest,
+        making_recorded=candidate.recorded is not None,
     )
 
 
@@ -87,18 +105,25 @@ def _gate(judgement: Judgement) -> GateResult:
     )
 
 
-def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakSampler) -> Memory:
+def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakSampler, predicted: bool) -> Memory:
+    """`predicted`: the bytes of the weights were predicted from a recipe's stages."""
     reloaded = evidence.reloaded
     device_peak = device_peak_bytes()
     return Memory(
         stored=PredictedMeasured(
-            predicted=plan.stored_bytes, measured=evidence.compressed.values["weight_bytes"], note="safetensors tensors"
+            predicted=plan.stored_bytes if predicted else None,
+            measured=evidence.compressed.values["weight_bytes"],
+            note="safetensors tensors",
         ),
         resident=PredictedMeasured(
-            predicted=plan.resident_bytes,
+            predicted=plan.resident_bytes if predicted else None,
             measured=reloaded.resident_bytes if reloaded else None,
             note="parameters and buffers as the public loader holds them before its first forward"
-            + ("" if plan.resident_bytes == plan.stored_bytes else "; it unpacks this scheme while loading"),
+            + (
+                ""
+                if not predicted or plan.resident_bytes == plan.stored_bytes
+                else "; it unpacks this scheme while loading"
+            ),
         ),
         kv_cache=PredictedMeasured(
             predicted=plan.kv_cache_bytes,
@@ -185,17 +210,18 @@ def _evaluation(recipe: Recipe, texts: Texts) -> list[dict[str, Any]]:
 
 
 def _provenance(
-    plan: Plan, source: OpenedSource, started: datetime, seconds_by_step: dict[str, float]
+    plan: Plan, source: OpenedSource, started: datetime, seconds_by_step: dict[str, float], is_run: bool
 ) -> dict[str, Any]:
     facts = source.source.facts
+    size = {"parameters": plan.parameters} if is_run else {}
     return {
         "source": {
             "name": plan.recipe.model.label,
             "id": facts.get("id"),
             "digest": source.digest,
             "folder": str(source.source.folder),
-            "architecture": plan.architecture.model_type,
-            "parameters": plan.parameters,
+            "architecture": source.checkpoint.architecture.model_type,
+            **size,
             **facts,
         },
         "recipe_digest": plan.recipe.digest(),

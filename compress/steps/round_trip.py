@@ -48,10 +48,11 @@ class Reloaded:
     prompt_tokens: int
 
 
-def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> Reloaded:
+def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tensor, machine: Machine) -> Reloaded:
     """Load `folder` publicly and compare logits on the first windows.
 
-    states (windows, tokens, hidden): our final hidden states of the same folder on `windows`, computed in float32.
+    checkpoint: the same weights as we read them. states (windows, tokens, hidden): their final hidden states on
+    `windows`, computed in float32.
     Both sides compute in float32, so that what differs is the reading and not the arithmetic.
     """
     from transformers import AutoModelForCausalLM
@@ -67,7 +68,6 @@ def reload(folder: Path, windows: Windows, states: Tensor, machine: Machine) -> 
         kv_bytes, kv_dtype = _cache_bytes(cache)
         # transformers forbids .float() on a quantised model, but the weights are plain tensors by now.
         torch.nn.Module.float(model)
-    checkpoint = Checkpoint(folder)
     skeleton = Skeleton(checkpoint.config, machine.device, torch.float32)
     worst, total, count = 0.0, 0.0, 0
     with skeleton.head(checkpoint) as head:

@@ -30,7 +30,7 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
     """Fetch or convert, open, check that all weights are there and finite. Raises UnhealthySourceError naming them."""
     source = resolve(spec, Path.cwd(), progress)
     checkpoint = Checkpoint(source.folder)
-    _check_complete(checkpoint)
+    check_complete(checkpoint)
     _check_finite(checkpoint, progress)
     events = []
     if source.was_quantized:
@@ -45,8 +45,8 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
     return OpenedSource(source, checkpoint, checkpoint.digest(), load_tokenizer(source.folder), tuple(events))
 
 
-def _check_complete(checkpoint: Checkpoint) -> None:
-    """Every parameter of the model is stored, in the shape its config says."""
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Every parameter of the model is stored, in the shape its config says. Raises UnhealthySourceError if not."""
     shapes = Skeleton(checkpoint.config, torch.device("cpu"), torch.float32).parameter_shapes()
     if checkpoint.tied_head:
         shapes.pop(f"{checkpoint.architecture.head}.weight", None)

@@ -20,6 +20,7 @@ from compress.evaluation.tasks.prepare import Prepared, check_template, prepare,
 from compress.evaluation.tasks.results import Answers, from_records, load, save
 from compress.events import Event, Progress
 from compress.files import digest_of_json
+from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.judging import Evidence
 from compress.steps.plan import Plan
@@ -182,34 +183,34 @@ def _check_floors(tasks: Tasks, answers: dict[str, Answers]) -> None:
         )
 
 
-def check_same_prompts(folder: Path, tasks: Tasks, seed: int) -> Any:
-    """The tokenizer of a model folder. Raises RecipeError where it lacks a chat template that a task wants, or would
-    ask anything else than the source is asked."""
-    tokenizer = load_tokenizer(folder)
+def check_same_prompts(label: str, tokenizer: Any, tasks: Tasks, seed: int) -> None:
+    """Raises RecipeError where a tokenizer lacks a chat template that a task wants, or would ask anything else than the
+    source is asked."""
     mistakes = []
     for task in tasks.prepared:
         check_template(task.spec, tokenizer)
         if tokens_asked(task, tokenizer, seed) != task.digest:
             mistakes.append(
-                f"task {task.name}: the tokenizer or chat template of {folder} gives other prompts than the source's, "
+                f"task {task.name}: the tokenizer or chat template of {label} gives other prompts than the source's, "
                 "so the two cannot be compared"
             )
     if mistakes:
         raise RecipeError(mistakes)
-    return tokenizer
 
 
-def ask_export(
-    plan: Plan, folder: Path, tasks: Tasks, source: SourceAnswers, evidence: Evidence, progress: Progress
+def ask_candidate(
+    plan: Plan, candidate: Candidate, tasks: Tasks, source: SourceAnswers, evidence: Evidence, progress: Progress
 ) -> Evidence:
-    """The evidence with the export's answers, read from disk in its public format and with its own tokenizer.
+    """The evidence with the judged model's answers, read from disk and with its own tokenizer.
 
     Raises RecipeError if that tokenizer would ask anything else than the source was asked.
     """
     if not tasks.prepared:
         return evidence
-    tokenizer = check_same_prompts(folder, tasks, plan.recipe.seed)
-    model = Model(folder, Checkpoint(folder), tokenizer, plan.machine, progress, "the export's answers")
+    folder, label = candidate.folder, f"the {candidate.noun}'s answers"
+    tokenizer = candidate.tokenizer or load_tokenizer(folder)
+    check_same_prompts(str(folder), tokenizer, tasks, plan.recipe.seed)
+    model = Model(folder, candidate.checkpoint, tokenizer, plan.machine, progress, label)
     comparisons = []
     for task in tasks.prepared:
         if task.name not in source.answers:

@@ -162,7 +162,8 @@ def test_every_known_event_can_be_bounded():
 
 
 SIZES = Facts(
-    source={"weight_bytes": 400.0},
+    source={"weight_bytes": 100.0},  # what it is compared with; size is relative to the source all the same
+    source_bytes=400.0,
     compressed={"weight_bytes": 100.0, "effective_bits": 4.25, "resident_bytes": 120.0, "kv_cache_bytes": 30.0},
 )
 

@@ -81,7 +81,7 @@ def gates(verdict: Verdict) -> list[GateResult]:
             sentence="Mean KL on python-docs is 0.0614 nats per token, below the limit of 0.1.",
         ),
         GateResult(
-            kind="non_inferiority",
+            kind="relative",
             measure="perplexity.python-docs",
             observed=1.047,
             interval=(1.039, 1.055),

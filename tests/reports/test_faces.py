@@ -243,7 +243,10 @@ def test_tasks_are_one_table_and_flips_are_shown_by_direction() -> None:
     report = example_report(tasks=[task(nll_source=2.5, nll_compressed=2.75, few_shot=2)])
     (row,) = tasks_table(report).rows
     assert row[:4] == ("capitals", "75.6 %", "63.1 %", "-12.4 points")
-    assert row[5:] == ("217", "30 lost, 3 gained", "2.5 → 2.75", "multiple choice, 2 examples, no chat template")
+    assert row[5:] == (
+        *("217", "30 lost, 3 gained", "7e-07"),
+        *("2.5 → 2.75", "multiple choice, 2 examples, no chat template"),
+    )
     (flips,) = flips_tables(report)
     assert flips.title == "capitals: 1 of 30 answers lost by compression"
     for face in (render_markdown(report), Page(render_html(report)).text):

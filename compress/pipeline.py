@@ -22,7 +22,7 @@ from compress.checkpoints.export import export
 from compress.checkpoints.sources import cache_folder
 from compress.errors import ExitCode
 from compress.evaluation.tasks.compare import write_items
-from compress.events import Event, Progress, count_by_kind
+from compress.events import Event, Progress
 from compress.files import disk_errors
 from compress.memory.measure import PeakSampler, large_tensors_from_system
 from compress.recipe import Recipe
@@ -31,9 +31,10 @@ from compress.reports.report import ArtifactRef, Report
 from compress.reports.write import write_report
 from compress.steps import reporting
 from compress.steps.candidate import Asked, check_comparable, exported, open_candidate
+from compress.steps.deciding import Inquiry, decide
 from compress.steps.environment import versions
 from compress.steps.fold import fold, stage_events
-from compress.steps.judging import judge, measure_candidate, measure_source, round_trip
+from compress.steps.judging import measure_candidate, measure_source, round_trip, with_noise
 from compress.steps.plan import Plan, make_plan, plan_evaluation
 from compress.steps.source import open_source
 from compress.steps.tasks import ask_candidate, ask_source, read_tasks
@@ -77,6 +78,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             tasks = read_tasks(planned, source, texts, progress)
         with clock.step("baseline"), sampler.phase("baseline"):
             baseline = measure_source(recipe, source, texts, planned.machine, progress)
+            baseline = with_noise(baseline, source, texts, planned.machine, progress)
             answers = ask_source(planned, source, tasks, progress)
         with clock.step("stages"):
             folded = fold(
@@ -103,21 +105,19 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += stage_events(folded)
             events += evidence.events
-            counts = count_by_kind(events)
-            verdict, judgements = judge(recipe, evidence, counts, source.checkpoint.weight_bytes, candidate)
+            inquiry = Inquiry(planned, source, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
+            with clock.step("verdict"), sampler.phase("verdict"):
+                decision = decide(inquiry, evidence, events)
             (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
             digest = model_digest(staged)
-            with sampler.phase("publish"), store.reserve(recipe.name, rejected=verdict != "passed") as slot:
+            with sampler.phase("publish"), store.reserve(recipe.name, rejected=decision.verdict != "passed") as slot:
                 artifact = ArtifactRef(path=str(slot.path), name=recipe.name, version=slot.label, digest=digest)
                 report = reporting.assemble(
                     planned,
                     source,
                     texts,
                     folded,
-                    evidence,
-                    verdict,
-                    judgements,
-                    events,
+                    decision,
                     sampler,
                     clock.seconds,
                     started,
@@ -125,8 +125,8 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 )
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
-                write_items(evidence.tasks, staged / "reports" / "items")
-                folder = slot.publish(staged, verdict, _facts(report))
+                write_items(decision.evidence.tasks, staged / "reports" / "items")
+                folder = slot.publish(staged, decision.verdict, _facts(report))
     return Outcome(folder, report, folder / "reports" / "report.html")
 
 
@@ -148,6 +148,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
             tasks = read_tasks(planned, reference, texts, progress)
         with clock.step("baseline"), sampler.phase("baseline"):
             baseline = measure_source(recipe, reference, texts, planned.machine, progress)
+            baseline = with_noise(baseline, reference, texts, planned.machine, progress)
             answers = ask_source(planned, reference, tasks, progress)
         with clock.step("evaluation"), sampler.phase("evaluation"):
             evidence, states = measure_candidate(planned, candidate, reference, baseline, texts, progress)
@@ -156,18 +157,15 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
             evidence = round_trip(planned, candidate, texts, evidence, states, progress)
         events = [*reference.events, *candidate.events, *texts.events, *baseline.events, *answers.events]
         events += evidence.events
-        verdict, judgements = judge(
-            recipe, evidence, candidate.counts(events), source.checkpoint.weight_bytes, candidate
-        )
+        inquiry = Inquiry(planned, reference, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
+        with clock.step("verdict"), sampler.phase("verdict"):
+            decision = decide(inquiry, evidence, events)
         report = reporting.assemble(
             planned,
             source,
             texts,
             [],
-            evidence,
-            verdict,
-            judgements,
-            events,
+            decision,
             sampler,
             clock.seconds,
             started,
@@ -176,7 +174,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
         )
     if out is not None:
         write_report(report, out)
-        write_items(evidence.tasks, out / "items")
+        write_items(decision.evidence.tasks, out / "items")
     return Outcome(candidate.folder, report, out / "report.html" if out else None)
 
 

@@ -236,13 +236,13 @@ def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
 
 def _sets(recipe: Recipe, lines: Lines) -> list[str]:
     """One set name means one set of windows, whoever measures it."""
-    seen: dict[str, WindowSpec] = {}
+    seen: dict[str, tuple[WindowSpec, int]] = {}
     mistakes = []
     for index, evaluation in enumerate(recipe.evaluation):
         if isinstance(evaluation, Task):
             continue
-        name = evaluation.set_name
-        if seen.setdefault(name, evaluation.window_spec) != evaluation.window_spec:
+        name, windows = evaluation.set_name, (evaluation.window_spec, evaluation.windows)
+        if seen.setdefault(name, windows) != windows:
             mistakes.append(
                 f"{lines.place(('evaluation', index))}: set {name!r} is defined twice with different windows; give one "
                 "of them another `set:` name, or make them equal"

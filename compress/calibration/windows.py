@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,20 @@ class Windows:
     def first(self, count: int) -> Windows:
         """The first `count` windows, for a quick look."""
         return Windows(self.ids[:count], None if self.mask is None else self.mask[:count], self.ledger)
+
+    def part(self, start: int, stop: int) -> Windows:
+        """Windows start..stop-1, with a ledger and a digest of their own; events stay with the whole."""
+        ids, mask = self.ids[start:stop], None if self.mask is None else self.mask[start:stop]
+        tokens = int(ids.numel() if mask is None else mask.sum())
+        own = {"windows_obtained": len(ids), "tokens_obtained": tokens, "digest": digest_of(ids, mask)}
+        return Windows(ids, mask, {**self.ledger, **own})
+
+    def with_more(self, pieces: Sequence[Windows]) -> Windows:
+        """These and further windows of the same text, with a ledger and a digest of their own."""
+        ids = torch.cat([self.ids, *(piece.ids for piece in pieces)])
+        masks = [windows.mask for windows in (self, *pieces)]
+        mask = None if self.mask is None else torch.cat([mask for mask in masks if mask is not None])
+        return replace(Windows(ids, mask, self.ledger).part(0, len(ids)), events=self.events)
 
     def batches(self, tokens_at_once: int, at_least: int = 1) -> list[Batch]:
         """Cut into batches of about `tokens_at_once` tokens, or smaller ones to have `at_least` so many."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.calibration.texts import SelfGenerated, TextSource
 from compress.calibration.windows import WindowSpec
+from compress.evaluation.looks import look_sizes
 from compress.evaluation.tasks.spec import Task
 
 
@@ -16,6 +17,21 @@ class EvaluationSpec(WindowSpec):
 
     set: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", description="name in measurements; default: the text's")
     windows: int = Field(default=32, gt=1, description="number of windows; at least 2, so that there is an interval")
+
+    max_windows: int | None = Field(
+        default=None, description="up to how many may be read where a non_inferiority gate cannot decide"
+    )
+
+    @model_validator(mode="after")
+    def _growing(self) -> EvaluationSpec:
+        if self.max_windows is not None and self.max_windows < self.windows:
+            raise ValueError(f"max_windows {self.max_windows} is less than windows {self.windows}")
+        return self
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Windows at each look."""
+        return look_sizes(self.windows, self.max_windows or self.windows)
 
     @field_validator("data")
     @classmethod
@@ -30,7 +46,9 @@ class EvaluationSpec(WindowSpec):
 
     @property
     def window_spec(self) -> WindowSpec:
-        return WindowSpec(data=self.data, windows=self.windows, window_tokens=self.window_tokens, layout=self.layout)
+        """Of all windows that may be read."""
+        windows = self.max_windows or self.windows
+        return WindowSpec(data=self.data, windows=windows, window_tokens=self.window_tokens, layout=self.layout)
 
 
 class Perplexity(EvaluationSpec):

@@ -16,6 +16,18 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
+class Look:
+    """Which look at a set or task this is, counted from 1, and the units at every look that there can be."""
+
+    number: int
+    sizes: tuple[int, ...]
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == len(self.sizes)
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything a gate may look at: flat measurements, 95 % intervals, event counts by kind."""
 
@@ -25,6 +37,8 @@ class Facts:
     ratio_intervals: dict[str, Interval] = field(default_factory=dict)
     event_counts: dict[str, int] = field(default_factory=dict)
     paired: dict[str, Paired] = field(default_factory=dict)
+    looks: dict[str, Look] = field(default_factory=dict)
+    """By measurement, where more may be asked for than has been."""
     source_bytes: float | None = None
     """Tensor bytes of the recipe's source, also where something else is compared with."""
 

@@ -13,8 +13,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.evaluation.difference import Comparison, compare, flips
+from compress.evaluation.looks import alpha_at_each
 from compress.evaluation.paired import Paired
-from compress.gates.base import Facts, Gate, Interval, Judgement, Verdict
+from compress.gates.base import Facts, Gate, Interval, Judgement, Look, Verdict
 
 
 class NonInferiorityGate(Gate):
@@ -51,11 +52,13 @@ class NonInferiorityGate(Gate):
         paired = facts.paired.get(self.measure)
         if paired is None or len(paired) < (1 if paired.unit == "items" else 2):
             return self._not_measured("was not measured on enough items or windows of both models")
-        found = compare(paired, self._margin_of_scores(), self.alpha)
+        look = facts.looks.get(self.measure, Look(1, (len(paired),)))
+        alpha = alpha_at_each(self.alpha, look.sizes)
+        found = compare(paired, self._margin_of_scores(), alpha)
         if not math.isfinite(found.loss):
             return self._not_measured("is not a finite number")
         low, high = self._shown(found.low), self._shown(found.high)
-        verdict = self._verdict(found)
+        verdict = _verdict(found, alpha)
         return Judgement(
             kind=self.kind,
             measure=self.measure,
@@ -63,17 +66,12 @@ class NonInferiorityGate(Gate):
             interval=(low, high),
             limit=self._limit(),
             verdict=verdict,
-            sentence=self._sentence(paired, found, (low, high), verdict),
+            sentence=self._sentence(paired, found, (low, high), verdict, alpha) + _which_look(look, alpha),
             units=found.units,
             p_within=found.p_within,
             p_beyond=found.p_beyond,
-            alpha=self.alpha,
+            alpha=alpha,
         )
-
-    def _verdict(self, found: Comparison) -> Verdict:
-        if found.p_within < self.alpha:
-            return "passed"
-        return "failed" if found.p_beyond < self.alpha else "inconclusive"
 
     def _margin_of_scores(self) -> float:
         """The margin in the unit of the scores: a ratio of perplexities is a difference of mean losses."""
@@ -94,7 +92,7 @@ class NonInferiorityGate(Gate):
             return f"<= {self.margin:g} nats"
         return f"loss <= {100 * self.margin:g} points"
 
-    def _sentence(self, paired: Paired, found: Comparison, bounds: Interval, verdict: Verdict) -> str:
+    def _sentence(self, paired: Paired, found: Comparison, bounds: Interval, verdict: Verdict, alpha: float) -> str:
         scale, unit = (1.0, " nats") if self.measure.startswith("divergence.") else (100.0, " points")
         unit = " %" if self._is_ratio else unit
         low, high = (scale * bound for bound in bounds)
@@ -104,10 +102,23 @@ class NonInferiorityGate(Gate):
             basis += f", {changed.lost} lost and {changed.gained} gained"
         what = "is" if self.measure.startswith("divergence.") else "lost"
         return (
-            f"{self.measure} {what} {scale * self._shown(found.loss):.4g}{unit} ({100 * (1 - self.alpha):g} % bounds "
+            f"{self.measure} {what} {scale * self._shown(found.loss):.4g}{unit} ({100 * (1 - alpha):.4g} % bounds "
             f"{low:.4g} to {high:.4g}; {basis}); the margin is {scale * self.margin:g}{unit}: {verdict}."
         )
 
     def _not_measured(self, why: str) -> Judgement:
         sentence = f"{self.measure} {why}, so the gate fails."
         return Judgement(self.kind, self.measure, None, None, self._limit(), "failed", sentence)
+
+
+def _verdict(found: Comparison, alpha: float) -> Verdict:
+    if found.p_within < alpha:
+        return "passed"
+    return "failed" if found.p_beyond < alpha else "inconclusive"
+
+
+def _which_look(look: Look, alpha: float) -> str:
+    """What a reader must know of a gate that may look more than once."""
+    if len(look.sizes) == 1:
+        return ""
+    return f" Look {look.number} of at most {len(look.sizes)}, each at alpha {alpha:g}."

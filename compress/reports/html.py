@@ -36,7 +36,7 @@ def render_html(report: Report) -> str:
         about=words.about(report),
         tiles=_tiles(report),
         gates=tables.gates_table(report),
-        quality=tables.quality_tables(report),
+        quality=[*tables.quality_tables(report), *([tables.noise_table(report)] if report.noise else [])],
         tasks=task_tables.tasks_table(report),
         flips=task_tables.flips_tables(report),
         errors=[_errors(stage) for stage in report.stages if stage.modules],

@@ -14,6 +14,7 @@ from compress.reports.tables import (
     facts,
     gates_table,
     memory_table,
+    noise_table,
     quality_tables,
     round_trip_table,
     split_recipe,
@@ -53,6 +54,7 @@ def render_markdown(report: Report) -> str:
     parts.append(escape(about(report)))
     parts += _section("Gates", [gates_table(report)])
     parts += ["## Before and after", *_titled(quality_tables(report))]
+    parts += _titled([noise_table(report)], none="")
     if report.tasks:
         parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
     parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]

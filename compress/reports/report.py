@@ -161,6 +161,27 @@ class ArtifactRef(Value):
     digest: str = Field(description="sha256 over 'sha256  path' lines of model/, sorted by path, README.md left out")
 
 
+class NoiseRecord(Value):
+    """The source against itself on the first windows of a set, in batches of another size."""
+
+    name: str
+    windows: int
+    batch: int = Field(description="windows in a batch, as everywhere in the run")
+    other_batch: int = Field(description="windows in a batch for this comparison")
+    mean_kl: float = Field(description="nats a token; what lies below it is no difference between models")
+    perplexity_ratio: float
+    top1_agreement: float
+
+
+class LookRecord(Value):
+    """A set or task that could be looked at more than once."""
+
+    name: str
+    looks: int = Field(description="how many there were")
+    units: int = Field(description="windows or items at the last of them")
+    most: int = Field(description="windows or items at the last that there could have been")
+
+
 class JudgedRecord(Value):
     """What `compress eval` judged, and what it was compared with."""
 
@@ -187,6 +208,8 @@ class Report(Value):
     events: list[Event]
     event_counts: dict[str, int]
     tasks: list[TaskRecord] = Field(default_factory=list, description="questions with answers, if any were asked")
+    noise: list[NoiseRecord] = Field(default_factory=list, description="noise floor of each set")
+    looks: list[LookRecord] = Field(default_factory=list, description="sets and tasks that could grow")
     evaluation: list[dict[str, Any]] = Field(description="each set: name, windows, tokens, protocol, digest, source")
     calibration: dict[str, Any] = Field(description="requested, obtained, dropped, digest, descriptor, licence")
     provenance: dict[str, Any] = Field(

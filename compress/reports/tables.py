@@ -18,6 +18,7 @@ from compress.reports.words import (
     interval_text,
     measured,
     number,
+    percent,
     size,
 )
 
@@ -76,6 +77,22 @@ def quality_tables(report: Report) -> list[Table]:
         for group, names in groups.items()
         if names
     ]
+
+
+def noise_table(report: Report) -> Table:
+    """What is no difference between models: the source against itself."""
+    rows = [
+        (
+            noise.name,
+            f"{noise.windows} windows in batches of {noise.batch} and of {noise.other_batch}",
+            number(noise.mean_kl),
+            f"× {noise.perplexity_ratio:.6f}",
+            percent(noise.top1_agreement),
+        )
+        for noise in report.noise
+    ]
+    headers = ("Text", "The source against itself", "Mean KL (nats)", "Perplexity", "Same most likely token")
+    return Table("Noise floor", headers, "llrrr", rows)
 
 
 def measures_by_set(measurements: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -59,7 +59,7 @@ class Candidate:
     name: str = ""
     version: str = ""
     recorded: dict[str, int] | None = None
-    """Events of its making by kind, where it brings a report that tells."""
+    """Events of its making by kind, where it brings a report that tells; empty where they are among a run's own."""
     calibration: WindowSpec | None = None
     """What it was calibrated on, where that is known."""
     events: tuple[Event, ...] = field(default=())
@@ -90,7 +90,7 @@ class Candidate:
 def exported(folder: Path) -> Candidate:
     """A run's own export. Its digest is taken when it is published."""
     checkpoint = Checkpoint(folder)
-    return Candidate("export", folder, checkpoint, checkpoint, checkpoint.weight_bytes, "")
+    return Candidate("export", folder, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={})
 
 
 def find_model(text: str, store: Path) -> Found:

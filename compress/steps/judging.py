@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from compress.checkpoints.sources import cache_folder
 from compress.evaluation.measure import (
     Measured,
     States,
+    TokenScores,
     load_states,
     quick_perplexities,
     save_states,
@@ -25,10 +26,11 @@ from compress.evaluation.tasks.compare import Comparison
 from compress.events import OF_MAKING, Event, Progress
 from compress.files import digest_of_json
 from compress.gates import EventsGate, Facts, Gate, Judgement, ThresholdGate, adjusted, overall
-from compress.gates.base import Tier, Verdict
+from compress.gates.base import Look, Tier, Verdict
 from compress.recipe import Recipe
 from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
+from compress.steps.noise import Noise, noise_floor
 from compress.steps.plan import Plan
 from compress.steps.round_trip import BOUND, COMPARED_WINDOWS, Reloaded, reload
 from compress.steps.source import OpenedSource, check_perplexity
@@ -37,10 +39,11 @@ from compress.steps.texts import Texts
 
 @dataclass(frozen=True)
 class Baseline:
-    """Final hidden states of the source on every set."""
+    """Final hidden states of the source on every set, and what of them is noise."""
 
     states: States
     events: tuple[Event, ...]
+    noise: tuple[Noise, ...] = ()
 
 
 def measure_source(
@@ -74,6 +77,15 @@ def measure_source(
     return Baseline(states, events)
 
 
+def with_noise(
+    baseline: Baseline, source: OpenedSource, texts: Texts, machine: Machine, progress: Progress
+) -> Baseline:
+    """The baseline with its noise floor."""
+    paths = {name: _kept(source, windows, machine) for name, windows in texts.evaluation.items()}
+    noise = noise_floor(source.checkpoint, baseline.states, texts.evaluation, paths, machine, progress)
+    return replace(baseline, noise=noise)
+
+
 def _kept(source: OpenedSource, windows: Windows, machine: Machine) -> Path:
     """Where the source's states on a set are kept, whatever the set is called."""
     key = digest_of_json(
@@ -96,6 +108,9 @@ class Evidence:
     compressed: Measured
     reloaded: Reloaded | None
     events: tuple[Event, ...]
+    noise: tuple[Noise, ...] = ()
+    scores: dict[str, TokenScores] = field(default_factory=dict)
+    """By set, token by token: what the measurements on text were summed up from."""
     tasks: tuple[Comparison, ...] = ()
 
 
@@ -103,6 +118,20 @@ def measure_candidate(
     plan: Plan, candidate: Candidate, reference: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
 ) -> tuple[Evidence, States]:
     """Measure the judged model as it lies on disk; also its final hidden states."""
+    scores, states = scores_of(plan, candidate, reference, baseline, texts, progress)
+    before, after = summarise(plan.recipe.on_text, scores)
+    before.values["weight_bytes"] = float(reference.checkpoint.weight_bytes)
+    after.values["weight_bytes"] = float(candidate.stored_bytes)
+    bits = _effective_bits(candidate, plan.matrices)
+    if bits is not None:
+        after.values["effective_bits"] = bits
+    return Evidence(before, after, None, (), baseline.noise, scores), states
+
+
+def scores_of(
+    plan: Plan, candidate: Candidate, reference: OpenedSource, baseline: Baseline, texts: Texts, progress: Progress
+) -> tuple[dict[str, TokenScores], States]:
+    """Both models token by token on every set, and the judged one's final hidden states."""
     machine = plan.machine
     states = walk_states(
         candidate.checkpoint,
@@ -121,13 +150,7 @@ def measure_candidate(
         machine.compute,
         progress,
     )
-    before, after = summarise(plan.recipe.on_text, scores)
-    before.values["weight_bytes"] = float(reference.checkpoint.weight_bytes)
-    after.values["weight_bytes"] = float(candidate.stored_bytes)
-    bits = _effective_bits(candidate, plan.matrices)
-    if bits is not None:
-        after.values["effective_bits"] = bits
-    return Evidence(before, after, None, ()), states
+    return scores, states
 
 
 def round_trip(
@@ -190,7 +213,12 @@ def _effective_bits(candidate: Candidate, matrices: dict[str, tuple[int, int]]) 
 
 
 def judge(
-    recipe: Recipe, evidence: Evidence, counts: dict[str, int], source_bytes: int, candidate: Candidate
+    recipe: Recipe,
+    evidence: Evidence,
+    counts: dict[str, int],
+    source_bytes: int,
+    candidate: Candidate,
+    looks: dict[str, Look],
 ) -> tuple[Verdict, list[Judgement]]:
     """Every gate of the recipe on measurements and `counts` of events, and the round trip, which is always a gate when
     it was made; it only informs where its loader is also what the weights were read through."""
@@ -201,6 +229,7 @@ def judge(
         ratio_intervals=evidence.compressed.ratio_intervals,
         event_counts=counts,
         paired=evidence.compressed.paired,
+        looks=looks,
         source_bytes=float(source_bytes),
     )
     judgements = adjusted([_judge(gate, facts) for gate in recipe.gates])

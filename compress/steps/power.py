@@ -9,6 +9,8 @@ items     one in ten changes sides: s = sqrt(0.10 / n)
 windows   a token's loss moves as in a model of mean KL 0.05: a variance of 2 KL to first order, so that
           s = sqrt(2 x 0.05 / (windows x tokens))
 
+Where a recipe lets a gate ask for more, it is what can be decided at the last look, with the alpha of one look.
+
 Example: 200 items, alpha 0.05: s = 0.0224, so margins from (1.645 + 0.842) x 0.0224 = 0.056 up are resolved.
 """
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from compress.evaluation.looks import alpha_at_each, look_sizes
 from compress.evaluation.tasks.items import draw
 from compress.gates import NonInferiorityGate
 from compress.recipe import Recipe
@@ -63,28 +66,36 @@ def powers(recipe: Recipe) -> list[Power]:
 def _power(recipe: Recipe, gate: NonInferiorityGate) -> Power | None:
     kind, _, rest = gate.measure.partition(".")
     if kind == "task":
-        name = rest.rpartition(".")[0]
-        items = _items(recipe, name)
-        if items is None:
+        sizes = _items(recipe, rest.rpartition(".")[0])
+        if sizes is None:
             return None
         assumption = f"{DISCORDANCE:.0%} of items change sides"
-        return _resolved(gate, f"{items} items", math.sqrt(DISCORDANCE / items), assumption)
+        return _resolved(gate, f"{_counted(sizes)} items", sizes, DISCORDANCE, assumption)
     specs = [spec for spec in recipe.on_text if spec.kind == kind and spec.set_name == rest]
     if kind != "perplexity" or not specs:
         return None
-    tokens = specs[0].windows * specs[0].window_tokens
-    units = f"{specs[0].windows} windows of {specs[0].window_tokens} tokens"
-    return _resolved(gate, units, math.sqrt(2 * KL / tokens), f"mean KL {KL:g} nats a token")
+    sizes, tokens = specs[0].looks, specs[0].window_tokens
+    units = f"{_counted(sizes)} windows of {tokens} tokens"
+    return _resolved(gate, units, sizes, 2 * KL / tokens, f"mean KL {KL:g} nats a token")
 
 
-def _items(recipe: Recipe, label: str) -> int | None:
-    """Items of a local task; None for one of lm-eval's own, whose items are not known before it is loaded."""
+def _counted(sizes: tuple[int, ...]) -> str:
+    return f"{sizes[-1]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+
+
+def _items(recipe: Recipe, label: str) -> tuple[int, ...] | None:
+    """Items of a local task at each look; None for one of lm-eval's own, whose items are not known yet."""
     spec = next((spec for spec in recipe.tasks if spec.label == label), None)
-    return None if spec is None or spec.file is None else len(draw(spec, recipe.seed)[0].asked)
+    if spec is None or spec.file is None:
+        return None
+    count = len(draw(spec, recipe.seed)[0].asked)
+    return look_sizes(spec.items or count, count)
 
 
-def _resolved(gate: NonInferiorityGate, units: str, error: float, assumption: str) -> Power:
-    reach = float(stats.norm.ppf(1 - gate.alpha))
+def _resolved(gate: NonInferiorityGate, units: str, sizes: tuple[int, ...], variance: float, assumption: str) -> Power:
+    """variance: of one unit's loss. What can be decided at the last look."""
+    error = math.sqrt(variance / sizes[-1])
+    reach = float(stats.norm.isf(alpha_at_each(gate.alpha, sizes)))
     is_ratio = gate.measure.startswith("perplexity.")
     margin = math.log1p(gate.margin) if is_ratio else gate.margin
     smallest = (reach + float(stats.norm.ppf(WANTED))) * error

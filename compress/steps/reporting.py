@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from compress.evaluation.difference import flips, mcnemar
 from compress.evaluation.tasks.compare import Comparison, examples
-from compress.events import Event, count_by_kind
+from compress.events import count_by_kind
 from compress.gates import Judgement
-from compress.gates.base import Verdict
 from compress.memory.measure import PeakSampler, device_peak_bytes
 from compress.recipe import Recipe
 from compress.reports.report import (
@@ -17,8 +17,10 @@ from compress.reports.report import (
     Flip,
     GateResult,
     JudgedRecord,
+    LookRecord,
     Measurements,
     Memory,
+    NoiseRecord,
     PredictedMeasured,
     Report,
     RoundTrip,
@@ -26,6 +28,7 @@ from compress.reports.report import (
     TaskRecord,
 )
 from compress.steps.candidate import Asked, Candidate
+from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
 from compress.steps.fold import Folded
 from compress.steps.judging import Evidence, measured_kv_cache
@@ -40,10 +43,7 @@ def assemble(
     source: OpenedSource,
     texts: Texts,
     folded: list[Folded],
-    evidence: Evidence,
-    verdict: Verdict,
-    judgements: list[Judgement],
-    events: list[Event],
+    decision: Decision,
     sampler: PeakSampler,
     seconds_by_step: dict[str, float],
     started: datetime,
@@ -51,10 +51,10 @@ def assemble(
     of: JudgedRecord | None = None,
 ) -> Report:
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be."""
-    recipe = plan.recipe
+    recipe, evidence, events = plan.recipe, decision.evidence, decision.events
     return Report(
-        verdict=verdict,
-        gates=[_gate(judgement) for judgement in judgements],
+        verdict=decision.verdict,
+        gates=[_gate(judgement) for judgement in decision.judgements],
         measurements=Measurements(
             source=evidence.source.values,
             compressed=evidence.compressed.values,
@@ -66,7 +66,12 @@ def assemble(
         events=events,
         event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
         tasks=[_task(comparison, evidence) for comparison in evidence.tasks],
-        evaluation=_evaluation(recipe, texts),
+        evaluation=_evaluation(recipe, texts, decision),
+        noise=[NoiseRecord(**asdict(noise)) for noise in evidence.noise],
+        looks=[
+            LookRecord(name=name, looks=look.number, units=look.sizes[look.number - 1], most=look.sizes[-1])
+            for name, look in decision.looks.items()
+        ],
         calibration=calibration_facts(texts.calibration),
         provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None),
         seconds_by_step=seconds_by_step,
@@ -188,9 +193,10 @@ def _task(comparison: Comparison, evidence: Evidence) -> TaskRecord:
     )
 
 
-def _evaluation(recipe: Recipe, texts: Texts) -> list[dict[str, Any]]:
+def _evaluation(recipe: Recipe, texts: Texts, decision: Decision) -> list[dict[str, Any]]:
     sets: list[dict[str, Any]] = []
-    for name, windows in texts.evaluation.items():
+    for name in texts.evaluation:
+        windows = texts.seen(name, decision.looks[name].number if name in decision.looks else 1)
         kinds = [spec.kind for spec in recipe.on_text if spec.set_name == name]
         protocol = (
             f"{windows.ids.shape[0]} non-overlapping {windows.ledger['layout']} windows of {windows.ids.shape[1]} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from compress.evaluation.tasks import harness
 from compress.evaluation.tasks.compare import Comparison, measure
 from compress.evaluation.tasks.generate import Generation, write_texts
 from compress.evaluation.tasks.likelihood import Scored, score_requests
-from compress.evaluation.tasks.prepare import Prepared, check_template, prepare, tokens_asked
+from compress.evaluation.tasks.prepare import Prepared, by_look, check_template, prepare, tokens_asked
 from compress.evaluation.tasks.results import Answers, from_records, load, save
 from compress.events import Event, Progress
 from compress.files import digest_of_json
@@ -34,6 +34,8 @@ class Tasks:
 
     prepared: tuple[Prepared, ...] = ()
     overlap: dict[str, float] | None = None
+    more: dict[str, tuple[Prepared, ...]] = field(default_factory=dict)
+    """By task, what each further look adds."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,11 @@ def read_tasks(plan: Plan, source: OpenedSource, texts: Texts, progress: Progres
             advance(spec.label)
     if mistakes:
         raise RecipeError(mistakes)
-    return Tasks(tuple(prepared), _overlap(texts.calibration, prepared, source.tokenizer))
+    overlap = _overlap(texts.calibration, prepared, source.tokenizer)
+    looks = {task.name: by_look(task, source.tokenizer, plan.recipe.seed) for task in prepared}
+    return Tasks(
+        tuple(first for first, _ in looks.values()), overlap, {name: more for name, (_, more) in looks.items()}
+    )
 
 
 def _overlap(calibration: Windows | None, prepared: Sequence[Prepared], tokenizer: Any) -> dict[str, float]:

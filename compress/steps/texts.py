@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import Windows, build_windows
 from compress.errors import RecipeError
+from compress.evaluation.looks import look_sizes
 from compress.events import Event, Progress
 from compress.recipe import Recipe
 from compress.steps.environment import Machine
@@ -25,6 +27,14 @@ class Texts:
     evaluation: dict[str, Windows]
     overlap: dict[str, float]
     """Share of each evaluation set's n-grams found in the calibration windows."""
+    more: dict[str, tuple[tuple[Windows, ...], ...]] = field(default_factory=dict)
+    """By set, what each further look adds to `evaluation`, in pieces no larger than that."""
+
+    def seen(self, name: str, looks: int) -> Windows:
+        """All windows of a set after so many looks."""
+        first = self.evaluation[name]
+        pieces = [piece for look in self.more.get(name, ())[: looks - 1] for piece in look]
+        return first.with_more(pieces) if pieces else first
 
     @property
     def events(self) -> list[Event]:
@@ -50,7 +60,23 @@ def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress:
             raise RecipeError(
                 f"{name}: the tokenizer gives ids up to {int(windows.ids.max())}, the model knows {vocabulary}"
             )
-    return Texts(calibration, evaluation, _overlap(calibration, evaluation))
+    overlap = _overlap(calibration, evaluation)
+    first, more = {}, {}
+    for name, windows in evaluation.items():
+        spec = next(spec for spec in recipe.on_text if spec.set_name == name)
+        first[name], more[name] = _by_look(windows, spec.windows)
+    return Texts(calibration, first, overlap, more)
+
+
+def _by_look(windows: Windows, first: int) -> tuple[Windows, tuple[tuple[Windows, ...], ...]]:
+    """The windows of the first look, and what each further one adds."""
+    sizes = look_sizes(first, len(windows.ids))
+    if len(sizes) == 1:
+        return windows, ()
+    step, more = sizes[0], []
+    for start, stop in pairwise(sizes):
+        more.append(tuple(windows.part(at, min(at + step, stop)) for at in range(start, stop, step)))
+    return replace(windows.part(0, step), events=windows.events), tuple(more)
 
 
 def _calibration(recipe: Recipe, source: OpenedSource, machine: Machine, progress: Progress) -> Windows | None:

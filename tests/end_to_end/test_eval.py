@@ -52,6 +52,7 @@ def test_a_published_version_is_measured_as_it_was_when_it_was_made(published, h
     assert [gate["verdict"] for gate in report["gates"]] == [gate["verdict"] for gate in made["gates"]]
     assert report["artifact"]["digest"] == made["artifact"]["digest"]
     assert report["event_counts"]["baseline_reused"] == 1 and "calibration_unknown" not in report["event_counts"]
+    assert report["noise"] == made["noise"] and report["noise"][0]["mean_kl"] < 1e-6
     assert report["judged"]["making_recorded"] and report["stages"] == []
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "report.md", "junit.xml"}
     assert "nothing was compressed" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -13,6 +13,7 @@ from compress.reports.report import (
     Measurements,
     Memory,
     ModuleRecord,
+    NoiseRecord,
     PredictedMeasured,
     Report,
     RoundTrip,
@@ -259,6 +260,17 @@ def example_report(verdict: Verdict = "passed", **changes: Any) -> Report:
                 "source": source,
             }
             for name, source in (("python-docs", "pydoc-data topics"), ("rfc.text-2024", "npm package"))
+        ],
+        "noise": [
+            NoiseRecord(
+                name="python-docs",
+                windows=4,
+                batch=2,
+                other_batch=1,
+                mean_kl=2.3e-7,
+                perplexity_ratio=1.0000004,
+                top1_agreement=0.9995,
+            )
         ],
         "calibration": {
             "descriptor": "python-help",

@@ -111,6 +111,7 @@ def test_every_section_is_there_with_its_numbers(face: str) -> None:
         "1.039 to 1.055",  # interval of a gate
         "<= 1.08 x source",  # its limit
         "19.29",  # perplexity after
+        "2.3e-07",  # noise floor
         "0.0583 to 0.0647",  # interval of the mean KL
         "KL divergence, 99.9th percentile",
         "89.2 %",  # top-1 agreement

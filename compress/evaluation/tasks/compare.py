@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from compress.evaluation.measure import Measured
 from compress.evaluation.paired import Paired
 from compress.evaluation.statistics import Interval, mean_interval
 from compress.evaluation.tasks.prepare import Prepared
-from compress.evaluation.tasks.results import Answer, Answers, Asked
+from compress.evaluation.tasks.results import Answer, Answers, Asked, joined
+from compress.files import digest_of_json
 
 EXAMPLES = 5
 """Flips of each direction that a report shows."""
@@ -34,6 +35,17 @@ class Comparison:
     compressed: Answers
     overlap: float
     """Share of the contexts' n-grams found in the calibration windows."""
+
+    def joined(self, more: Comparison) -> Comparison:
+        """This one and another part of the same task."""
+        prepared = replace(
+            self.prepared,
+            ids=(*self.prepared.ids, *more.prepared.ids),
+            digest=digest_of_json([self.prepared.digest, more.prepared.digest]),
+        )
+        return Comparison(
+            prepared, joined(self.source, more.source), joined(self.compressed, more.compressed), self.overlap
+        )
 
     def flips(self, lost: bool) -> list[int]:
         """Items that only the source got right (`lost`), or only the compressed model."""

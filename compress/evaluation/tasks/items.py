@@ -46,9 +46,12 @@ class Drawn:
     """The items a recipe asks, in file order, and the examples shown before each."""
 
     asked: tuple[Item, ...]
+    """All that may be asked, `max_items` of them if that is given."""
     examples: tuple[Item, ...]
     available: int
     """Items of the file, less those that are shown as examples: how many could be asked."""
+    ranks: tuple[int, ...] = ()
+    """Of each of `asked`, when it was drawn: the first `items` are asked first."""
 
 
 def read_items(path: Path, type_: TaskType) -> tuple[list[Item], list[str]]:
@@ -163,5 +166,12 @@ def draw(spec: Task, seed: int) -> tuple[Drawn, list[str]]:
         if limit > len(rest):
             left = f" beside {shown} shown as examples" if pool is None and shown else ""
             mistakes.append(f"{spec.file}: {name} is {limit}, the file has {max(0, len(rest))}{left}")
-    asked = [items[position] for position in sorted(rest[: spec.items])]
-    return Drawn(tuple(asked), tuple(examples), len(rest)), mistakes
+    asked, ranks = in_file_order(rest[: spec.most])
+    return Drawn(tuple(items[position] for position in asked), tuple(examples), len(rest), ranks), mistakes
+
+
+def in_file_order(drawn: list[int]) -> tuple[list[int], tuple[int, ...]]:
+    """Positions sorted, and for each the rank at which it was drawn."""
+    ranks = {position: rank for rank, position in enumerate(drawn)}
+    ordered = sorted(drawn)
+    return ordered, tuple(ranks[position] for position in ordered)

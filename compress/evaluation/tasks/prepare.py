@@ -7,13 +7,15 @@ else is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from compress.errors import RecipeError
+from compress.evaluation.looks import look_sizes
 from compress.evaluation.tasks import harness
-from compress.evaluation.tasks.items import MOST_MISTAKES, Drawn, draw, order
+from compress.evaluation.tasks.items import MOST_MISTAKES, Drawn, draw, in_file_order, order
 from compress.evaluation.tasks.spec import Task
 from compress.files import digest_of_json, sha256_of
 
@@ -36,6 +38,8 @@ class Prepared:
     digest: str
     facts: dict[str, Any]
     """For the report: where the items are from, how they are put."""
+    ranks: tuple[int, ...] = ()
+    """Of each item, when it was drawn."""
 
     @property
     def name(self) -> str:
@@ -43,7 +47,8 @@ class Prepared:
 
 
 def prepare(spec: Task, tokenizer: Any, max_context: int | None, seed: int) -> Prepared:
-    """Build a task, ask it in a dry run and check its prompts. Raises RecipeError with all mistakes of the task."""
+    """Build a task, ask all of it that may be asked in a dry run, and check its prompts. Raises RecipeError with all
+    mistakes of the task."""
     from compress.evaluation.tasks import question as questions
     from compress.evaluation.tasks.language_model import Recorder
 
@@ -53,11 +58,11 @@ def prepare(spec: Task, tokenizer: Any, max_context: int | None, seed: int) -> P
         if mistakes:
             raise RecipeError(mistakes)
         asked: Any = questions.local_task(spec, drawn)
-        positions, available = None, drawn.available
+        positions, available, ranks = None, drawn.available, drawn.ranks
         documents = [item.to_json() for item in drawn.asked]
     else:
         drawn, asked = None, questions.named_task(spec)
-        positions, available = _limited(spec, asked, seed)
+        positions, available, ranks = _limited(spec, asked, seed)
         documents = [dict(asked.eval_docs[at]) for at in (positions or range(available))]
     recorder = Recorder(tokenizer)
     records = harness.ask(asked, recorder, positions, spec.chat_template, seed)
@@ -71,7 +76,30 @@ def prepare(spec: Task, tokenizer: Any, max_context: int | None, seed: int) -> P
     digest = _digest(records, recorder)
     facts = _facts(spec, drawn, asked, tokenizer)
     generates = bool(recorder.written)
-    return Prepared(spec, asked, positions, ids, contexts, available, generates, digest, facts)
+    return Prepared(spec, asked, positions, ids, contexts, available, generates, digest, facts, ranks)
+
+
+def by_look(whole: Prepared, tokenizer: Any, seed: int) -> tuple[Prepared, tuple[Prepared, ...]]:
+    """The items of the first look, and what each further one adds."""
+    sizes = look_sizes(whole.spec.items or len(whole.ids), len(whole.ids))
+    if len(sizes) == 1:
+        return whole, ()
+    parts = [_part(whole, start, stop, tokenizer, seed) for start, stop in pairwise((0, *sizes))]
+    unbounded = whole.spec.model_copy(update={"floor": None})  # the source is held to its floor once, before any stage
+    return parts[0], tuple(replace(part, spec=unbounded) for part in parts[1:])
+
+
+def _part(whole: Prepared, start: int, stop: int, tokenizer: Any, seed: int) -> Prepared:
+    """The items that were drawn as number start..stop-1, in file order."""
+    kept = [at for at, rank in enumerate(whole.ranks) if start <= rank < stop]
+    part = replace(
+        whole,
+        positions=[whole.positions[at] for at in kept] if whole.positions is not None else kept,
+        ids=tuple(whole.ids[at] for at in kept),
+        contexts=tuple(whole.contexts[at] for at in kept),
+        ranks=tuple(whole.ranks[at] for at in kept),
+    )
+    return replace(part, digest=tokens_asked(part, tokenizer, seed))
 
 
 def check_template(spec: Task, tokenizer: Any) -> None:
@@ -83,13 +111,16 @@ def check_template(spec: Task, tokenizer: Any) -> None:
         )
 
 
-def _limited(spec: Task, question: Any, seed: int) -> tuple[list[int] | None, int]:
-    """Positions that are asked of one of lm-eval's tasks, and how many there are."""
+def _limited(spec: Task, question: Any, seed: int) -> tuple[list[int] | None, int, tuple[int, ...]]:
+    """Positions that may be asked of one of lm-eval's tasks, how many there are, and when each was drawn."""
     available = len(question.eval_docs)
     for name, limit in (("items", spec.items or 1), ("max_items", spec.max_items or 1)):
         if limit > available:
             raise RecipeError(f"task {spec.label}: {name} is {limit}, lm-eval's {spec.task} has {available}")
-    return (None if spec.items is None else sorted(order(available, seed)[: spec.items])), available
+    if spec.items is None:
+        return None, available, tuple(range(available))
+    positions, ranks = in_file_order(order(available, seed)[: spec.most])
+    return positions, available, ranks
 
 
 def _context(question: Any, record: dict[str, Any]) -> str:

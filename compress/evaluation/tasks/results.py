@@ -45,6 +45,11 @@ class Answers(BaseModel):
     answers: tuple[Answer, ...]
 
 
+def joined(first: Answers, more: Answers) -> Answers:
+    """Answers to two parts of a task as one."""
+    return Answers(asked=(*first.asked, *more.asked), answers=(*first.answers, *more.answers))
+
+
 def from_records(question: Any, ids: Sequence[str], records: Sequence[dict[str, Any]]) -> Answers:
     """lm-eval's records of a task, one an item in the order of `ids`, as answers."""
     kind, score = str(question.get_config("output_type")), score_of(question)

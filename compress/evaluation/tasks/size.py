@@ -26,14 +26,17 @@ class Size:
 
 
 def size_of(spec: Task, seed: int) -> Size | None:
-    """The size of a local task; None for one of lm-eval's own, whose items are known once they are loaded."""
+    """The size of a local task at the first look; None for one of lm-eval's own, whose items are not known yet."""
     if spec.file is None:
         return None
     drawn, _ = draw(spec, seed)
+    asked = [
+        item for item, rank in zip(drawn.asked, drawn.ranks, strict=True) if spec.items is None or rank < spec.items
+    ]
     shown = sum(len(item.context) + len(str(item.answer)) for item in drawn.examples)
-    answers = sum(len(item.choices) or 1 for item in drawn.asked)
-    tokens = (sum(item.characters for item in drawn.asked) + answers * shown) // CHARACTERS_PER_TOKEN
+    answers = sum(len(item.choices) or 1 for item in asked)
+    tokens = (sum(item.characters for item in asked) + answers * shown) // CHARACTERS_PER_TOKEN
     if spec.type == "generation":
-        written = len(drawn.asked) * spec.max_new_tokens
+        written = len(asked) * spec.max_new_tokens
         return Size(tokens, written, written)
     return Size(tokens, answers * PREDICTED)

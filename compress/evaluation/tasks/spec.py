@@ -29,7 +29,9 @@ class Task(BaseModel):
     )
     items: int | None = Field(default=None, gt=0, description="how many are asked, drawn by the seed; default: all")
     max_items: int | None = Field(
-        default=None, gt=0, description="up to how many may be asked where a gate cannot decide on `items`"
+        default=None,
+        gt=0,
+        description="up to how many may be asked where a non_inferiority gate cannot decide",
     )
     few_shot: int | None = Field(
         default=None,
@@ -81,6 +83,11 @@ class Task(BaseModel):
     def label(self) -> str:
         """The name in measurements and file names."""
         return self.name or re.sub(r"[^A-Za-z0-9_-]", "_", self.task or "")
+
+    @property
+    def most(self) -> int | None:
+        """Up to how many items may be asked; None for all."""
+        return self.max_items or self.items
 
     def absolute(self, base: Path) -> Task:
         """The same with its files' paths resolved against `base`."""

@@ -67,6 +67,12 @@ def note(text: str) -> None:
     err.print(Text(text))
 
 
+def print_commands(lines: Sequence[str]) -> None:
+    """Workflow commands of a CI system: on stderr, a line each, as they are."""
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
 def print_error(text: str) -> None:
     """An error on stderr, each line as it is."""
     err.print(Text("error: ", style="bold red") + Text(text))

@@ -86,7 +86,8 @@ def guarded(arguments: list[str]) -> int:
         code, mistakes = _explain(error)
         if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError):
             traceback.print_exc()
-        _report(code, mistakes, as_json="--json" in arguments and not parallel.started_to_follow())
+        leads = not parallel.started_to_follow()
+        _report(code, mistakes, as_json="--json" in arguments and leads, github="--github" in arguments and leads)
         return code
 
 
@@ -112,11 +113,15 @@ def _explain(error: BaseException) -> tuple[ExitCode, list[str]]:
     ]
 
 
-def _report(code: ExitCode, mistakes: list[str], as_json: bool) -> None:
+def _report(code: ExitCode, mistakes: list[str], as_json: bool, github: bool) -> None:
     from compress import console
 
     heading = [f"{len(mistakes)} mistakes:"] if len(mistakes) > 1 else []
     console.print_error("\n".join([*heading, *mistakes]))
+    if github:
+        from compress.reports import github as actions
+
+        console.print_commands(actions.of_mistakes(code.name, mistakes))
     if as_json:
         console.print_json({"error": {"class": code.name.lower(), "exit_code": int(code), "messages": mistakes}})
 

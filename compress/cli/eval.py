@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compress.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption, quiet_libraries
+from compress.cli.outputs import GithubOption, JunitOption, Outputs
 
 Model = Annotated[
     str, typer.Argument(help="NAME, NAME@v0003 or NAME@r0001 of the store, a folder, a .gguf file or a hub id.")
@@ -25,6 +26,8 @@ def eval_(
     store: StoreOption = DEFAULT_STORE,
     set_: SetOption = None,
     json: JsonOption = False,
+    junit: JunitOption = None,
+    github: GithubOption = False,
 ) -> int:
     """Judge any model by a recipe's gates: a previous release, a rejected run, what another tool made.
 
@@ -41,12 +44,14 @@ def eval_(
 
     if out is not None:
         _check_empty(out)
+    outputs = Outputs(junit, github)
     asked = Asked(find_model(model, store), find_model(against, store) if against is not None else None)
     outcome = evaluate(loaded, asked, out, console.StageProgress())
     if json:
         console.print_json(outcome.report.model_dump(mode="json", by_alias=True))
     else:
         print_outcome(outcome)
+    outputs.write(outcome.report, outcome.html)
     return int(outcome.exit_code)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.cli.options import DEFAULT_STORE, JsonOption, RecipeArgument, SetOption, StoreOption, quiet_libraries
+from compress.cli.outputs import GithubOption, JunitOption, Outputs
 from compress.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ def run(
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and predict only, like `compress plan`.")] = False,
     json: JsonOption = False,
+    junit: JunitOption = None,
+    github: GithubOption = False,
 ) -> int:
     """Compress a model as a recipe says, judge it, publish it.
 
@@ -36,10 +39,12 @@ def run(
         from compress.steps.following import leading
 
         with leading():
-            return plan(recipe, store, set_, json) if dry_run else _run(recipe, store, set_, json)
+            if dry_run:
+                return plan(recipe, store, set_, json)
+            return _run(recipe, store, set_, json, Outputs(junit, github))
 
 
-def _run(recipe: Path, store: Path, set_: list[str] | None, json: bool) -> int:
+def _run(recipe: Path, store: Path, set_: list[str] | None, json: bool, outputs: Outputs) -> int:
     from compress import console
     from compress.recipe import load_recipe
 
@@ -56,6 +61,7 @@ def _run(recipe: Path, store: Path, set_: list[str] | None, json: bool) -> int:
         console.print_json(outcome.report.model_dump(mode="json", by_alias=True))
     else:
         print_outcome(outcome)
+    outputs.write(outcome.report, outcome.html)
     return int(outcome.exit_code)
 
 

@@ -34,6 +34,7 @@ EVENT_KINDS: dict[str, str] = {
     "tokenizer_borrowed": "the judged model brings no tokenizer; the source's was used",
     "calibration_unknown": "what the judged model was calibrated on is not known, so overlap could not be checked",
     "task_skipped": "a task that needs generated text was not asked: the whole model does not fit in memory",
+    "latency_skipped": "the times of both models were not compared: no memory for both, or no loader",
     "source_was_quantized": "the source weights came from a quantised file",
     "few_calibration_tokens": "fewer calibration tokens than input columns: the Hessian is rank deficient",
     "text_truncated": "documents were shortened to the length of the evaluation or calibration window",

@@ -35,7 +35,9 @@ from compress.steps.deciding import Inquiry, decide
 from compress.steps.environment import versions
 from compress.steps.fold import fold, stage_events
 from compress.steps.judging import measure_candidate, measure_source, round_trip, with_noise
+from compress.steps.latency import time_both
 from compress.steps.plan import Plan, make_plan, plan_evaluation
+from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
 from compress.steps.source import open_source
 from compress.steps.tasks import ask_candidate, ask_source, read_tasks
 from compress.steps.texts import read_texts
@@ -80,6 +82,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             baseline = measure_source(recipe, source, texts, planned.machine, progress)
             baseline = with_noise(baseline, source, texts, planned.machine, progress)
             answers = ask_source(planned, source, tasks, progress)
+            talk = ask_source_prompts(planned, source, progress)
         with clock.step("stages"):
             folded = fold(
                 recipe.stages,
@@ -100,11 +103,13 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 candidate = exported(staged / "model")
                 evidence, states = measure_candidate(planned, candidate, source, baseline, texts, progress)
                 evidence = ask_candidate(planned, candidate, tasks, answers, evidence, progress)
+                talk = ask_candidate_prompts(planned, candidate, talk, progress)
             with clock.step("round trip"), sampler.phase("round trip"):
                 evidence = round_trip(planned, candidate, texts, evidence, states, progress)
+                evidence = time_both(planned, source, candidate, evidence, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += stage_events(folded)
-            events += evidence.events
+            events += [*evidence.events, *(talk.events if talk else ())]
             inquiry = Inquiry(planned, source, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
             with clock.step("verdict"), sampler.phase("verdict"):
                 decision = decide(inquiry, evidence, events)
@@ -118,6 +123,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                     texts,
                     folded,
                     decision,
+                    talk,
                     sampler,
                     clock.seconds,
                     started,
@@ -150,13 +156,16 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
             baseline = measure_source(recipe, reference, texts, planned.machine, progress)
             baseline = with_noise(baseline, reference, texts, planned.machine, progress)
             answers = ask_source(planned, reference, tasks, progress)
+            talk = ask_source_prompts(planned, reference, progress)
         with clock.step("evaluation"), sampler.phase("evaluation"):
             evidence, states = measure_candidate(planned, candidate, reference, baseline, texts, progress)
             evidence = ask_candidate(planned, candidate, tasks, answers, evidence, progress)
+            talk = ask_candidate_prompts(planned, candidate, talk, progress)
         with clock.step("round trip"), sampler.phase("round trip"):
             evidence = round_trip(planned, candidate, texts, evidence, states, progress)
+            evidence = time_both(planned, reference, candidate, evidence, progress)
         events = [*reference.events, *candidate.events, *texts.events, *baseline.events, *answers.events]
-        events += evidence.events
+        events += [*evidence.events, *(talk.events if talk else ())]
         inquiry = Inquiry(planned, reference, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
         with clock.step("verdict"), sampler.phase("verdict"):
             decision = decide(inquiry, evidence, events)
@@ -166,6 +175,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
             texts,
             [],
             decision,
+            talk,
             sampler,
             clock.seconds,
             started,

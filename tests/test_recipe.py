@@ -289,5 +289,5 @@ def test_tasks_need_names_of_their_own_and_a_text_beside_them(tmp_path, glass_re
         load_recipe(task_recipe(tmp_path, glass_recipe, task, task))
     gates = [{"kind": "threshold", "measure": "task.t.accuracy", "min": 0.5}]
     only = {**glass_recipe, "evaluation": [task], "gates": gates}
-    with pytest.raises(RecipeError, match="only tasks are evaluated; add a perplexity or a divergence"):
+    with pytest.raises(RecipeError, match="no text is evaluated; add a perplexity or a divergence"):
         load_recipe(write_recipe(tmp_path / "r.yaml", only))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from compress.calibration.texts import SelfGenerated, TextSource
 from compress.calibration.windows import WindowSpec
+from compress.evaluation.latency.spec import Latency
 from compress.evaluation.looks import look_sizes
+from compress.evaluation.prompts.spec import Prompts
 from compress.evaluation.tasks.spec import Task
 
 
@@ -73,9 +75,11 @@ class Divergence(EvaluationSpec):
 
 DIVERGENCE_NAMES = ("mean_kl", "median_kl", "kl_p99", "kl_p999", "max_kl", "top1_agreement")
 OnText = Perplexity | Divergence
-AnyEvaluation = Annotated[Perplexity | Divergence | Task, Field(discriminator="kind")]
-EVALUATIONS: dict[str, type[Perplexity] | type[Divergence] | type[Task]] = {
+AnyEvaluation = Annotated[Perplexity | Divergence | Task | Prompts | Latency, Field(discriminator="kind")]
+EVALUATIONS: dict[str, type[BaseModel]] = {
     "perplexity": Perplexity,
     "divergence": Divergence,
     "task": Task,
+    "prompts": Prompts,
+    "latency": Latency,
 }

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from compress.gates.base import Facts, Gate, Judgement
 from compress.gates.events import EventsGate
+from compress.gates.latency import LatencyGate
 from compress.gates.memory import MemoryGate
 from compress.gates.non_inferiority import NonInferiorityGate
 from compress.gates.relative import RelativeGate
@@ -19,7 +20,8 @@ from compress.gates.threshold import ThresholdGate
 from compress.gates.verdict import adjusted, overall
 
 AnyGate = Annotated[
-    ThresholdGate | RelativeGate | NonInferiorityGate | EventsGate | SizeGate | MemoryGate, Field(discriminator="kind")
+    ThresholdGate | RelativeGate | NonInferiorityGate | EventsGate | SizeGate | MemoryGate | LatencyGate,
+    Field(discriminator="kind"),
 ]
 
 GATES: dict[str, type[Gate]] = {
@@ -29,6 +31,7 @@ GATES: dict[str, type[Gate]] = {
     "events": EventsGate,
     "size": SizeGate,
     "memory": MemoryGate,
+    "latency": LatencyGate,
 }
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "Facts",
     "Gate",
     "Judgement",
+    "LatencyGate",
     "MemoryGate",
     "NonInferiorityGate",
     "RelativeGate",

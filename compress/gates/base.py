@@ -104,8 +104,12 @@ def number_text(measure: str, value: float) -> str:
     return f"{value:,.0f}" if measure.endswith("bytes") else f"{value:.6g}"
 
 
-def bounds_text(low: float | None, high: float | None, suffix: str = "") -> str:
-    """'<= 0.1', '>= 0.9', or both."""
-    parts = [] if low is None else [f">= {low:g}{suffix}"]
-    parts += [] if high is None else [f"<= {high:g}{suffix}"]
+def _bound(measure: str, value: float, suffix: str) -> str:
+    return f"{value:g}" if suffix else number_text(measure, value)
+
+
+def bounds_text(measure: str, low: float | None, high: float | None, suffix: str = "") -> str:
+    """'<= 0.1', '>= 0.9', or both; bytes with separators, if it is them and not a ratio of them."""
+    parts = [] if low is None else [f">= {_bound(measure, low, suffix)}{suffix}"]
+    parts += [] if high is None else [f"<= {_bound(measure, high, suffix)}{suffix}"]
     return " and ".join(parts)

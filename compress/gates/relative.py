@@ -35,7 +35,7 @@ class RelativeGate(Gate):
         return [self.measure]
 
     def judge(self, facts: Facts) -> Judgement:
-        limit = bounds_text(self.min_ratio, self.max_ratio, " x source")
+        limit = bounds_text(self.measure, self.min_ratio, self.max_ratio, " x source")
         value, base = facts.compressed.get(self.measure), facts.source.get(self.measure)
         if value is None or base is None or base == 0:
             which = "the compressed model" if value is None else "the source"

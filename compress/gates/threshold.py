@@ -35,7 +35,7 @@ class ThresholdGate(Gate):
         return [self.measure]
 
     def judge(self, facts: Facts) -> Judgement:
-        limit = bounds_text(self.min, self.max)
+        limit = bounds_text(self.measure, self.min, self.max)
         value = facts.compressed.get(self.measure)
         if value is None:
             sentence = f"{self.measure} was not measured, so the gate fails."

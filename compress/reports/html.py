@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import pictures, tables, task_tables, words
+from compress.reports import answers, pictures, tables, task_tables, words
 from compress.reports.report import Report, StageRecord
 
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
@@ -39,6 +39,9 @@ def render_html(report: Report) -> str:
         quality=[*tables.quality_tables(report), *([tables.noise_table(report)] if report.noise else [])],
         tasks=task_tables.tasks_table(report),
         flips=task_tables.flips_tables(report),
+        answers=answers.shown(report.answers) if report.answers else [],
+        answers_said=answers.introduction(report.answers) if report.answers else "",
+        answers_same=answers.UNCHANGED,
         errors=[_errors(stage) for stage in report.stages if stage.modules],
         memory=tables.memory_table(report),
         stages=tables.stages_table(report),

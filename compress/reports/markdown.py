@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from compress.reports.report import Report
+from compress.evaluation.prompts.differences import Piece
+from compress.reports.answers import UNCHANGED, introduction, shown
+from compress.reports.report import AnswersRecord, Report
 from compress.reports.tables import (
     Table,
     event_counts_table,
@@ -57,6 +59,7 @@ def render_markdown(report: Report) -> str:
     parts += _titled([noise_table(report)], none="")
     if report.tasks:
         parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
+    parts += _answers(report.answers) if report.answers else []
     parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]
     parts += _section("Memory", [memory_table(report)])
     parts += _section("Stages", [stages_table(report)])
@@ -74,6 +77,27 @@ def render_markdown(report: Report) -> str:
     parts += ["## Provenance", _facts_text({**artifact, **rest})]
     parts += ["## Recipe", fence(recipe, "yaml")] if recipe else []
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _answers(answers: AnswersRecord) -> list[str]:
+    """Both models' answers, what only one of them wrote in bold."""
+    parts = ["## Answers side by side", f"{escape(introduction(answers))} What only one of them wrote is bold."]
+    for pair in shown(answers):
+        same = f" ({UNCHANGED})" if pair.same else ""
+        rows = [("Prompt", escape(pair.prompt))]
+        rows += [(side.title, "".join(_piece(piece) for piece in side.pieces)) for side in pair.sides]
+        lines = "\n".join(f"| {title} | {text} |" for title, text in rows)
+        parts.append(f"### {escape(pair.id)}{same}\n\n| Who | Text |\n| --- | --- |\n{lines}")
+    return parts
+
+
+def _piece(piece: Piece) -> str:
+    """Escaped, in bold where it differs; spaces stay outside, or Markdown would not see the bold."""
+    text = escape(piece.text)
+    left, right = (" " if piece.text[:1].isspace() else ""), (" " if piece.text[-1:].isspace() else "")
+    if not text:
+        return " "
+    return f"{left}<b>{text}</b>{right}" if piece.differs else f"{left}{text}{right}"
 
 
 def _section(title: str, tables: list[Table]) -> list[str]:

@@ -161,6 +161,25 @@ class ArtifactRef(Value):
     digest: str = Field(description="sha256 over 'sha256  path' lines of model/, sorted by path, README.md left out")
 
 
+class AnswerPair(Value):
+    """One prompt and what both models wrote."""
+
+    id: str
+    prompt: str
+    source: str
+    compressed: str
+
+
+class AnswersRecord(Value):
+    """Prompts for people to compare answers; nothing is judged by them."""
+
+    asked: str = Field(description="where the prompts are from")
+    chat_template: str | None = Field(description="digest of the template, equal on both sides; None if none was used")
+    max_new_tokens: int
+    prompts_digest: str = Field(description="sha256 over every prompt's tokens")
+    pairs: list[AnswerPair]
+
+
 class NoiseRecord(Value):
     """The source against itself on the first windows of a set, in batches of another size."""
 
@@ -208,6 +227,7 @@ class Report(Value):
     events: list[Event]
     event_counts: dict[str, int]
     tasks: list[TaskRecord] = Field(default_factory=list, description="questions with answers, if any were asked")
+    answers: AnswersRecord | None = Field(default=None, description="both models' answers to prompts, for people")
     noise: list[NoiseRecord] = Field(default_factory=list, description="noise floor of each set")
     looks: list[LookRecord] = Field(default_factory=list, description="sets and tasks that could grow")
     evaluation: list[dict[str, Any]] = Field(description="each set: name, windows, tokens, protocol, digest, source")

@@ -25,6 +25,8 @@ MEASURES: dict[str, str] = {
     "accuracy": "Accuracy",
     "accuracy_norm": "Accuracy by likelihood per character",
     "nll": "Nats of a whole answer",
+    "prefill_seconds": "Reading the prompt",
+    "decode_seconds": "Each token written",
 }
 ORDER = list(MEASURES)
 
@@ -73,6 +75,8 @@ def measured(name: str, value: float | None) -> str:
         return MISSING
     if name.endswith("bytes"):
         return size(value)
+    if name.endswith("_seconds"):
+        return f"{1000 * value:.4g} ms" if value < 1 else duration(value)
     return percent(value) if name.endswith(("top1_agreement", "accuracy", "accuracy_norm")) else number(value)
 
 
@@ -129,7 +133,13 @@ def limits(report: Report) -> list[str]:
         )
     elif not any(name.startswith("task.") for name in report.measurements.compressed):
         said.append("No task benchmarks (questions, code, tool use) were run.")
-    said.append("Speed when served, and safety or bias of the answers, were not measured; compression can change both.")
+    timed = any(name.startswith("latency.") for name in report.measurements.compressed)
+    said.append(
+        "Speed was measured in transformers only, which unpacks weights; other runtimes have other kernels. Safety and "
+        "bias of the answers were not measured; compression can change both."
+        if timed
+        else "Speed when served, and safety or bias of the answers, were not measured; compression can change both."
+    )
     if report.event_counts.get("calibration_unknown"):
         said.append("What this model was calibrated on is not known; it may be the very text that it was judged on.")
     if report.round_trip is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from compress.architecture import Architecture, Dimensions
 from compress.checkpoints.compressed_tensors import cannot_load
 from compress.checkpoints.export import FORMATS
-from compress.evaluation.tasks.spec import Task
+from compress.evaluation.specs import OnText
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.power import Power
@@ -38,7 +38,7 @@ def mistakes_of(
     if dimensions.max_context:
         texts = [("calibration", recipe.calibration)] if recipe.calibration else []
         texts += [
-            (f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation) if not isinstance(spec, Task)
+            (f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation) if isinstance(spec, OnText)
         ]
         found += [
             f"{where}.window_tokens: {spec.window_tokens} is more than the model's context of {dimensions.max_context}"

@@ -54,25 +54,27 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 
 
 def peak_bytes(
+    recipe: Recipe,
     load: predict.WalkLoad,
     trainings: list[tuple[Training, predict.TrainingLoad]],
-    samples: bool,
     asked: Size,
     machine: Machine,
 ) -> int:
     """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, asking, or, where
-    it fits, reloading the export publicly."""
+    it fits, reloading the export publicly, beside the source to compare times."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
     if asked.tokens:
         states = min(STATES_BYTES, asked.tokens * load.hidden * load.compute_bytes)
         peaks.append(predict.asking_peak_bytes(load, states, asked.positions))
-    if samples and machine.device.type == "cpu":
+    if samples_text(recipe) and machine.device.type == "cpu":
         peaks.append(predict.INTERPRETER + load.parameters * 4)
     if machine.device.type == "cpu":
         states = load.evaluation_tokens * load.hidden * 4
         peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
-    if fits(load.parameters, predict.reload_peak_bytes(load), machine) and machine.device.type == "cpu":
-        peaks.append(predict.reload_peak_bytes(load))
+    reloaded = predict.reload_peak_bytes(load)
+    at_once = 2 if recipe.latency and fits(2 * load.parameters, 2 * reloaded, machine) else 1
+    if fits(load.parameters, reloaded, machine) and machine.device.type == "cpu":
+        peaks.append(at_once * reloaded)
     return max(peaks)
 
 

@@ -18,14 +18,14 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import ModelSpec, cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.evaluation.tasks import harness
-from compress.evaluation.tasks.size import Size, size_of
+from compress.evaluation.tasks.size import Size, size_of, size_of_latency, size_of_prompts
 from compress.events import Progress
 from compress.memory import predict
 from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.checks import mistakes_of, warnings_of, weak_gates
-from compress.steps.costs import dtype_bytes, peak_bytes, samples_text, seconds, walk_load, weights_inside
+from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
 from compress.steps.training import trainings_of
@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     export_bytes = predict.stored_bytes(
         shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
-    asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), Size())
+    asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
     load = walk_load(recipe, skeleton, dimensions, matrices, parameters, machine)
     trainings = trainings_of(recipe, skeleton, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
@@ -144,10 +144,10 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
-        peak_host_bytes=peak_bytes(load, trainings, samples_text(recipe), asked, machine),
+        peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
-        seconds=seconds(recipe, matrices, dimensions, asked),
+        seconds=seconds(recipe, matrices, dimensions, asked + size_of_latency(recipe.latency)),
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
         warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),

@@ -13,6 +13,8 @@ from compress.gates import Judgement
 from compress.memory.measure import PeakSampler, device_peak_bytes
 from compress.recipe import Recipe
 from compress.reports.report import (
+    AnswerPair,
+    AnswersRecord,
     ArtifactRef,
     Flip,
     GateResult,
@@ -33,6 +35,7 @@ from compress.steps.environment import provenance
 from compress.steps.fold import Folded
 from compress.steps.judging import Evidence, measured_kv_cache
 from compress.steps.plan import Plan
+from compress.steps.prompts import Conversation
 from compress.steps.round_trip import BOUND
 from compress.steps.source import OpenedSource
 from compress.steps.texts import Texts, calibration_facts
@@ -44,6 +47,7 @@ def assemble(
     texts: Texts,
     folded: list[Folded],
     decision: Decision,
+    talk: Conversation | None,
     sampler: PeakSampler,
     seconds_by_step: dict[str, float],
     started: datetime,
@@ -67,6 +71,7 @@ def assemble(
         event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
         tasks=[_task(comparison, evidence) for comparison in evidence.tasks],
         evaluation=_evaluation(recipe, texts, decision),
+        answers=_answers(talk),
         noise=[NoiseRecord(**asdict(noise)) for noise in evidence.noise],
         looks=[
             LookRecord(name=name, looks=look.number, units=look.sizes[look.number - 1], most=look.sizes[-1])
@@ -190,6 +195,22 @@ def _task(comparison: Comparison, evidence: Evidence) -> TaskRecord:
         overlap_with_calibration=comparison.overlap,
         items_file=f"reports/items/{prepared.name}.jsonl",
         facts=facts,
+    )
+
+
+def _answers(talk: Conversation | None) -> AnswersRecord | None:
+    if talk is None or not talk.candidate:
+        return None
+    pairs = [
+        AnswerPair(id=prompt.id, prompt=prompt.text, source=before, compressed=after)
+        for prompt, before, after in zip(talk.prompts, talk.source, talk.candidate, strict=True)
+    ]
+    return AnswersRecord(
+        asked=str(talk.spec.file) if talk.spec.file else "compress's own prompts",
+        chat_template=talk.template,
+        max_new_tokens=talk.spec.max_new_tokens,
+        prompts_digest=talk.digest,
+        pairs=pairs,
     )
 
 

@@ -87,7 +87,9 @@ def test_kinds_lists_every_registered_kind_with_its_fields(here):
     catalogue = json.loads(here("kinds", "--json").out)
 
     assert set(catalogue["stages"]) == {"gptq", "recover", "round_to_nearest"}
-    assert {"threshold", "relative", "non_inferiority", "size", "memory", "events"} == set(catalogue["gates"])
+    assert {"threshold", "relative", "non_inferiority", "size", "memory", "latency", "events"} == set(
+        catalogue["gates"]
+    )
     assert "group_size" in catalogue["stages"]["gptq"]["fields"]
     assert all(entry["description"] for group in catalogue.values() for entry in group.values())
 

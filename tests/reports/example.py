@@ -7,6 +7,8 @@ from typing import Any
 
 from compress.events import Event, count_by_kind
 from compress.reports.report import (
+    AnswerPair,
+    AnswersRecord,
     ArtifactRef,
     Flip,
     GateResult,
@@ -261,6 +263,21 @@ def example_report(verdict: Verdict = "passed", **changes: Any) -> Report:
             }
             for name, source in (("python-docs", "pydoc-data topics"), ("rfc.text-2024", "npm package"))
         ],
+        "answers": AnswersRecord(
+            asked="compress's own prompts",
+            chat_template=DIGEST,
+            max_new_tokens=64,
+            prompts_digest=DIGEST,
+            pairs=[
+                AnswerPair(id="fact", prompt="Capital of Peru?", source="It is Lima.", compressed="It is Lima."),
+                AnswerPair(
+                    id="list",
+                    prompt="Two fruits",
+                    source="Apples, and\nripe pears.",
+                    compressed="Apples, and\ngreen plums. " + "Plums again. " * 12,
+                ),
+            ],
+        ),
         "noise": [
             NoiseRecord(
                 name="python-docs",
@@ -310,9 +327,12 @@ def hostile_report() -> Report:
     flip = task().lost_examples[0]
     flip = flip.model_copy(update={**dict.fromkeys(dict(flip), HOSTILE), "cut": True, "choices": [HOSTILE, HOSTILE]})
     asked = task(name=HOSTILE, type=HOSTILE, source=HOSTILE, lost_examples=[flip], gained_examples=[flip])
+    pair = AnswerPair(id=HOSTILE, prompt=HOSTILE, source=HOSTILE, compressed=f"{HOSTILE} {HOSTILE}")
+    answers = base.answers.model_copy(update={"asked": HOSTILE, "pairs": [pair]}) if base.answers else None
     return example_report(
         "failed",
         tasks=[asked],
+        answers=answers,
         gates=[gate],
         stages=[stage],
         measurements=Measurements(

@@ -43,7 +43,7 @@ def write_texts(
     label: str,
 ) -> list[str]:
     """The greedy text of every request, cut before its first stop string."""
-    model = _load(folder, device, dtype)
+    model = load_model(folder, device, dtype)
     order = sorted(
         range(len(requests)),
         key=lambda index: (requests[index].max_new_tokens, requests[index].stop, -len(requests[index].prompt)),
@@ -63,7 +63,7 @@ def write_texts(
     return [texts[index] for index in range(len(requests))]
 
 
-def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """The model in `dtype`. A quantised one unpacks in its first forward; only then may its dtype change."""
     from transformers import AutoModelForCausalLM
 

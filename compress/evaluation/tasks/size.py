@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compress.evaluation.latency.spec import Latency
+from compress.evaluation.prompts.spec import Prompts, read_prompts
 from compress.evaluation.tasks.items import draw
 from compress.evaluation.tasks.spec import Task
 
@@ -23,6 +25,23 @@ class Size:
 
     def __add__(self, other: Size) -> Size:
         return Size(self.tokens + other.tokens, self.positions + other.positions, self.writes + other.writes)
+
+
+def size_of_prompts(spec: Prompts | None) -> Size:
+    """The size of a recipe's prompts."""
+    if spec is None:
+        return Size()
+    prompts, _ = read_prompts(spec)
+    written = len(prompts) * spec.max_new_tokens
+    return Size(sum(len(prompt.text) for prompt in prompts) // CHARACTERS_PER_TOKEN, written, written)
+
+
+def size_of_latency(spec: Latency | None) -> Size:
+    """The size of taking turns."""
+    if spec is None:
+        return Size()
+    turns = (spec.repeats + 1) * spec.batch
+    return Size(turns * spec.prompt_tokens, turns * spec.new_tokens, turns * spec.new_tokens)
 
 
 def size_of(spec: Task, seed: int) -> Size | None:

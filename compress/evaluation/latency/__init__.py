@@ -1,0 +1,1 @@
+"""Seconds of both models, by turns."""

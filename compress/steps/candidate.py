@@ -208,10 +208,11 @@ def check_comparable(recipe: Recipe, candidate: Candidate, reference: OpenedSour
     if candidate.tokenizer is reference.tokenizer:
         return
     different = []
-    for name, windows in texts.evaluation.items():
+    for name in texts.evaluation:
+        windows = texts.seen(name, 1 + len(texts.more.get(name, ())))
         spec = next(spec for spec in recipe.on_text if spec.set_name == name)
         again = build_windows(spec.window_spec, Path.cwd(), candidate.tokenizer, recipe.seed, f"evaluation set {name}")
-        if again.digest != windows.digest:
+        if again.part(0, len(windows.ids)).digest != windows.digest:
             different.append(f"{name}: the tokenizer of {candidate.folder} reads this text as other tokens")
     if different:
         raise RecipeError(different)

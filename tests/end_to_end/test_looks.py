@@ -54,6 +54,18 @@ def test_a_gate_that_decides_asks_for_no_more(ran, glass_recipe):
     assert "Look 1 of at most 3" in report["gates"][0]["sentence"]
 
 
+def test_an_evaluation_looks_again_as_the_run_did(ran, here, glass_recipe, tmp_path):
+    recipe = with_windows(glass_recipe, 4, 16, 0.5)
+    code, report = ran(recipe)
+    version = report["artifact"]["version"]
+    arguments = ("--recipe", tmp_path / "r.yaml", "--store", tmp_path / "store", "--json")
+    ended = here("eval", f"glass-int4@{version}", *arguments)
+    assert ended.code == code, ended.err
+    judged = json.loads(ended.out)
+    assert judged["looks"] == report["looks"]
+    assert [gate["sentence"] for gate in judged["gates"]] == [gate["sentence"] for gate in report["gates"]]
+
+
 def test_a_gate_that_failed_ends_the_asking(ran, glass_recipe):
     recipe = with_windows(glass_recipe, 4, 16, 0.0001)
     recipe["gates"].append({"kind": "threshold", "measure": "weight_bytes", "max": 1})

@@ -163,7 +163,22 @@ def test_the_action_judges_a_model_and_can_let_undecided_pass(act):
 def test_the_action_survives_an_error_without_a_report(act):
     code, outputs, _ = act(2, json.dumps({"error": {"exit_code": 2}}), recipe="r.yaml")
     assert code == 2 and outputs == {"verdict": "error", "exit-code": "2", "path": ""}
-    assert act(1, "Traceback", recipe="r.yaml")[1]["verdict"] == "error"
+    for odd in ("Traceback", "[]", '{"artifact": null}'):
+        code, outputs, _ = act(1, odd, recipe="r.yaml")
+        assert (code, outputs["verdict"], outputs["path"]) == (1, "error", "")
+
+
+def test_arguments_on_several_lines_all_arrive(act):
+    report = json.dumps({"verdict": "passed", "artifact": {"path": "p"}})
+    _, _, arguments = act(0, report, recipe="r.yaml", arguments="\n--set a=1\n--set b=2\n")
+    assert arguments[-4:] == ["--set", "a=1", "--set", "b=2"]
+
+
+def test_neither_a_path_nor_the_workspace_can_change_the_outputs(act, tmp_path):
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    forged = json.dumps({"verdict": "failed", "artifact": {"path": "p\nverdict=passed"}})
+    code, outputs, _ = act(3, forged, recipe="r.yaml")
+    assert (code, outputs) == (3, {"verdict": "failed", "exit-code": "3", "path": ""})
 
 
 def test_the_actions_options_exist():

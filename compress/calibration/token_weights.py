@@ -58,7 +58,8 @@ def token_weights(
             part = batches[start : start + together]
             for key, values in _squared_gradients(skeleton, checkpoint, part, seeds[start:]).items():
                 squares.setdefault(key, []).extend(values)
-            advance(f"batch {min(start + together, len(batches))}/{len(batches)}")
+            for _ in part:
+                advance(f"batch {start + len(part)}/{len(batches)}")
     masks = parallel.in_order([batch.mask for batch in batches])
     return {key: parallel.share(normalised(parallel.in_order(values), masks)) for key, values in squares.items()}
 

@@ -37,7 +37,7 @@ def eval_(
     from compress.cli.run import print_outcome
     from compress.recipe import load_recipe
 
-    loaded = load_recipe(recipe, tuple(set_ or ()))
+    loaded = load_recipe(recipe, tuple(set_ or ()), judging=True)
     quiet_libraries()
     from compress.pipeline import evaluate
     from compress.steps.candidate import Asked, find_model

@@ -12,7 +12,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from compress.evaluation.difference import Comparison, compare, flips
+from compress.evaluation.difference import Comparison, compare
+from compress.evaluation.discordance import flips
 from compress.evaluation.looks import alpha_at_each
 from compress.evaluation.paired import Paired
 from compress.gates.base import Facts, Gate, Interval, Judgement, Look, Verdict

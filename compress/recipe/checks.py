@@ -18,7 +18,7 @@ from compress.recipe.model import Recipe
 from compress.recipe_errors import Lines
 
 
-def cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
+def cross_check(recipe: Recipe, base: Path, lines: Lines, judging: bool) -> list[str]:
     """Mistakes that no single field can see."""
     mistakes: list[str] = []
     for index, stage in enumerate(recipe.stages):
@@ -27,7 +27,7 @@ def cross_check(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
             mistakes.append(
                 f"{place}: {stage.kind} needs a calibration text; add `calibration:` (e.g. data: python-help)"
             )
-    mistakes += _texts(recipe, base, lines)
+    mistakes += _texts(recipe, base, lines, judging)
     mistakes += _sets(recipe, lines)
     mistakes += _tasks(recipe, base, lines)
     mistakes += _latency(recipe, lines)
@@ -80,8 +80,8 @@ def _has_interval(measure: str) -> bool:
     )
 
 
-def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
-    """Named texts must exist, and local files must be there."""
+def _texts(recipe: Recipe, base: Path, lines: Lines, judging: bool) -> list[str]:
+    """Named texts must exist, and local files that will be read must be there."""
     specs: list[tuple[tuple[str | int, ...], WindowSpec]] = []
     if recipe.calibration is not None:
         specs.append((("calibration", "data"), recipe.calibration))
@@ -97,7 +97,8 @@ def _texts(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
         except CompressError as error:
             mistakes.append(f"{lines.place(path)}: {error}")
             continue
-        reason = missing(descriptor.source, folder)
+        unread = judging and path[0] == "calibration"
+        reason = None if unread else missing(descriptor.source, folder)
         if reason:
             mistakes.append(f"{lines.place(path)}: {reason}")
         if path[0] == "evaluation" and isinstance(descriptor.source, SelfGenerated):

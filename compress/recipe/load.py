@@ -19,8 +19,11 @@ from compress.recipe_errors import Lines, describe, parse_yaml
 from compress.stages.presets import forget_quality, written_out
 
 
-def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read, override and check a recipe; relative paths become absolute. Raises RecipeError with every mistake."""
+def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = False) -> Recipe:
+    """Read, override and check a recipe; relative paths become absolute. Raises RecipeError with every mistake.
+
+    judging: only its evaluation and gates will be used, so its calibration text need not be at hand.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
@@ -35,7 +38,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(describe(error, data, lines, Recipe.model_json_schema(by_alias=True))) from error
-    mistakes = cross_check(recipe, path.resolve().parent, lines)
+    mistakes = cross_check(recipe, path.resolve().parent, lines, judging)
     if mistakes:
         raise RecipeError(mistakes)
     recipe = recipe.model_copy(update={"stages": written_out(recipe.stages)})

@@ -75,8 +75,13 @@ def warnings_of(
 def weak_gates(gate_powers: list[Power]) -> list[str]:
     """Gates that will most likely not be decided."""
     return [
-        f"{power.measure}: {power.units} resolve margins from {power.smallest_margin:.3g} up, the gate's is "
-        f"{power.margin:g}: expect inconclusive. Take more of them, or a wider margin"
+        f"{power.measure}: {_can_decide(power)}: expect inconclusive. Take more of them, or a wider margin"
         for power in gate_powers
         if not power.suffices
     ]
+
+
+def _can_decide(power: Power) -> str:
+    if power.smallest_margin is None:
+        return f"{power.units} pass only a model far below the margin {power.margin:g}"
+    return f"{power.units} resolve margins from {power.smallest_margin:.3g} up, the gate's is {power.margin:g}"

@@ -9,6 +9,10 @@ items     one in ten changes sides: s = sqrt(0.10 / n)
 windows   a token's loss moves as in a model of mean KL 0.05: a variance of 2 KL to first order, so that
           s = sqrt(2 x 0.05 / (windows x tokens))
 
+A bound on mean KL is another question: a model without loss has none and passes. There it is how near to the margin a
+model may come: with window means that differ by a share v of their mean, and u windows, mean KL up to
+margin / (1 + (z_alpha + z_0.8) v / sqrt(u)) passes with probability 0.8.
+
 Where a recipe lets a gate ask for more, it is what can be decided at the last look, with the alpha of one look.
 
 Example: 200 items, alpha 0.05: s = 0.0224, so margins from (1.645 + 0.842) x 0.0224 = 0.056 up are resolved.
@@ -28,6 +32,9 @@ from compress.recipe import Recipe
 
 DISCORDANCE = 0.10
 KL = 0.05
+KL_SPREAD = 0.3
+"""Standard deviation of window means over their mean. Within one kind of text 0.21 was measured
+(docs/benchmarks/instrument.md); mixed texts differ more."""
 WANTED = 0.8
 
 
@@ -40,12 +47,19 @@ class Power:
     units: str
     assumption: str
     power: float
-    """Probability that a model which lost nothing passes."""
-    smallest_margin: float
-    """That is resolved with a power of 0.8."""
+    """Probability that a model which lost nothing passes; of half the margin, for mean KL."""
+    smallest_margin: float | None = None
+    """That is resolved with a power of 0.8; None for mean KL."""
+    largest_passing: float | None = None
+    """For mean KL: the largest that passes with a probability of 0.8."""
 
     @property
     def sentence(self) -> str:
+        if self.largest_passing is not None:
+            return (
+                f"{self.measure}: {self.units} pass a model up to {self.largest_passing:.3g} nats with probability "
+                f"{WANTED:g} at margin {self.margin:g} (assumed: {self.assumption})"
+            )
         return (
             f"{self.measure}: {self.units} pass a model that lost nothing with probability {self.power:.2f} at margin "
             f"{self.margin:g}; they resolve margins from {self.smallest_margin:.3g} up (assumed: {self.assumption})"
@@ -57,8 +71,7 @@ class Power:
 
 
 def powers(recipe: Recipe) -> list[Power]:
-    """Of every non-inferiority gate on accuracy or perplexity whose number of units is known. A bound on KL is not
-    among them: how far windows differ there depends on the text more than on their number."""
+    """Of every non-inferiority gate whose number of units is known."""
     found = [_power(recipe, gate) for gate in recipe.gates if isinstance(gate, NonInferiorityGate)]
     return [each for each in found if each is not None]
 
@@ -71,11 +84,14 @@ def _power(recipe: Recipe, gate: NonInferiorityGate) -> Power | None:
             return None
         assumption = f"{DISCORDANCE:.0%} of items change sides"
         return _resolved(gate, f"{_counted(sizes)} items", sizes, DISCORDANCE, assumption)
-    specs = [spec for spec in recipe.on_text if spec.kind == kind and spec.set_name == rest]
-    if kind != "perplexity" or not specs:
+    name = rest if kind == "perplexity" else rest.rpartition(".")[0]
+    specs = [spec for spec in recipe.on_text if spec.kind == kind and spec.set_name == name]
+    if not specs:
         return None
     sizes, tokens = specs[0].looks, specs[0].window_tokens
     units = f"{_counted(sizes)} windows of {tokens} tokens"
+    if kind == "divergence":
+        return _divergence(gate, units, sizes)
     return _resolved(gate, units, sizes, 2 * KL / tokens, f"mean KL {KL:g} nats a token")
 
 
@@ -84,12 +100,29 @@ def _counted(sizes: tuple[int, ...]) -> str:
 
 
 def _items(recipe: Recipe, label: str) -> tuple[int, ...] | None:
-    """Items of a local task at each look; None for one of lm-eval's own, whose items are not known yet."""
+    """Items of a task at each look, if it has as many; None for all of one of lm-eval's own, whose number is not known
+    yet."""
     spec = next((spec for spec in recipe.tasks if spec.label == label), None)
-    if spec is None or spec.file is None:
+    if spec is None:
         return None
+    if spec.file is None:
+        return None if spec.items is None else look_sizes(spec.items, spec.max_items or spec.items)
     count = len(draw(spec, recipe.seed)[0].asked)
     return look_sizes(spec.items or count, count)
+
+
+def _divergence(gate: NonInferiorityGate, units: str, sizes: tuple[int, ...]) -> Power:
+    """Of a bound on mean KL, by how much windows usually differ."""
+    spread = KL_SPREAD / math.sqrt(sizes[-1])
+    reach = float(stats.norm.isf(alpha_at_each(gate.alpha, sizes)))
+    return Power(
+        measure=gate.measure,
+        margin=gate.margin,
+        units=units,
+        assumption=f"window means differ by {KL_SPREAD:.0%} of their mean",
+        power=float(stats.norm.cdf(1 / spread - reach)),
+        largest_passing=gate.margin / (1 + (reach + float(stats.norm.ppf(WANTED))) * spread),
+    )
 
 
 def _resolved(gate: NonInferiorityGate, units: str, sizes: tuple[int, ...], variance: float, assumption: str) -> Power:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from compress.evaluation.difference import flips, mcnemar
+from compress.evaluation.discordance import flips, mcnemar
 from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import count_by_kind
 from compress.gates import Judgement

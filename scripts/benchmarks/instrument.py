@@ -6,7 +6,9 @@
 A/A: the source against itself, walked with another batch size; it must not fail. Degraded: the source against itself
 with normal noise on its final hidden states, at several strengths; the true loss is that of all windows together.
 Each is judged `--rounds` times on `--windows` windows drawn with replacement from all. Answers: items that change sides
-with a known probability.
+with a known probability. With `--compressed FOLDER`, an export of the same model: how often the 95 % upper bound of
+its mean KL falls short, by Student's t and by bootstrap of the windows (scipy's percentile and BCa), and how much
+windows differ. With looks, a gate may ask for twice the windows, twice.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from compress.calibration.windows import Windows, WindowSpec, build_windows
 from compress.checkpoints.reader import Checkpoint
+from compress.evaluation.looks import alpha_at_each
 from compress.evaluation.measure import States, score, summarise, walk_states
 from compress.evaluation.paired import Paired
-from compress.evaluation.specs import Perplexity
+from compress.evaluation.specs import Divergence, Perplexity
+from compress.evaluation.statistics import mean_interval
 from compress.events import Quiet
 from compress.gates import Facts, NonInferiorityGate
+from compress.gates.base import Look
 from compress.steps.source import load_tokenizer
 
 CPU = torch.device("cpu")
-MEASURE, ACCURACY = "perplexity.text", "task.simulated.accuracy"
+MEASURE, KL, ACCURACY = "perplexity.text", "divergence.text.mean_kl", "task.simulated.accuracy"
 NOISES = (0.02, 0.03, 0.05, 0.06, 0.07, 0.1)
 
 
@@ -68,6 +74,55 @@ def resampled(pool: Paired, size: int) -> Callable[[np.random.Generator], Paired
     return draw
 
 
+def with_looks(pool: Paired, sizes: tuple[int, ...], margin: float, rounds: int) -> dict[str, float]:
+    """Share of each verdict where the gate asks for more while it cannot decide."""
+    generator, gate = np.random.default_rng(0), NonInferiorityGate(measure=MEASURE, margin=margin)
+    counts: Counter[str] = Counter()
+    for _ in range(rounds):
+        drawn = resampled(pool, sizes[-1])(generator)
+        for number, size in enumerate(sizes, start=1):
+            seen = Paired(
+                "windows", drawn.ids[:size], drawn.source[:size], drawn.compressed[:size], drawn.weights[:size]
+            )
+            facts = Facts(source={}, compressed={}, paired={MEASURE: seen}, looks={MEASURE: Look(number, sizes)})
+            verdict = gate.judge(facts).verdict
+            if verdict != "inconclusive":
+                break
+        counts[verdict] += 1
+    return {verdict: counts[verdict] / rounds for verdict in ("passed", "inconclusive", "failed")}
+
+
+def bounds_of_kl(checkpoint: Checkpoint, compressed: Path, windows: Windows, source: States, rounds: int) -> list[Any]:
+    """How often an upper bound of mean KL lies below the mean of all windows; 5 % is wanted."""
+    other = Checkpoint(compressed)
+    scores = score(
+        (checkpoint, source),
+        (other, walked(other, windows, 1024)),
+        {"text": windows},
+        CPU,
+        torch.float32,
+        Quiet(),
+    )
+    spec = Divergence(data="brown-news", set="text", windows=len(windows.ids))
+    pool = summarise((spec,), scores)[1].paired[KL].compressed
+    generator, rows = np.random.default_rng(0), []
+    for size in (8, 16, 24, 48):
+        short: Counter[str] = Counter()
+        for _ in range(rounds):
+            drawn = generator.choice(pool, size)
+            short["t"] += mean_interval(torch.from_numpy(drawn), torch.ones(size), 0.9)[1][1] < pool.mean()
+            for method in ("percentile", "BCa"):
+                found = stats.bootstrap(
+                    (drawn,), np.mean, confidence_level=0.9, n_resamples=999, method=method, rng=generator
+                )
+                short[method] += found.confidence_interval.high < pool.mean()
+        rows.append({"windows": size, **{name: short[name] / rounds for name in ("t", "percentile", "BCa")}})
+        print(rows[-1], flush=True)
+    rows.append({"mean_kl": pool.mean(), "spread": pool.std(ddof=1) / pool.mean(), "skew": float(stats.skew(pool))})
+    print(rows[-1], flush=True)
+    return rows
+
+
 def answers(items: int, discordance: float, loss: float) -> Callable[[np.random.Generator], Paired]:
     """0/1 answers of `items` items, of which `discordance` change sides and `loss` more are lost than won."""
 
@@ -82,7 +137,7 @@ def answers(items: int, discordance: float, loss: float) -> Callable[[np.random.
     return draw
 
 
-def on_windows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def on_windows(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[Any]]:
     checkpoint = Checkpoint(arguments.model)
     spec = WindowSpec(data="brown-news", windows=arguments.pool, window_tokens=arguments.window_tokens)
     windows = build_windows(spec, Path.cwd(), load_tokenizer(arguments.model), 0, "instrument")
@@ -93,14 +148,20 @@ def on_windows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for noise in NOISES:
         shift = torch.randn(states.shape, generator=generator) * states.std() * noise
         others[f"noise {noise:g}"] = {"text": states + shift}
-    rows = []
+    rows, looks = [], []
+    sizes = (arguments.windows // 2, arguments.windows, 2 * arguments.windows)
     for name, other in others.items():
         pool = paired(checkpoint, windows, source, other)
         loss = math.expm1(float(np.average(pool.compressed - pool.source, weights=pool.weights)))
         shares = verdicts(resampled(pool, arguments.windows), MEASURE, arguments.margin, arguments.rounds)
         rows.append({"what": name, "true_loss": loss, "margin": arguments.margin, **shares})
         print(rows[-1], flush=True)
-    return rows
+        shares = with_looks(pool, sizes, arguments.margin, arguments.rounds)
+        looks.append({"what": name, "windows": sizes, "alpha": alpha_at_each(0.05, sizes), "true_loss": loss, **shares})
+        print(looks[-1], flush=True)
+    compressed, rounds = arguments.compressed, 10 * arguments.rounds
+    bounds = bounds_of_kl(checkpoint, compressed, windows, source, rounds) if compressed else []
+    return rows, looks, bounds
 
 
 def on_answers(rounds: int, margin: float) -> list[dict[str, Any]]:
@@ -116,6 +177,7 @@ def on_answers(rounds: int, margin: float) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how often the non-inferiority gate errs.")
     parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--compressed", type=Path, help="an export of the same model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pool", type=int, default=96, help="windows walked")
     parser.add_argument("--windows", type=int, default=24, help="windows drawn for one judgement")
@@ -124,10 +186,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     arguments = parser.parse_args()
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "scipy", "numpy")}
+    windows, looks, bounds = on_windows(arguments)
     result = {
         "machine": f"{os.cpu_count()} x {platform.machine()}",
         "versions": versions,
-        "windows": on_windows(arguments),
+        "windows": windows,
+        "looks": looks,
+        "bounds_of_kl": bounds,
         "answers": on_answers(arguments.rounds, 0.02),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,14 @@ def test_plan_says_what_a_gate_can_decide_and_warns_where_it_cannot(recipe, here
     assert wide["smallest_margin"] == pytest.approx(0.0249, abs=2e-4)
 
 
+def test_plan_says_how_near_to_a_bound_on_kl_a_model_may_come(recipe, here, tmp_path):
+    planned = recipe(gates=[{"kind": "non_inferiority", "measure": KL, "margin": 0.1}])
+    (power,) = json.loads(here("plan", planned, "--store", tmp_path / "store", "--json").out)["gate_power"]
+    # 0.1 / (1 + (1.645 + 0.842) 0.3 / sqrt(8))
+    assert power["largest_passing"] == pytest.approx(0.0791, abs=1e-4) and power["smallest_margin"] is None
+    assert "pass a model up to 0.0791 nats" in here("plan", planned, "--store", tmp_path / "store").out
+
+
 @pytest.mark.parametrize(
     ("gate", "said"),
     [

@@ -59,6 +59,15 @@ def test_a_published_version_is_measured_as_it_was_when_it_was_made(published, h
     assert sorted(path.name for path in (published / "glass-int4").iterdir()) == [".lock", "v0001"]
 
 
+def test_the_recipes_calibration_text_need_not_be_at_hand_to_judge(published, here, glass_recipe, tmp_path):
+    calibration = {**glass_recipe["calibration"], "data": {"kind": "files", "paths": [str(tmp_path / "gone.txt")]}}
+    path = write_recipe(tmp_path / "r.yaml", changed(glass_recipe, calibration=calibration))
+    ended = here("eval", "glass-int4@v0001", "--recipe", path, "--store", published)
+    assert ended.code == 0, ended.err
+    compressing = here("plan", path, "--store", published)
+    assert compressing.code == 2 and "gone.txt" in compressing.err
+
+
 def test_a_folder_from_elsewhere_is_judged_without_the_gates_on_its_making(published, here, tmp_path):
     elsewhere = tmp_path / "somebodys-model"
     shutil.copytree(published / "glass-int4" / "v0001" / "model", elsewhere)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from compress.evaluation.difference import Flips, compare, flips, mcnemar, tango_z
+from compress.evaluation.difference import compare
+from compress.evaluation.discordance import Flips, flips, mcnemar, p_of_at_least, p_of_at_most, tango_z
 from compress.evaluation.paired import Paired
 
 
@@ -108,15 +109,51 @@ def test_too_few_units_are_refused(paired):
         compare(paired, 0.1, 0.05)
 
 
-@pytest.mark.parametrize(("size", "discordance"), [(100, 0.1), (400, 0.05), (400, 0.2)])
-def test_a_model_at_the_margin_passes_about_alpha_of_the_time(size, discordance):
-    """And as often fails: the level of both tests, by simulation."""
-    generator, margin, rounds = np.random.default_rng(0), 0.03, 2000
-    chances = [(discordance + margin) / 2, (discordance - margin) / 2, 1 - discordance]
-    drawn = generator.multinomial(size, chances, rounds)
-    statistics = np.array([tango_z(Flips(int(lost), int(won), size), margin) for lost, won, _ in drawn])
-    assert np.mean(statistics < stats.norm.ppf(0.05)) < 0.075
-    assert np.mean(statistics > stats.norm.ppf(0.95)) < 0.075
+def outcomes(items: int, share: float, loss: float) -> list[tuple[Flips, float]]:
+    """Every count of flips of a few items, and how likely it is."""
+    chances = (share + loss, share, 1 - 2 * share - loss)
+    return [
+        (
+            Flips(lost, gained, items),
+            float(stats.multinomial.pmf((lost, gained, items - lost - gained), items, chances)),
+        )
+        for lost in range(items + 1)
+        for gained in range(items + 1 - lost)
+    ]
+
+
+@pytest.mark.parametrize("items", [20, 32])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("loss", [0.02, 0.1])
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_neither_test_errs_more_often_than_alpha(items, share, loss, alpha):
+    """Summed over every outcome, not drawn: exact, also where hardly anything flips."""
+    counted = outcomes(items, share, loss)
+    assert sum(chance for _, chance in counted) == pytest.approx(1)
+    assert sum(chance for found, chance in counted if p_of_at_most(found, loss) < alpha) <= alpha
+    assert sum(chance for found, chance in counted if p_of_at_least(found, loss) < alpha) <= alpha
+
+
+def test_the_sum_is_that_over_all_outcomes_as_extreme():
+    found, items, loss = Flips(7, 1, 30), 30, 0.05
+    threshold = tango_z(found, loss)
+    expected = max(
+        sum(chance for each, chance in outcomes(items, share, loss) if tango_z(each, loss) >= threshold - 1e-9)
+        for share in np.linspace(0.001, 0.24, 60)
+    )
+    assert p_of_at_most(found, loss) == pytest.approx(expected, abs=2e-3)
+
+
+@given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.floats(-0.9, 0.9))
+def test_more_lost_items_never_count_for_less(items, lost, gained, loss):
+    """What makes the outcomes as extreme an upper tail of the lost, given the gained."""
+    if lost + gained < items:
+        assert tango_z(Flips(lost + 1, gained, items), loss) >= tango_z(Flips(lost, gained, items), loss) - 1e-9
+
+
+def test_where_many_items_flip_it_joins_the_normal_test():
+    found = Flips(240, 160, 4000)
+    assert p_of_at_most(found, 0.015) == pytest.approx(float(stats.norm.sf(tango_z(found, 0.015))), abs=0.01)
 
 
 def test_flips_count_both_directions():

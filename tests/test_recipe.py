@@ -71,9 +71,10 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         f'r.yaml:3: seeed: unknown key. Did you mean "seed"? Known here: {known}',
         "r.yaml:4: model: give exactly one of hub, path, package; found hub and path",
         "r.yaml:7: calibration.windows: input should be greater than 0, found 0",
-        "r.yaml:9: stages[0].bits: found 7, expected 2, 3, 4, 5, 6 or 8",
+        "r.yaml:9: stages[0].bits: found 7, expected 2, 3, 4, 5, 6, 8 or 'planned'",
         *[mistake for mistake in found if "group_sise" in mistake],
-        "r.yaml:10: stages[1]: unknown kind 'gtpq'. Did you mean \"gptq\"? Known: round_to_nearest, gptq, recover",
+        "r.yaml:10: stages[1]: unknown kind 'gtpq'. Did you mean \"gptq\"? Known: round_to_nearest, gptq, recover, "
+        "sensitivity, mixed_precision",
         "r.yaml:11: stages[2]: give its `kind`; `compress kinds` lists them",
         "r.yaml:12: export.format: found 'compresed-tensors', expected 'compressed-tensors' or 'plain' "
         'Did you mean "compressed-tensors"?',
@@ -155,7 +156,7 @@ def test_set_overrides_one_value_read_as_yaml(tmp_path):
 def test_a_mistake_in_an_override_is_blamed_on_the_override(tmp_path):
     (found,) = mistakes(write(tmp_path, GOOD), "stages.0.bits=7")
 
-    assert found == "--set stages.0.bits=7: stages[0].bits: found 7, expected 2, 3, 4, 5, 6 or 8"
+    assert found == "--set stages.0.bits=7: stages[0].bits: found 7, expected 2, 3, 4, 5, 6, 8 or 'planned'"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 
 SCHEMES_KEY = "compress.schemes"
+PLAN_FILE = "precision.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -98,6 +99,14 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Tensor names as the model class spells them, sorted."""
         return tuple(sorted(self._model_name(name) for name in self._files))
+
+    @property
+    def precision_plan(self) -> dict[str, Scheme] | None:
+        """The scheme that a stage before chose for each linear, by module name; None where none did."""
+        path = self.folder / PLAN_FILE
+        if not path.is_file():
+            return None
+        return {name: Scheme.from_json(scheme) for name, scheme in json.loads(path.read_text()).items()}
 
     @property
     def tied_head(self) -> bool:

@@ -5,6 +5,8 @@
                               are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks
+    precision.json            the scheme that later stages should give each linear, where one chose them
+    candidates/               every linear in several schemes, where a stage solved them (see `candidates`)
     scratch/                  what a stage itself goes on from after a kill; removed when it is finished
     stage.json                written last: it marks the stage as finished
 
@@ -22,10 +24,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoints.reader import SCHEMES_KEY, Checkpoint, companion_files
+from compress.checkpoints.reader import PLAN_FILE, SCHEMES_KEY, Checkpoint, companion_files
 from compress.checkpoints.stream import Entry, write_safetensors
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
+from compress.quantization.scheme import Scheme
 
 STAGE_FILE = "stage.json"
 
@@ -100,8 +103,14 @@ class WorkingCheckpoint:
         for path in companion_files(source.folder):
             if path.name != "config.json":
                 shutil.copyfile(path, self.folder / path.name)
+        if (source.folder / PLAN_FILE).is_file():
+            shutil.copyfile(source.folder / PLAN_FILE, self.folder / PLAN_FILE)
         config = {key: value for key, value in source.config.items() if key != "quantization_config"}
         write_json(self.folder / "config.json", config)
+
+    def write_plan(self, plan: Mapping[str, Scheme]) -> None:
+        """Keep a scheme for every linear that later stages will quantise."""
+        write_json(self.folder / PLAN_FILE, {module: scheme.to_json() for module, scheme in plan.items()})
 
     def finish(self, record: dict[str, Any]) -> None:
         write_json(self.folder / STAGE_FILE, record)

@@ -8,11 +8,30 @@ from pydantic import Field
 
 from compress.stages.base import Stage, StageContext, StageOutcome
 from compress.stages.gptq import Gptq
+from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.round_to_nearest import RoundToNearest
+from compress.stages.sensitivity import Sensitivity
 
-AnyStage = Annotated[RoundToNearest | Gptq | Recover, Field(discriminator="kind")]
+AnyStage = Annotated[RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision, Field(discriminator="kind")]
 
-STAGES: dict[str, type[Stage]] = {"round_to_nearest": RoundToNearest, "gptq": Gptq, "recover": Recover}
+STAGES: dict[str, type[Stage]] = {
+    "round_to_nearest": RoundToNearest,
+    "gptq": Gptq,
+    "recover": Recover,
+    "sensitivity": Sensitivity,
+    "mixed_precision": MixedPrecision,
+}
 
-__all__ = ["STAGES", "AnyStage", "Gptq", "Recover", "RoundToNearest", "Stage", "StageContext", "StageOutcome"]
+__all__ = [
+    "STAGES",
+    "AnyStage",
+    "Gptq",
+    "MixedPrecision",
+    "Recover",
+    "RoundToNearest",
+    "Sensitivity",
+    "Stage",
+    "StageContext",
+    "StageOutcome",
+]

@@ -74,6 +74,8 @@ class Stage(BaseModel):
     needs_calibration: ClassVar[bool] = False
     needs_codes: ClassVar[bool] = False
     """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
+    plans_precision: ClassVar[bool] = False
+    """Leaves a plan that later stages can follow."""
     draws: ClassVar[bool] = False
     """Draws at random, so that the recipe's seed decides its output."""
     shares_windows: ClassVar[bool] = False
@@ -82,6 +84,11 @@ class Stage(BaseModel):
     """Batches that calibration text is cut into where it has as many windows."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether its schemes are those of a precision plan that a stage before made."""
+        return False
 
     @property
     def activation_streams(self) -> float:
@@ -103,6 +110,10 @@ class Stage(BaseModel):
     def refines(self) -> bool:
         """Whether some calibration text is held out to judge refinements: more matrices, more arithmetic."""
         return False
+
+    def extra_disk_bytes(self, shapes: Shapes) -> int:
+        """Bytes of the cache that the stage fills beside its output checkpoint."""
+        return 0
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""

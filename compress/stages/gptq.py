@@ -120,7 +120,7 @@ class Gptq(QuantizeStage):
         return bool(self.target_shift or self.residual_shift)
 
     def apply(self, context: StageContext) -> StageOutcome:
-        return GptqRun(self, context).blocks()
+        return GptqRun(self.planned(context.source), context).blocks()
 
 
 class GptqRun:

@@ -1,4 +1,4 @@
-"""What `quality` stands for when it takes more than one stage: the stages that follow.
+"""Stages that others imply: what `quality: max` trains afterwards, what `mixed_precision` chooses from.
 
 A stage knows no other stage, so this is kept beside the registry. The recipe that is stored has them written out.
 """
@@ -9,7 +9,9 @@ from typing import Any
 
 from compress.stages.base import Stage
 from compress.stages.gptq import PRESETS, Gptq
+from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
+from compress.stages.sensitivity import Sensitivity
 
 MAX_RECOVER = Recover()
 """Training that `quality: max` adds, at its defaults. Text sampled from the source would help, but
@@ -24,11 +26,22 @@ def forget_quality(stage: dict[str, Any]) -> None:
 
 
 def written_out(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """The stages with those that a quality implies: `recover` after the last gptq of quality max.
+    """The stages with those that others imply: `sensitivity` before mixed_precision, `recover` after the last gptq of
+    quality max.
 
-    A recipe that has a recover stage of its own is left as it is, so that a resolved recipe runs as it says.
+    A recipe that has them itself is left as it is, so that a resolved recipe runs as it says.
     """
+    stages = _with_sensitivity(stages)
     wanted = [index for index, stage in enumerate(stages) if isinstance(stage, Gptq) and stage.quality == "max"]
     if not wanted or any(isinstance(stage, Recover) for stage in stages):
         return stages
     return (*stages[: wanted[-1] + 1], MAX_RECOVER, *stages[wanted[-1] + 1 :])
+
+
+def _with_sensitivity(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    written: list[Stage] = []
+    for stage in stages:
+        if isinstance(stage, MixedPrecision) and not (written and isinstance(written[-1], Sensitivity)):
+            written.append(Sensitivity(**stage.choice_fields))
+        written.append(stage)
+    return tuple(written)

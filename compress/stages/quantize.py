@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.architecture import Architecture
+from compress.checkpoints.reader import Checkpoint
 from compress.errors import nearest
 from compress.events import Event
 from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.stages.base import Shapes, Stage
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
+BitsOrPlanned = Literal[2, 3, 4, 5, 6, 8, "planned"]
 GroupSize = int | Literal["channel"]
 
 
@@ -25,7 +28,7 @@ def matches(pattern: str, module: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
 
 
-def _checked_pattern(pattern: str) -> str:
+def checked_pattern(pattern: str) -> str:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
@@ -43,11 +46,11 @@ class Override(BaseModel):
     symmetric: bool | None = None
     group_size: GroupSize | None = None
 
-    _pattern = field_validator("match")(_checked_pattern)
-    _size = field_validator("group_size")(lambda value: _checked_size(value))
+    _pattern = field_validator("match")(checked_pattern)
+    _size = field_validator("group_size")(lambda value: checked_size(value))
 
 
-def _checked_size(value: GroupSize | None) -> GroupSize | None:
+def checked_size(value: GroupSize | None) -> GroupSize | None:
     if isinstance(value, int) and (value < 2 or isinstance(value, bool)):
         raise ValueError("group_size is a number of columns (32, 64, 128 are served everywhere) or 'channel'")
     return value
@@ -56,21 +59,59 @@ def _checked_size(value: GroupSize | None) -> GroupSize | None:
 class QuantizeStage(Stage):
     """Fields of every weight-only stage."""
 
-    bits: Bits = Field(default=4, description="bits per weight")
+    bits: BitsOrPlanned = Field(
+        default=4, description="bits per weight; 'planned': schemes are those a mixed_precision stage before chose"
+    )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
 
-    _size = field_validator("group_size")(_checked_size)
+    _size = field_validator("group_size")(checked_size)
 
     @field_validator("ignore")
     @classmethod
     def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(_checked_pattern(pattern) for pattern in value)
+        return tuple(checked_pattern(pattern) for pattern in value)
+
+    @model_validator(mode="after")
+    def _plan_decides(self) -> QuantizeStage:
+        given = {"symmetric", "group_size", "ignore", "overrides"} & self.model_fields_set
+        defaults = {name: type(self).model_fields[name].default for name in given}
+        changed = sorted(name for name in given if getattr(self, name) != defaults[name])
+        if self.follows_plan and changed:
+            raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
+        return self
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether the schemes come from a precision plan."""
+        return self.bits == "planned"
+
+    def following(self, plan: dict[str, Scheme], modules: Iterable[str]) -> Self:
+        """The stage with a plan's schemes written out; modules that are not in it are ignored."""
+        overrides = tuple(
+            Override(
+                match=name, bits=scheme.bits, symmetric=scheme.symmetric, group_size=scheme.group_size or "channel"
+            )
+            for name, scheme in plan.items()
+        )
+        ignore = tuple(name for name in modules if name not in plan)
+        return self.model_copy(update={"bits": 4, "ignore": ignore, "overrides": overrides})
+
+    def planned(self, source: Checkpoint) -> Self:
+        """The stage as it is, or with the schemes of the plan that its input carries."""
+        if not self.follows_plan:
+            return self
+        plan, architecture = source.precision_plan, source.architecture
+        assert plan is not None, "steps.checks refuses bits: planned where no stage before planned"
+        blocks = 1 + max(index for name in source.names if (index := architecture.block_index(name)) is not None)
+        names = [f"{architecture.block_name(index)}.{leaf}" for index in range(blocks) for leaf in architecture.linears]
+        return self.following(plan, names)
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of one module, or None if it is ignored."""
+        assert self.bits != "planned", "a stage that follows a plan is asked once the plan is in it"
         if any(matches(pattern, module) for pattern in self.ignore):
             return None
         bits, symmetric, size = self.bits, self.symmetric, self.group_size
@@ -82,13 +123,17 @@ class QuantizeStage(Stage):
         return Scheme(bits, symmetric, None if size == "channel" else size)
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
+        if self.follows_plan:
+            return {}
         found = {module: self.scheme_of(module) for module in shapes}
         return {module: scheme for module, scheme in found.items() if scheme is not None}
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        if self.follows_plan:
+            return []
         return [
             *self._patterns_that_match_nothing(shapes),
-            *_groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+            *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
             *self._fused_that_differ(shapes, architecture),
         ]
 
@@ -131,7 +176,7 @@ class QuantizeStage(Stage):
         ]
 
 
-def _groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
+def groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
     """One sentence for each (kind of linear, width, group size), naming the first module and how many more."""
     found: dict[tuple[str, int, int], list[str]] = {}
     for module, scheme in schemes.items():

@@ -23,6 +23,9 @@ class RoundToNearest(QuantizeStage):
     scales: Literal["minmax", "mse"] = Field(default="mse", description="how scales are chosen")
 
     def apply(self, context: StageContext) -> StageOutcome:
+        return self.planned(context.source)._round(context)
+
+    def _round(self, context: StageContext) -> StageOutcome:
         source, output = context.source, context.output
         arch = source.architecture
         count = 1 + max(index for name in source.names if (index := arch.block_index(name)) is not None)

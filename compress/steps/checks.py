@@ -9,6 +9,7 @@ from compress.evaluation.specs import OnText
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.power import Power
+from compress.steps.precision import out_of_order
 from compress.steps.training import nothing_to_train
 
 
@@ -20,6 +21,7 @@ def mistakes_of(
         for index, stage in enumerate(recipe.stages)
         for sentence in stage.check(matrices, architecture)
     ]
+    found += out_of_order(recipe)
     found += nothing_to_train(recipe, matrices)
     format_ = FORMATS[recipe.export.format]
     if architecture.transposed_linears and not format_.transposed_linears:

@@ -28,6 +28,7 @@ from compress.steps.checks import mistakes_of, warnings_of, weak_gates
 from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
+from compress.steps.precision import expected_schemes
 from compress.steps.training import trainings_of
 
 
@@ -107,12 +108,14 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     mistakes = mistakes_of(recipe, architecture, dimensions, matrices)
     if mistakes:
         raise RecipeError(mistakes)
-    schemes: dict[str, Scheme] = {}
-    for stage in recipe.stages:
-        schemes.update(stage.schemes(matrices))
     stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     source_bytes = parameters * dtype_bytes(config)
+    schemes, mistakes = expected_schemes(
+        recipe, architecture, dimensions, matrices, shapes, stored.itemsize, source_bytes
+    )
+    if mistakes:
+        raise RecipeError(mistakes)
     export_bytes = predict.stored_bytes(
         shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
@@ -120,6 +123,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     load = walk_load(recipe, skeleton, dimensions, matrices, parameters, machine)
     trainings = trainings_of(recipe, skeleton, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
+    disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
     plan = Plan(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.calibration import token_weights as module
-from compress.calibration.token_weights import normalised, token_weights
+from compress.calibration import backward
+from compress.calibration.fisher import output_sensitivities
+from compress.calibration.token_weights import _Sums, normalised, token_weights
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
 from compress.events import Quiet
@@ -28,7 +29,9 @@ def test_gradients_are_those_of_the_whole_model(name, tmp_path, monkeypatch):
         return labels[-1]
 
     monkeypatch.setattr(torch, "multinomial", remembering)
-    found = module._squared_gradients(skeleton, checkpoint, batches, [3])
+    sums = _Sums(skeleton)
+    backward.walk_backward(skeleton, checkpoint, batches, [3], sums.watch)
+    found = sums.means()
 
     group = skeleton.architecture.groups[-1]
     outputs = []
@@ -44,6 +47,12 @@ def test_gradients_are_those_of_the_whole_model(name, tmp_path, monkeypatch):
 
     torch.testing.assert_close(found[0, group.name][0], expected, rtol=1e-3, atol=1e-7)
 
+    again = iter(list(labels))
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: next(again))
+    rows = output_sensitivities(skeleton, checkpoint, batches, 3, Quiet())
+    linear = f"{skeleton.architecture.block_name(0)}.{group.linears[0]}"
+    torch.testing.assert_close(rows[linear], outputs[0].grad.square().mean((0, 1)), rtol=1e-3, atol=1e-7)
+
 
 def test_batches_that_go_through_together_change_nothing(tmp_path, monkeypatch):
     random_model("llama", tmp_path)
@@ -52,7 +61,7 @@ def test_batches_that_go_through_together_change_nothing(tmp_path, monkeypatch):
     batches = random_windows().batches(24)
 
     together = token_weights(skeleton, checkpoint, batches, 0, Quiet())
-    monkeypatch.setattr(module, "KEPT_BYTES", 1)
+    monkeypatch.setattr(backward, "KEPT_BYTES", 1)
     alone = token_weights(skeleton, checkpoint, batches, 0, Quiet())
 
     assert len(together) == skeleton.block_count * len(skeleton.architecture.groups)

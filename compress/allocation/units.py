@@ -1,0 +1,38 @@
+"""The linears that a runtime fuses into one matrix, and that therefore share a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from compress.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What gets one scheme: q, k and v of a block, say, or its down projection alone."""
+
+    block: int
+    kind: str
+    """The linears' last names, which units of all blocks have in common: 'q_proj+k_proj+v_proj'."""
+    modules: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"block {self.block} {self.kind}"
+
+
+def units_of(architecture: Architecture, modules: Collection[str]) -> list[Unit]:
+    """Units of the given linears (full names), in the order of the forward pass; others are left out."""
+    blocks = sorted({index for name in modules if (index := architecture.block_index(name)) is not None})
+    units = []
+    for block in blocks:
+        seen: set[str] = set()
+        for linear in architecture.linears:
+            together = next((fused for fused in architecture.fused if linear in fused), (linear,))
+            prefix = architecture.block_name(block)
+            names = tuple(name for part in together if (name := f"{prefix}.{part}") in modules)
+            if names and names[0] not in seen:
+                seen.update(names)
+                units.append(Unit(block, "+".join(name.rsplit(".", 1)[1] for name in names), names))
+    return units

@@ -1,0 +1,101 @@
+"""Gradients of the model's own loss, block by block: what outputs and tokens matter to.
+
+Labels are sampled from the model's own distribution, so that squared gradients are the diagonal of the true Fisher
+information (data labels would not be). Hidden states entering every block are kept for a few batches at a time, and
+each block is run again, this time with gradients. One block is resident.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from compress.calibration.walk import forward_of
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Batch, Head, Skeleton
+
+KEPT_BYTES = 256 * 2**20
+"""Bytes of hidden states kept for the backward pass: decides how many batches go through it together."""
+TOKENS_AT_ONCE = 64
+"""Tokens whose logits are formed at a time."""
+
+Watch = Callable[[int, int, nn.Module], AbstractContextManager[None]]
+"""watch(index, number, block): entered before block `index` runs forward and backward for one batch, left after."""
+
+
+def batches_together(skeleton: Skeleton, batches: list[Batch]) -> int:
+    """How many batches of this size go through a backward pass together."""
+    hidden = int(skeleton.config.hidden_size)
+    kept = skeleton.block_count * batches[0].ids.numel() * hidden * skeleton.dtype.itemsize
+    return max(1, KEPT_BYTES // kept)
+
+
+def walk_backward(
+    skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], seeds: list[int], watch: Watch
+) -> None:
+    """Forward through all blocks, then backward block by block. `seeds`: of each batch's labels."""
+    arch = skeleton.architecture
+    entering: list[list[Tensor]] = []
+    with torch.no_grad():
+        states = skeleton.embed(checkpoint, batches)
+        for index in range(skeleton.block_count):
+            entering.append(states)
+            forward = forward_of(skeleton, batches, index)
+            with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
+                states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
+    with skeleton.head(checkpoint) as head:
+        gradients = [_loss_gradient(head, hidden, seed) for hidden, seed in zip(states, seeds, strict=False)]
+    del states
+    for index in reversed(range(skeleton.block_count)):
+        forward = forward_of(skeleton, batches, index)
+        with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
+            for number, hidden in enumerate(entering.pop()):
+                with watch(index, number, block), torch.enable_grad():
+                    leaf = hidden.detach().requires_grad_(True)
+                    output = forward(block, number, leaf)
+                    torch.autograd.backward(output, gradients[number])
+                assert leaf.grad is not None
+                gradients[number] = leaf.grad
+
+
+@contextmanager
+def on_output_gradients(
+    block: nn.Module, linears: tuple[str, ...], take: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Calls take(name, gradient (windows, tokens, rows)) for the output of each linear while a backward pass runs."""
+
+    def watching(name: str) -> Callable[..., None]:
+        def on_output(module: nn.Module, args: object, output: Tensor) -> None:
+            output.register_hook(lambda gradient: take(name, gradient))  # type: ignore[no-untyped-call]
+
+        return on_output
+
+    handles = [block.get_submodule(name).register_forward_hook(watching(name)) for name in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _loss_gradient(head: Head, hidden: Tensor, seed: int) -> Tensor:
+    """d(-log p(label))/d hidden, summed over tokens, for labels sampled from p; hidden (windows, tokens, hidden)."""
+    generator = torch.Generator(device=hidden.device).manual_seed(seed)
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_(True)
+        normed = head.norm(leaf)
+        rows = normed.detach().flatten(0, -2)
+        parts = []
+        for start in range(0, len(rows), TOKENS_AT_ONCE):
+            part = rows[start : start + TOKENS_AT_ONCE].requires_grad_(True)
+            logits = head.differentiable_logits(part)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            assert part.grad is not None
+            parts.append(part.grad)
+        torch.autograd.backward(normed, torch.cat(parts).reshape(normed.shape))
+    assert leaf.grad is not None
+    return leaf.grad

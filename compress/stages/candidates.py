@@ -1,0 +1,157 @@
+"""What `sensitivity` and `mixed_precision` have in common: the schemes to choose from, and the text to judge by."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from compress.allocation.units import Unit, units_of
+from compress.architecture import Architecture
+from compress.calibration.windows import Windows
+from compress.errors import RecipeError, nearest
+from compress.quantization.scheme import Scheme
+from compress.stages.base import Shapes, Stage
+from compress.stages.quantize import (
+    Bits,
+    GroupSize,
+    checked_pattern,
+    checked_size,
+    groups_that_do_not_divide,
+    matches,
+)
+
+
+class Candidate(BaseModel):
+    """A symmetric scheme that linears may get; written as a number of bits where the group size is the stage's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: Bits
+    group_size: GroupSize | None = Field(default=None, description="the stage's where left out")
+
+    _size = field_validator("group_size")(checked_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bits(cls, data: Any) -> Any:
+        return {"bits": data} if isinstance(data, int) else data
+
+
+class GroupOverride(BaseModel):
+    """Another group size, in every candidate, for the modules that match."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    match: str = Field(description="glob, or re: and a regular expression, on module names")
+    group_size: GroupSize
+
+    _pattern = field_validator("match")(checked_pattern)
+    _size = field_validator("group_size")(checked_size)
+
+
+DEFAULT_CANDIDATES = (
+    Candidate(bits=2),
+    Candidate(bits=3),
+    Candidate(bits=3, group_size=32),
+    Candidate(bits=4),
+    Candidate(bits=4, group_size=32),
+    Candidate(bits=5),
+    Candidate(bits=6),
+    Candidate(bits=8),
+)
+
+
+class CandidateStage(Stage):
+    """Fields of both stages; where a recipe names both, these must be the same."""
+
+    candidates: tuple[Candidate, ...] = Field(
+        default=DEFAULT_CANDIDATES,
+        min_length=2,
+        description="schemes to choose from: a number of bits, or {bits, group_size}; all symmetric",
+    )
+    group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
+    ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
+    overrides: tuple[GroupOverride, ...] = Field(default=(), description="other group sizes by pattern, for all bits")
+    tuning_windows: int = Field(
+        default=8, ge=1, description="calibration windows kept apart, on which choices are measured"
+    )
+    needs_calibration: ClassVar[bool] = True
+
+    _size = field_validator("group_size")(checked_size)
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_pattern(pattern) for pattern in value)
+
+    @property
+    def choice_fields(self) -> dict[str, Any]:
+        """What decides the candidates and the tuning split."""
+        return {name: getattr(self, name) for name in CandidateStage.model_fields}
+
+    def scheme_for(self, module: str, candidate: Candidate) -> Scheme | None:
+        """The scheme of a module in one candidate; None if it is ignored."""
+        if any(matches(pattern, module) for pattern in self.ignore):
+            return None
+        size = candidate.group_size or self.group_size
+        for override in self.overrides:
+            if matches(override.match, module):
+                size = override.group_size
+        return Scheme(candidate.bits, True, None if size == "channel" else size)
+
+    def options(self, module: str) -> list[Scheme]:
+        """Schemes of a module, one a candidate and in their order; empty if it is ignored."""
+        found = [self.scheme_for(module, candidate) for candidate in self.candidates]
+        return [scheme for scheme in found if scheme is not None]
+
+    def units(self, architecture: Architecture, shapes: Shapes) -> list[Unit]:
+        """Units of the linears that are not ignored."""
+        return units_of(architecture, [module for module in shapes if self.options(module)])
+
+    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        mistakes = self._patterns_that_match_nothing(shapes)
+        if not any(self.options(module) for module in shapes):
+            mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
+        for candidate in self.candidates:
+            schemes = {module: scheme for module in shapes if (scheme := self.scheme_for(module, candidate))}
+            mistakes += groups_that_do_not_divide(schemes, shapes, architecture)
+        for fused in architecture.fused:
+            split = self._split_by_ignore(fused, shapes, architecture)
+            if split:
+                mistakes.append(split)
+        return list(dict.fromkeys(mistakes))
+
+    def _split_by_ignore(self, fused: tuple[str, ...], shapes: Shapes, architecture: Architecture) -> str | None:
+        for index in sorted({block for name in shapes if (block := architecture.block_index(name)) is not None}):
+            names = [f"{architecture.block_name(index)}.{part}" for part in fused]
+            labels = {str([scheme.label for scheme in self.options(name)]) for name in names}
+            if len(labels) > 1:
+                return (
+                    f"{architecture.block_name(index)}: {', '.join(fused)}: serving runtimes fuse these into one "
+                    "matrix, so ignore and overrides must treat them alike. Extend the pattern to all of them."
+                )
+        return None
+
+    def _patterns_that_match_nothing(self, shapes: Shapes) -> list[str]:
+        patterns = [("ignore", pattern) for pattern in self.ignore]
+        patterns += [("overrides", override.match) for override in self.overrides]
+        leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
+        return [
+            f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
+            f"Linears are named like {next(iter(shapes))}."
+            for field, pattern in patterns
+            if not any(matches(pattern, module) for module in shapes)
+        ]
+
+    def split(self, windows: Windows) -> tuple[Windows, Windows]:
+        """Windows that candidates are computed from, and those that choices are measured on.
+
+        Raises RecipeError where the text gave too few.
+        """
+        count = len(windows.ids)
+        if count <= self.tuning_windows:
+            raise RecipeError(
+                f"calibration.windows: {count}, of which tuning_windows keeps {self.tuning_windows} apart; take more "
+                "calibration windows, or fewer tuning_windows"
+            )
+        cut = count - self.tuning_windows
+        return windows.part(0, cut), windows.part(cut, count)

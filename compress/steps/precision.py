@@ -1,0 +1,68 @@
+"""Stages that choose a scheme for every linear, and stages that follow: whether they fit together, what to expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.allocation.budget import Sizes
+from compress.architecture import Architecture, Dimensions
+from compress.errors import RecipeError
+from compress.quantization.scheme import Scheme
+from compress.recipe import Recipe
+from compress.stages.base import Shapes
+from compress.stages.mixed_precision import MixedPrecision
+from compress.stages.sensitivity import Sensitivity
+
+
+def out_of_order(recipe: Recipe) -> list[str]:
+    """Plans that nobody follows, followers without a plan, choices without candidates."""
+    found, planned, coded = [], False, False
+    for index, stage in enumerate(recipe.stages):
+        where = f"stages[{index}]: "
+        after = recipe.stages[index + 1 :]
+        if stage.follows_plan and not planned:
+            found.append(where + "bits: planned follows a mixed_precision stage, and none comes before it")
+        if isinstance(stage, MixedPrecision):
+            planned = True
+            before = recipe.stages[index - 1] if index else None
+            if isinstance(before, Sensitivity) and before.choice_fields != stage.choice_fields:
+                differing = [name for name, value in before.choice_fields.items() if value != getattr(stage, name)]
+                found.append(where + f"{', '.join(differing)} differ from those of the sensitivity stage before it")
+            if not any(each.follows_plan for each in after):
+                found.append(
+                    where + "nothing follows its plan; add a stage such as {kind: gptq, bits: planned} after it"
+                )
+        if isinstance(stage, Sensitivity):
+            if not (after and isinstance(after[0], MixedPrecision)):
+                found.append(where + "sensitivity is read by a mixed_precision stage right after it, and there is none")
+            if coded:
+                found.append(where + "linears were quantised before it; choose schemes before quantising")
+        coded = coded or stage.kind in ("gptq", "round_to_nearest")
+    return found
+
+
+def expected_schemes(
+    recipe: Recipe,
+    architecture: Architecture,
+    dimensions: Dimensions,
+    matrices: Shapes,
+    parameters: dict[str, tuple[int, ...]],
+    stored_bytes: int,
+    source_bytes: int,
+) -> tuple[dict[str, Scheme], list[str]]:
+    """The scheme of each linear after all stages, and budgets that nothing fits. Where a stage will choose, a choice of
+    about the same bytes stands in for its own."""
+    schemes: dict[str, Scheme] = {}
+    mistakes = []
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, MixedPrecision):
+            units = stage.units(architecture, matrices)
+            chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
+            sizes = Sizes.of(parameters, chosen, dimensions, stored_bytes, source_bytes)
+            try:
+                schemes.update(stage.schemes_within(sizes, units))
+            except RecipeError as error:
+                mistakes.append(f"stages[{index}]: {error}")
+        else:
+            schemes.update(stage.schemes(matrices))
+    return schemes, mistakes

@@ -1,0 +1,240 @@
+"""Sensitivity and the choice made from it: budgets kept, units together, predictions near what is measured; resumed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from compress.allocation.budget import Budget, Sizes, activation_bytes
+from compress.architecture import dimensions_of
+from compress.checkpoints.candidates import Assigned
+from compress.checkpoints.compressed_tensors import quantization_config
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
+from compress.checkpoints.working import WorkingCheckpoint
+from compress.errors import RecipeError
+from compress.events import Quiet
+from compress.memory.predict import kv_cache_bytes
+from compress.quantization.scheme import Scheme
+from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, StageContext
+from compress.stages.mixed_precision import candidates_in
+from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
+
+WINDOWS = random_windows(count=24)
+FIELDS = {"candidates": (3, 4, 8), "group_size": 32, "tuning_windows": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    random_model("llama", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def solved(model, tmp_path_factory):
+    """The output of sensitivity."""
+    folder = tmp_path_factory.mktemp("sensitivity") / "out"
+    apply_stage(Sensitivity(**FIELDS), model, folder, WINDOWS)
+    return folder
+
+
+def choose(solved, folder, model, **fields):
+    return apply_stage(
+        MixedPrecision(**{**FIELDS, "probes": 2, "proposals": 2, **fields}), solved, folder, WINDOWS, origin=model
+    )
+
+
+@pytest.mark.parametrize("bits", [3.6, 4.5, 7.0])
+def test_a_plan_keeps_its_budget_and_its_units_together(solved, model, tmp_path, bits):
+    checkpoint, outcome = choose(solved, tmp_path / "out", model, budget={"effective_bits": bits})
+    plan = checkpoint.precision_plan
+    assert plan is not None and len(plan) == 14
+    shapes = Skeleton(checkpoint.config, CPU, torch.float32).linear_shapes()
+    stored = sum(plan[name].stored_bytes(*shape) for name, shape in shapes.items())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    assert 8 * stored / weights <= bits
+    assert outcome.facts["effective_bits"] == pytest.approx(8 * stored / weights)
+    for index in range(2):
+        for together in checkpoint.architecture.fused:
+            assert len({plan[f"{checkpoint.architecture.block_name(index)}.{name}"] for name in together}) == 1
+    assert outcome.facts["kl"] == min(outcome.facts["kl"], *(each["kl"] for each in outcome.facts["uniform"]))
+
+
+def test_what_follows_a_plan_has_its_schemes(solved, model, tmp_path):
+    planned, _ = choose(solved, tmp_path / "plan", model, budget={"effective_bits": 4.5})
+    for stage in (Gptq(bits="planned"), RoundToNearest(bits="planned")):
+        followed, _ = apply_stage(stage, tmp_path / "plan", tmp_path / stage.kind, WINDOWS, origin=model)
+        assert followed.schemes == planned.precision_plan
+
+
+def test_the_measured_divergence_is_that_of_the_candidates_written_out(solved, model, tmp_path):
+    """The uniform choice, against rounding the same codes into a checkpoint and reading it as any other."""
+    found = candidates_in(solved, 2)
+    schemes = {module: [Scheme.from_json(each["scheme"]) for each in rows] for module, rows in found.items()}
+    assigned = Assigned(solved, schemes, dict.fromkeys(found, 1))
+    with torch.no_grad():
+        skeleton = Skeleton(assigned.config, CPU, torch.float32)
+        with skeleton.loaded(assigned, "model.layers.1") as block:
+            mine = block.mlp.down_proj.weight.clone()
+    one, _ = apply_stage(
+        Gptq(bits=4, group_size=32, quality="fast", ignore=("model.layers.0.*", "*attn*", "*gate_proj", "*up_proj")),
+        model,
+        tmp_path / "gptq",
+        WINDOWS.part(0, 20),
+    )
+    # Only the last linear's inputs are untouched by earlier rounding there, so only it can be the same.
+    torch.testing.assert_close(mine, one.dense("model.layers.1.mlp.down_proj").float())
+
+
+def test_costs_predict_small_divergences(solved, model):
+    """One linear at 8 bits, all others as they are: the second-order cost is the divergence to a third."""
+    found = candidates_in(solved, 2)
+    schemes = {module: [Scheme.from_json(each["scheme"]) for each in rows] for module, rows in found.items()}
+    text = random_windows(count=64, seed=5)
+    before = our_logits(model, text).log_softmax(-1)
+    ratios = []
+    for module, rows in found.items():
+        assigned = Assigned(solved, schemes, {module: 1})
+        after = _logits(assigned, text).log_softmax(-1)
+        divergence = float((before.exp() * (before - after)).sum(-1).mean())
+        ratios.append(divergence / rows[1]["cost"])
+    ratios.sort()
+    assert 0.5 < ratios[len(ratios) // 2] < 2, ratios
+
+
+def _logits(checkpoint, windows):
+    from compress.evaluation.measure import walk_states
+
+    states = walk_states(checkpoint, {"set": windows}, CPU, torch.float32, 48, Quiet(), "")["set"]
+    with Skeleton(checkpoint.config, CPU, torch.float32).head(checkpoint) as head:
+        return torch.stack([head.logits(window) for window in states])
+
+
+def test_more_bits_cost_less_and_take_more_bytes(solved):
+    for rows in candidates_in(solved, 2).values():
+        assert [row["cost"] for row in rows] == sorted((row["cost"] for row in rows), reverse=True)
+        assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
+
+
+def test_the_smallest_budget_that_an_error_names_is_feasible(solved, model, tmp_path):
+    with pytest.raises(RecipeError, match="smallest feasible budget is effective_bits") as error:
+        choose(solved, tmp_path / "out", model, budget={"effective_bits": 2.5})
+    named = float(str(error.value).split("smallest feasible budget is effective_bits ")[1].split(";")[0])
+    _, outcome = choose(solved, tmp_path / "again", model, budget={"effective_bits": named})
+    assert outcome.facts["effective_bits"] <= named
+
+
+def test_a_mixture_that_does_not_win_is_not_shipped(solved, model, tmp_path):
+    """Everything fits at the largest candidate: the choice is uniform, and no mixture beats it."""
+    checkpoint, outcome = choose(solved, tmp_path / "out", model, budget={"effective_bits": 16})
+    assert {scheme.bits for scheme in checkpoint.precision_plan.values()} == {8}
+    assert outcome.facts["plan"] == "uniform" and [event.kind for event in outcome.events] == ["uniform_kept"]
+
+
+def test_a_stopped_sensitivity_goes_on_to_the_same_candidates(model, solved, tmp_path):
+    done = []
+
+    def context(after_block):
+        return StageContext(
+            origin=Checkpoint(model),
+            source=Checkpoint(model),
+            output=WorkingCheckpoint(tmp_path / "stopped"),
+            windows=WINDOWS,
+            device=CPU,
+            compute=torch.float32,
+            stored=torch.float16,
+            tokens_at_once=48,
+            seed=0,
+            progress=Quiet(),
+            after_block=after_block,
+        )
+
+    def stop(index):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Sensitivity(**FIELDS).apply(context(stop))
+    Sensitivity(**FIELDS).apply(context(done.append))
+    assert done == [1], "a finished block is not solved again"
+    assert candidates_in(tmp_path / "stopped", 2) == candidates_in(solved, 2)
+    for path in (solved / "candidates").iterdir():
+        assert path.read_bytes() == (tmp_path / "stopped" / "candidates" / path.name).read_bytes()
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(solved, model, tmp_path, monkeypatch):
+    stage = MixedPrecision(**FIELDS, budget={"effective_bits": 4.5}, probes=3, proposals=0)
+    whole, _ = apply_stage(stage, solved, tmp_path / "whole", WINDOWS, origin=model)
+    kept = tmp_path / "again" / "scratch"
+    kept.mkdir(parents=True)
+    import compress.stages.mixed_precision as module
+
+    seen = []
+    original = module.write_json
+    monkeypatch.setattr(
+        module, "write_json", lambda path, value: (seen.append(json.dumps(value)), original(path, value))
+    )
+    apply_stage(stage, solved, tmp_path / "again", WINDOWS, origin=model)
+    (tmp_path / "third" / "scratch").mkdir(parents=True)
+    (tmp_path / "third" / "scratch" / "measured.json").write_text(seen[-1])
+    seen.clear()
+    third, _ = apply_stage(stage, solved, tmp_path / "third", WINDOWS, origin=model)
+    assert seen == [] and third.precision_plan == whole.precision_plan
+
+
+def test_serving_bytes_leave_weights_what_the_cache_and_the_runtime_do_not_take(model):
+    checkpoint = Checkpoint(model)
+    skeleton = Skeleton(checkpoint.config, CPU, torch.float32)
+    shapes, dimensions = skeleton.linear_shapes(), dimensions_of(skeleton.config)
+    sizes = Sizes.of(skeleton.parameter_shapes(), shapes, dimensions, 2, checkpoint.weight_bytes)
+    budget = Budget(serving_bytes=10**7, context=64, concurrency=3, kv_cache_bits=8, runtime_bytes=10**6)
+    cache = kv_cache_bytes(dimensions, 64, 3, 1)
+    left = 10**7 - 10**6 - cache - activation_bytes(sizes, 2048, 3) - sizes.other_bytes
+    assert budget.linear_bytes(sizes) == left
+    assert budget.amount_for(left, sizes) == 10**7
+    # q, k, v and o of 4 and 2 heads of 16, twice the inner 96, twice the hidden 64, in 2 bytes; logits in 4
+    assert activation_bytes(sizes, 1, 1) == (2 * 64 + 2 * 6 * 16 + 2 * 96) * 2 + 160 * 4
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ({}, "none is given"),
+        ({"effective_bits": 4, "ratio": 0.5}, "effective_bits and ratio are given"),
+        ({"effective_bits": 4, "context": 9}, "context belong to serving_bytes"),
+        ({"effective_bits": 0}, "greater than 0"),
+    ],
+)
+def test_budgets_that_say_nothing_or_two_things_are_refused(budget, said):
+    with pytest.raises(ValueError, match=said):
+        Budget(**budget)
+
+
+def test_a_mixed_config_is_matched_by_compressed_tensors_and_under_fused_names(solved, model, tmp_path):
+    """The library's own matcher gives each module one group, its own; so do the names of a runtime that fuses."""
+    from compressed_tensors.utils.match import is_match
+
+    checkpoint, _ = choose(solved, tmp_path / "out", model, budget={"effective_bits": 4.6})
+    plan = checkpoint.precision_plan
+    config = quantization_config(plan, ["lm_head"])
+    fused = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    linear = torch.nn.Linear(1, 1)
+    asked = dict(plan)
+    for index in range(2):
+        asked[f"model.layers.{index}.self_attn.qkv_proj"] = plan[f"model.layers.{index}.self_attn.q_proj"]
+        asked[f"model.layers.{index}.mlp.gate_up_proj"] = plan[f"model.layers.{index}.mlp.up_proj"]
+    assert len(config["config_groups"]) > 1
+    for name, scheme in asked.items():
+        matched = [
+            group["weights"]
+            for group in config["config_groups"].values()
+            if is_match(name, linear, group["targets"], config["ignore"], fused)
+        ]
+        assert [(weights["num_bits"], weights["group_size"]) for weights in matched] == [
+            (scheme.bits, scheme.group_size)
+        ]
+    assert not any(
+        is_match("lm_head", linear, g["targets"], config["ignore"]) for g in config["config_groups"].values()
+    )

@@ -81,7 +81,8 @@ class Budget(BaseModel):
         if len(given) != 1:
             said = f"{' and '.join(given)} are given" if given else "none is given"
             raise ValueError(f"a budget is exactly one of {', '.join(KINDS)}; {said}")
-        extra = self.model_fields_set - {given[0]}
+        fields = type(self).model_fields
+        extra = {name for name in self.model_fields_set - {given[0]} if getattr(self, name) != fields[name].default}
         if extra and given[0] != "serving_bytes":
             raise ValueError(f"{', '.join(sorted(extra))} belong to serving_bytes, and the budget is {given[0]}")
         return self

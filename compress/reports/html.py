@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import answers, pictures, tables, task_tables, words
+from compress.reports import answers, pictures, precision, tables, task_tables, words
 from compress.reports.report import Report, StageRecord
 
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
@@ -42,11 +42,12 @@ def render_html(report: Report) -> str:
         answers=answers.shown(report.answers) if report.answers else [],
         answers_said=answers.introduction(report.answers) if report.answers else "",
         answers_same=answers.UNCHANGED,
-        errors=[_errors(stage) for stage in report.stages if stage.modules],
+        errors=[_errors(stage) for stage in report.stages if any(each.error is not None for each in stage.modules)],
+        plans=precision.shown(report),
         memory=tables.memory_table(report),
         stages=tables.stages_table(report),
         splits=[_split(stage.kind, stage.seconds_by_part) for stage in report.stages if stage.seconds_by_part],
-        stage_facts=[(stage.kind, tables.facts(stage.facts)) for stage in report.stages if stage.facts],
+        stage_facts=[(stage.kind, tables.facts(precision.listed(stage))) for stage in report.stages if stage.facts],
         steps=_split("the whole run", report.seconds_by_step),
         event_counts=tables.event_counts_table(report),
         absent=[kind for kind in EVENT_KINDS if not report.event_counts.get(kind)],

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.evaluation.prompts.differences import Piece
+from compress.reports import precision
 from compress.reports.answers import UNCHANGED, introduction, shown
 from compress.reports.report import AnswersRecord, Report
 from compress.reports.tables import (
@@ -60,11 +61,15 @@ def render_markdown(report: Report) -> str:
     if report.tasks:
         parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
     parts += _answers(report.answers) if report.answers else []
+    for plan in precision.planners(report):
+        said = [escape(precision.sentence(plan.facts)), escape(precision.trust(plan.facts))]
+        parts += ["## Bits by linear", *said]
+        parts += _titled([precision.bought_table(plan.facts), precision.schemes_table(plan.facts)])
     parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]
     parts += _section("Memory", [memory_table(report)])
     parts += _section("Stages", [stages_table(report)])
     for stage in (stage for stage in report.stages if stage.facts):
-        parts += [f"### What {escape(stage.kind)} did", _facts_text(stage.facts)]
+        parts += [f"### What {escape(stage.kind)} did", _facts_text(precision.listed(stage))]
     parts.append("Steps of the run: " + escape("; ".join(_steps(report))) + ".")
     parts += _section("Events", [event_counts_table(report), events_table(report)])
     if len(report.events) > MOST_EVENTS:

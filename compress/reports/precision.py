@@ -1,0 +1,139 @@
+"""How many bits each linear got, and what the budget bought: from what `mixed_precision` tells of itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from compress.reports.report import Report, StageRecord
+from compress.reports.tables import Table
+from compress.reports.words import number, size
+
+OWN = ("units", "uniform")
+"""Facts that are shown here rather than listed."""
+CELL, ROW, LEFT, TOP = 22, 34, 150, 18
+"""Sizes of the map, in units of its view box: a cell's width, a row's height, the margins with words."""
+
+
+def planners(report: Report) -> list[StageRecord]:
+    """Stages that chose schemes."""
+    return [stage for stage in report.stages if "units" in stage.facts]
+
+
+def listed(stage: StageRecord) -> dict[str, Any]:
+    """Facts without those that have a picture or table of their own."""
+    found = {key: value for key, value in stage.facts.items() if key not in OWN}
+    if "fit" in found:
+        found["fit"] = {key: value for key, value in found["fit"].items() if key not in ("predicted", "measured")}
+    return found
+
+
+def sentence(facts: Mapping[str, Any]) -> str:
+    """What was asked, what came of it, and what it was compared with."""
+    budget, uniform = facts["budget"], facts["uniform"]
+    asked = f"{budget['kind'].replace('_', ' ')} {budget['amount']:,g}"
+    text = (
+        f"Asked for {asked}; the linears take {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
+        f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "
+        f"KL to the source is {number(facts['kl'])} nats"
+    )
+    if facts["plan"] == "uniform":
+        return f"{text}. No mixture within the budget was better than one scheme everywhere, so the plan is uniform."
+    if not uniform:
+        return f"{text}; no uniform candidate fits the budget."
+    best = min(uniform, key=lambda each: float(each["kl"]))
+    share = facts["kl"] / best["kl"] if best["kl"] else float("nan")
+    return f"{text}, {share:.2f} times that of the best uniform candidate within the budget ({best['scheme']})."
+
+
+def trust(facts: Mapping[str, Any]) -> str:
+    """How far predictions can be believed."""
+    fit = facts["fit"]
+    if fit["r2"] is None:
+        return "Too few different choices were measured to say how well predictions agree with measurements."
+    return (
+        f"Predicted against measured KL over {len(fit['measured'])} choices: R² {fit['r2']:.3f} of the logarithms, "
+        f"rank correlation {number(fit['rank'])}."
+    )
+
+
+def bought_table(facts: Mapping[str, Any]) -> Table:
+    """The plan beside uniform choices within the budget."""
+    rows = [
+        (
+            f"the plan ({facts['plan']})",
+            size(facts["linear_bytes"]),
+            f"{facts['effective_bits']:.3f}",
+            number(facts["kl"]),
+        )
+    ]
+    bits = facts["effective_bits"] / facts["linear_bytes"]
+    rows += [
+        (f"{each['scheme']} everywhere", size(each["bytes"]), f"{bits * each['bytes']:.3f}", number(each["kl"]))
+        for each in sorted(facts["uniform"], key=lambda each: -each["bytes"])
+    ]
+    return Table("What the budget bought", ("Choice", "Linears", "Bits", "Mean KL, tuning (nats)"), "lrrr", rows)
+
+
+def schemes_table(facts: Mapping[str, Any]) -> Table:
+    """How many units of each kind got each scheme."""
+    counts = Counter((unit["kind"], unit["scheme"]) for unit in facts["units"])
+    kinds = list(dict.fromkeys(unit["kind"] for unit in facts["units"]))
+    schemes = sorted({unit["scheme"] for unit in facts["units"]})
+    rows = [(scheme, *(str(counts[kind, scheme] or "") for kind in kinds)) for scheme in schemes]
+    return Table("Schemes by kind of linear", ("Scheme", *kinds), "l" + "r" * len(kinds), rows)
+
+
+def bits_map(units: Sequence[Mapping[str, Any]]) -> Markup:
+    """Blocks from left to right, kinds of linear from top to bottom: bits in each cell; the bar under it is the square
+    root of what the unit's smallest candidate would cost, as a share of the largest."""
+    kinds = list(dict.fromkeys(unit["kind"] for unit in units))
+    blocks = sorted({unit["block"] for unit in units})
+    most = max((float(unit["sensitivity"]) for unit in units), default=0.0) or 1.0
+    shapes = [
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            LEFT + CELL * (at + 0.5), TOP - 6, block
+        )
+        for at, block in enumerate(blocks)
+        if len(blocks) <= 40 or block % 5 == 0
+    ]
+    for row, kind in enumerate(kinds):
+        y = TOP + ROW * row
+        shapes.append(
+            Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, y + 15, kind)
+        )
+        for unit in (unit for unit in units if unit["kind"] == kind):
+            shapes.append(_cell(unit, LEFT + CELL * blocks.index(unit["block"]), y, float(unit["sensitivity"]) / most))
+    width, height = LEFT + CELL * len(blocks) + 4, TOP + ROW * len(kinds)
+    return Markup('<svg class="bits" width="{0}" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">{3}</svg>').format(
+        width, height, "bits of each linear by block, and how sensitive it is", Markup("").join(shapes)
+    )
+
+
+def _cell(unit: Mapping[str, Any], x: float, y: float, share: float) -> Markup:
+    title = (
+        f"{unit['name']}: {unit['scheme']}, predicted to cost {number(unit['cost'])} nats, "
+        f"{number(unit['sensitivity'])} at its smallest candidate"
+    )
+    inside = CELL - 2
+    return Markup(
+        '<g><title>{}</title><rect class="bits{}" x="{}" y="{}" width="{}" height="20"/>'
+        '<text class="bit" x="{}" y="{}" text-anchor="middle">{}</text>'
+        '<rect class="sensitive" x="{}" y="{}" width="{:.1f}" height="4"/></g>'
+    ).format(title, unit["bits"], x, y, inside, x + inside / 2, y + 14, unit["bits"], x, y + 22, inside * share**0.5)
+
+
+def shown(report: Report) -> list[dict[str, Any]]:
+    """What the HTML page shows of each such stage."""
+    return [
+        {
+            "sentence": sentence(stage.facts),
+            "trust": trust(stage.facts),
+            "picture": bits_map(stage.facts["units"]),
+            "tables": [bought_table(stage.facts), schemes_table(stage.facts)],
+        }
+        for stage in planners(report)
+    ]

@@ -1,0 +1,155 @@
+"""mixed_precision in a recipe: one plan, its bytes, its report, and candidates that another budget finds finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import Ended, changed, write_recipe
+
+CANDIDATES = {
+    "candidates": [3, 4, {"bits": 4, "group_size": 16}, 6],
+    "group_size": 32,
+    "overrides": [{"match": "*.down_proj", "group_size": 31}],
+    "tuning_windows": 4,
+    "probes": 3,
+    "proposals": 2,
+}
+
+
+def mixed(glass_recipe: dict[str, Any], budget: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    stages = [{"kind": "mixed_precision", "budget": budget, **CANDIDATES}, {"kind": "gptq", "bits": "planned"}]
+    gates = [{"kind": "threshold", "measure": "divergence.held-out.mean_kl", "max": 0.5}]
+    return changed(glass_recipe, **{"stages": stages, "gates": gates, **changes})
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("mixed")
+
+
+@pytest.fixture
+def published(module_folder: Path, glass_recipe: dict[str, Any], here: Callable[..., Ended]) -> Path:
+    """A version made once for this file."""
+    store = module_folder / "store"
+    if not store.exists():
+        ended = here(
+            "run",
+            write_recipe(module_folder / "r.yaml", mixed(glass_recipe, {"effective_bits": 4.4})),
+            "--store",
+            store,
+        )
+        assert ended.code == 0, ended.err
+    return store / "glass-int4" / "v0001"
+
+
+def report_of(version: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((version / "reports" / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_what_ships_has_the_plans_bits_and_loads_as_it_was_measured(published):
+    report = report_of(published)
+    plan = next(stage for stage in report["stages"] if stage["kind"] == "mixed_precision")["facts"]
+    assert report["measurements"]["compressed"]["effective_bits"] == pytest.approx(plan["effective_bits"])
+    assert plan["effective_bits"] <= 4.4 and plan["plan"] == "mixed"
+    schemes = {module["name"]: module["scheme"] for stage in report["stages"] for module in stage["modules"]}
+    for unit in plan["units"]:
+        names = [f"model.layers.{unit['block']}.self_attn.{part}" for part in unit["kind"].split("+")]
+        names += [f"model.layers.{unit['block']}.mlp.{part}" for part in unit["kind"].split("+")]
+        assert {schemes[name] for name in names if name in schemes} == {unit["scheme"]}
+    assert report["round_trip"]["passed"]
+    assert plan["fit"]["r2"] > 0.9
+
+
+def test_both_faces_show_the_plan_and_what_it_was_compared_with(published):
+    page = (published / "reports" / "report.html").read_text(encoding="utf-8")
+    text = (published / "reports" / "report.md").read_text(encoding="utf-8")
+    assert "Bits by linear" in page and 'class="bits' in page and page.count('class="sensitive"') == 16
+    assert (
+        "## Bits by linear" in text
+        and "everywhere" in text
+        and "units" not in text.split("## Stages")[1].split("## Events")[0]
+    )
+
+
+def test_the_stored_recipe_runs_again_from_what_was_kept(published, here, tmp_path):
+    ended = here("run", published / "recipe.yaml", "--store", tmp_path / "store", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert report["event_counts"]["stage_reused"] == 3
+    assert [stage["kind"] for stage in report["stages"]] == ["sensitivity", "mixed_precision", "gptq"]
+
+
+def test_another_budget_finds_the_candidates_finished(published, glass_recipe, here, tmp_path):
+    bytes_ = report_of(published)["measurements"]["compressed"]["weight_bytes"] * 1.05
+    path = write_recipe(tmp_path / "r.yaml", mixed(glass_recipe, {"weight_bytes": int(bytes_)}))
+    ended = here("run", path, "--store", tmp_path / "store", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    assert [stage["reused"] for stage in report["stages"]] == [True, False, False]
+    assert report["measurements"]["compressed"]["weight_bytes"] <= bytes_
+    planned = json.loads(here("plan", path, "--store", tmp_path / "store", "--json").out)
+    assert planned["stored_bytes"] <= bytes_
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"kind": "gptq", "bits": "planned"}], "none comes before it"),
+        ([{"kind": "mixed_precision", "budget": {"ratio": 0.5}, **CANDIDATES}], "nothing follows its plan"),
+        ([{"kind": "sensitivity"}, {"kind": "gptq"}], "there is none"),
+        (
+            [
+                {"kind": "gptq", "group_size": "channel"},
+                {"kind": "mixed_precision", "budget": {"ratio": 0.5}, **CANDIDATES},
+                {"kind": "gptq", "bits": "planned"},
+            ],
+            "choose schemes before quantising",
+        ),
+        (
+            [
+                {"kind": "mixed_precision", "budget": {"effective_bits": 2}, **CANDIDATES},
+                {"kind": "gptq", "bits": "planned"},
+            ],
+            "The smallest feasible budget is effective_bits 3.5",
+        ),
+        (
+            [
+                {"kind": "mixed_precision", "budget": {"serving_bytes": 10**9}, **CANDIDATES},
+                {"kind": "gptq", "bits": "planned"},
+            ],
+            "runtime 1,073,741,824",
+        ),
+        (
+            [
+                {"kind": "mixed_precision", "budget": {"ratio": 0.5}, "candidates": [4, 5], "group_size": 32},
+                {"kind": "gptq", "bits": "planned"},
+            ],
+            "341 input columns do not divide",
+        ),
+        (
+            [
+                {"kind": "mixed_precision", "budget": {"ratio": 0.5}, **CANDIDATES},
+                {"kind": "gptq", "bits": "planned", "group_size": 32},
+            ],
+            "leaves group_size to the mixed_precision stage",
+        ),
+        ([{"kind": "mixed_precision", **CANDIDATES}, {"kind": "gptq", "bits": "planned"}], "budget"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused_before_work_starts(stages, said, glass_recipe, here, tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", changed(glass_recipe, stages=stages))
+    ended = here("plan", path, "--store", tmp_path / "store")
+    assert ended.code == 2 and said in ended.err.replace("\n", " "), ended.err
+
+
+def test_too_few_windows_to_keep_some_apart_are_an_error(glass_recipe, here, tmp_path):
+    calibration = {**glass_recipe["calibration"], "windows": 4}
+    path = write_recipe(tmp_path / "r.yaml", mixed(glass_recipe, {"ratio": 0.6}, calibration=calibration))
+    ended = here("run", path, "--store", tmp_path / "store")
+    assert ended.code == 2 and "tuning_windows" in ended.err

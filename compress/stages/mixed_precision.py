@@ -13,31 +13,22 @@ Tuning windows are calibration windows that no candidate was computed from. Unit
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from compress.allocation.budget import Budget, Sizes
-from compress.allocation.fit import Fit, by_kind, fit
 from compress.allocation.solver import BudgetError, cheapest
 from compress.allocation.units import Unit
-from compress.architecture import dimensions_of
-from compress.checkpoints.candidates import Assigned
-from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.skeleton import Skeleton
-from compress.checkpoints.working import WorkingCheckpoint
-from compress.errors import RecipeError, UnhealthySourceError
-from compress.evaluation.measure import States, score, walk_states
-from compress.events import Event, Quiet
-from compress.files import digest_of_json, write_json
+from compress.errors import RecipeError
+from compress.events import Event
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, StageContext, StageOutcome
 from compress.stages.candidates import CandidateStage
+from compress.stages.choices import Choice, Choices
 from compress.training.clock import Clock
 
 SPREAD_OF_PROBES = 1.0
@@ -46,8 +37,6 @@ SPREAD_OF_PROPOSALS = 0.3
 """The same, for proposals."""
 UNIFORM_MEASURED = 3
 """Uniform choices within the budget that are measured: the largest."""
-WORTH_FITTING = 1.0
-"""Nats above which a divergence says nothing about small ones."""
 
 
 class MixedPrecision(CandidateStage):
@@ -128,231 +117,105 @@ def _bytes(unit: Unit, schemes: list[Scheme], sizes: Sizes) -> int:
     )
 
 
-@dataclass
-class _Measured:
-    """Choices and their divergence in nats, in the order they were measured."""
-
-    choices: list[list[int]] = field(default_factory=list)
-    divergences: list[float] = field(default_factory=list)
-
-    def add(self, choice: list[int], divergence: float) -> None:
-        self.choices.append(choice)
-        self.divergences.append(divergence)
-
-
 class _Run:
     """One application of the stage."""
 
     def __init__(self, stage: MixedPrecision, context: StageContext) -> None:
-        assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
-        self.stage, self.context, self.source = stage, context, context.source
-        _, self.tuning = stage.split(context.windows)
-        skeleton = Skeleton(self.source.config, context.device, context.compute)
-        self.architecture, self.blocks = skeleton.architecture, skeleton.block_count
-        matrices = skeleton.linear_shapes()
-        self.units = stage.units(self.architecture, matrices)
-        self.sizes = Sizes.of(
-            skeleton.parameter_shapes(),
-            {module: matrices[module] for unit in self.units for module in unit.modules},
-            dimensions_of(skeleton.config),
-            context.stored.itemsize,
-            context.origin.weight_bytes,
-        )
-        found = candidates_in(self.source.folder, self.blocks)
-        self.schemes = {module: [Scheme.from_json(each["scheme"]) for each in rows] for module, rows in found.items()}
-        self.costs = [
-            [sum(found[module][k]["cost"] for module in unit.modules) for k in self._numbers] for unit in self.units
-        ]
-        self.bytes = [
-            [sum(found[module][k]["bytes"] for module in unit.modules) for k in self._numbers] for unit in self.units
-        ]
+        self.stage, self.context = stage, context
+        self.choices = Choices(stage, context, context.output.scratch / "measured.json")
         self.generator = np.random.default_rng(context.seed)
-        self.clock = Clock("measuring", "solving", "write")
+        self.clock = Clock("measuring", "write")
         self.events: list[Event] = []
-        self.kept = context.output.scratch / "measured.json"
-        self.known: dict[str, float] = json.loads(self.kept.read_text()) if self.kept.is_file() else {}
-
-    @property
-    def _numbers(self) -> range:
-        return range(len(self.stage.candidates))
 
     def outcome(self) -> StageOutcome:
-        limit = self.stage.budget.linear_bytes(self.sizes)
-        with self.clock.timed("solving"):
-            first = self.stage.solved(self.costs, self.bytes, self.sizes)
-        uniform = [[k] * len(self.units) for k in self._numbers if self._size([k] * len(self.units)) <= limit]
-        # A smaller uniform choice of the same widths hardly ever wins; the largest few are what it has to beat.
-        uniform = sorted(uniform, key=self._size)[-UNIFORM_MEASURED:]
-        total = 1 + len(uniform) + self.stage.probes + 1 + self.stage.proposals
+        stage, choices = self.stage, self.choices
+        limit = stage.budget.linear_bytes(choices.sizes)
+        first = self._solved(choices.costs)
+        fitting = [choice for k in choices.numbers if choices.size(choice := choices.uniform(k)) <= limit]
+        # A smaller uniform choice hardly ever wins; the largest few are what a mixture has to beat.
+        uniform = sorted(fitting, key=choices.size)[-UNIFORM_MEASURED:]
+        total = len(uniform) + 1 + stage.probes + 1 + stage.proposals
         with self.context.progress.task("mixed_precision", total) as advance, self.clock.timed("measuring"):
-            self._walk_source()
-            measured = _Measured()
-            for choice in [*uniform, first]:
-                measured.add(choice, self._divergence(choice))
-                advance(f"measured {len(measured.choices)}")
-            for _ in range(self.stage.probes):
-                probe = self._disturbed(self.costs, SPREAD_OF_PROBES)
-                measured.add(probe, self._divergence(probe))
-                advance(f"measured {len(measured.choices)}")
-            found = self._fit(measured)
-            costs = [
-                [found.factors[unit.kind] * cost for cost in row]
-                for unit, row in zip(self.units, self.costs, strict=True)
-            ]
-            fitted = self.stage.solved(costs, self.bytes, self.sizes)
-            mixed = _Measured([first], [self._divergence(first)])
-            mixed.add(fitted, self._divergence(fitted))
+            mixed = [first]
+            for choice in (*uniform, first):
+                choices.judge(choice)
+                advance("measured what the budget allows everywhere, and the cheapest mixture")
+            for number in range(stage.probes):
+                mixed.append(self._disturbed(choices.costs, SPREAD_OF_PROBES))
+                choices.judge(mixed[-1])
+                advance(f"probe {number + 1}/{stage.probes}")
+            found = choices.fit([*uniform, *mixed])
+            costs = choices.fitted_costs(found)
+            fitted = self._solved(costs)
+            mixed.append(fitted)
+            choices.judge(fitted)
             advance("fitted")
-            tried = {tuple(choice) for choice in (*measured.choices, fitted)}
-            for number in range(self.stage.proposals):
-                proposal = self._disturbed(costs, SPREAD_OF_PROPOSALS)
-                if tuple(proposal) not in tried:
-                    tried.add(tuple(proposal))
-                    mixed.add(proposal, self._divergence(proposal))
-                advance(f"proposal {number + 1}/{self.stage.proposals}")
-        best = int(np.argmin(mixed.divergences))
-        plain = [self._divergence(choice) for choice in uniform]
-        wins = not plain or mixed.divergences[best] < min(plain)
-        chosen = mixed.choices[best] if wins else uniform[int(np.argmin(plain))]
-        if not wins:
-            self._kept_uniform(chosen, min(plain), mixed.divergences[best])
-        facts = self._facts(chosen, limit, found, costs, uniform, plain, mixed, best, wins)
+            for number in range(stage.proposals):
+                mixed.append(self._disturbed(costs, SPREAD_OF_PROPOSALS))
+                choices.judge(mixed[-1])
+                advance(f"proposal {number + 1}/{stage.proposals}")
+        best = min(mixed, key=lambda choice: choices.judge(choice).kl)
+        plain = min(uniform, key=lambda choice: choices.judge(choice).kl, default=None)
+        wins = plain is None or choices.judge(best).kl < choices.judge(plain).kl
+        chosen = best if wins or plain is None else plain
+        if not wins and plain is not None:
+            self._kept_uniform(plain, best)
+        facts = {
+            "budget": {"kind": stage.budget.kind, "amount": stage.budget.amount},
+            "taken_beside_weights": stage.budget.taken(choices.sizes),
+            "other_bytes": choices.sizes.other_bytes,
+            "limit_bytes": limit,
+            "linear_bytes": choices.size(chosen),
+            "effective_bits": choices.effective_bits(chosen),
+            "tuning_tokens": choices.tuning.tokens,
+            "plan": "mixed" if wins else "uniform",
+            "kl": choices.judge(chosen).kl,
+            "kl_of_first": choices.judge(first).kl,
+            "kl_of_fitted": choices.judge(fitted).kl,
+            "choices_measured": choices.measured,
+            "uniform": [
+                {"scheme": choices.label(choice[0]), "bytes": choices.size(choice), "kl": choices.judge(choice).kl}
+                for choice in uniform
+            ],
+            "fit": dataclasses.asdict(found),
+            "units": self._units(chosen, costs),
+        }
         with self.clock.timed("write"):
             self._write(chosen)
         return StageOutcome([], self.events, self.clock.seconds, facts)
 
-    def _walk_source(self) -> None:
-        self.states = self._walk(self.source)
+    def _solved(self, costs: list[list[float]]) -> Choice:
+        return tuple(self.stage.solved(costs, self.choices.bytes, self.choices.sizes))
 
-    def _walk(self, checkpoint: Checkpoint) -> States:
-        context = self.context
-        sets = {"tuning": self.tuning}
-        return walk_states(checkpoint, sets, context.device, context.compute, context.tokens_at_once, Quiet(), "")
-
-    def _divergence(self, choice: list[int]) -> float:
-        """Mean KL to the source on the tuning windows, nats a token; what was measured before a kill is known."""
-        key = digest_of_json(choice)
-        if key not in self.known:
-            context = self.context
-            assigned = Assigned(self.source.folder, self.schemes, self._by_module(choice))
-            sets = {"tuning": self.tuning}
-            states = self._walk(assigned)
-            found = score(
-                (self.source, self.states), (assigned, states), sets, context.device, context.compute, Quiet()
-            )
-            scores = found["tuning"]
-            self.known[key] = float(scores.divergence[scores.counts].double().mean())
-            if not math.isfinite(self.known[key]):
-                raise UnhealthySourceError(
-                    "mixed_precision: a choice of candidates gave a divergence that is no number"
-                )
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.kept, self.known)
-        return self.known[key]
-
-    def _by_module(self, choice: list[int]) -> dict[str, int]:
-        return {module: k for unit, k in zip(self.units, choice, strict=True) for module in unit.modules}
-
-    def _size(self, choice: list[int]) -> int:
-        return sum(row[k] for row, k in zip(self.bytes, choice, strict=True))
-
-    def _disturbed(self, costs: list[list[float]], spread: float) -> list[int]:
+    def _disturbed(self, costs: list[list[float]], spread: float) -> Choice:
         """The cheapest choice if the costs of each unit were off by a factor."""
         factors = np.exp(self.generator.normal(0, spread, len(costs)))
-        return self.stage.solved(
-            [[factor * cost for cost in row] for factor, row in zip(factors, costs, strict=True)],
-            self.bytes,
-            self.sizes,
-        )
+        return self._solved([[factor * cost for cost in row] for factor, row in zip(factors, costs, strict=True)])
 
-    def _fit(self, measured: _Measured) -> Fit:
-        """Factors from every choice whose divergence is small enough to say something."""
-        rows = [
-            by_kind([unit.kind for unit in self.units], [row[k] for row, k in zip(self.costs, choice, strict=True)])
-            for choice in measured.choices
-        ]
-        worth = [at for at, divergence in enumerate(measured.divergences) if 0 < divergence <= WORTH_FITTING]
-        used = worth or [int(np.argmin(measured.divergences))]
-        return fit([rows[at] for at in used], [max(measured.divergences[at], 1e-12) for at in used])
-
-    def _kept_uniform(self, chosen: list[int], uniform: float, mixed: float) -> None:
-        label = self.schemes[self.units[0].modules[0]][chosen[0]].label
+    def _kept_uniform(self, plain: Choice, best: Choice) -> None:
+        uniform, mixed = self.choices.judge(plain).kl, self.choices.judge(best).kl
         message = (
-            f"{label} everywhere has a divergence of {uniform:.4g} on the tuning windows, the best mixture within the "
-            f"budget {mixed:.4g}: the plan is uniform"
+            f"{self.choices.label(plain[0])} everywhere has a divergence of {uniform:.4g} on the tuning windows, the "
+            f"best mixture within the budget {mixed:.4g}: the plan is uniform"
         )
         self.events.append(Event("uniform_kept", "mixed_precision", message, {"uniform": uniform, "mixed": mixed}))
 
-    def _facts(
-        self,
-        chosen: list[int],
-        limit: int,
-        found: Fit,
-        costs: list[list[float]],
-        uniform: list[list[int]],
-        plain: list[float],
-        mixed: _Measured,
-        best: int,
-        wins: bool,
-    ) -> dict[str, Any]:
-        label = self.schemes[self.units[0].modules[0]]
-        return {
-            "budget": {"kind": self.stage.budget.kind, "amount": self.stage.budget.amount},
-            "taken_beside_weights": self.stage.budget.taken(self.sizes),
-            "other_bytes": self.sizes.other_bytes,
-            "limit_bytes": limit,
-            "linear_bytes": self._size(chosen),
-            "effective_bits": 8 * self._size(chosen) / self.sizes.weights,
-            "tuning_tokens": self.tuning.tokens,
-            "plan": "mixed" if wins else "uniform",
-            "kl": mixed.divergences[best] if wins else min(plain),
-            "kl_of_first": mixed.divergences[0],
-            "kl_of_fitted": mixed.divergences[1],
-            "uniform": [
-                {"scheme": label[choice[0]].label, "bytes": self._size(choice), "kl": divergence}
-                for choice, divergence in zip(uniform, plain, strict=True)
-            ],
-            "fit": {
-                "factors": found.factors,
-                "r2": found.r2,
-                "rank": found.rank,
-                "predicted": list(found.predicted),
-                "measured": list(found.measured),
-            },
-            "choices": len(self.known),
-            "units": [
-                {
-                    "name": unit.name,
-                    "block": unit.block,
-                    "kind": unit.kind,
-                    "scheme": self.schemes[unit.modules[0]][k].label,
-                    "bits": self.schemes[unit.modules[0]][k].bits,
-                    "cost": row[k],
-                    "sensitivity": max(row) if len(row) else 0.0,
-                }
-                for unit, k, row in zip(self.units, chosen, costs, strict=True)
-            ],
-        }
+    def _units(self, chosen: Choice, costs: list[list[float]]) -> list[dict[str, Any]]:
+        """What each unit got, what that is predicted to cost in nats, and what its dearest candidate would."""
+        rows = []
+        for unit, k, row in zip(self.choices.units, chosen, costs, strict=True):
+            scheme = self.choices.schemes[unit.modules[0]][k]
+            named = {"name": unit.name, "block": unit.block, "kind": unit.kind}
+            rows.append({**named, "scheme": scheme.label, "bits": scheme.bits, "cost": row[k], "sensitivity": max(row)})
+        return rows
 
-    def _write(self, chosen: list[int]) -> None:
+    def _write(self, chosen: Choice) -> None:
         """The model as it was, and the plan."""
-        output = self.context.output
-        output.write_outer(self.source)
-        for index in range(self.blocks):
+        output, source = self.context.output, self.choices.source
+        output.write_outer(source)
+        for index in range(self.choices.blocks):
             if output.block_record(index) is None:
-                output.write_block(self.source, index, {}, {"modules": [], "events": []})
+                output.write_block(source, index, {}, {"modules": [], "events": []})
                 self.context.after_block(index)
-        plan = {module: self.schemes[module][k] for module, k in self._by_module(chosen).items()}
-        output.write_plan(plan)
-
-
-def candidates_in(folder: Path, blocks: int) -> dict[str, list[dict[str, Any]]]:
-    """What `sensitivity` recorded of every linear: scheme, cost in nats a token, bytes; by module, in order."""
-    finished = WorkingCheckpoint(folder)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for index in range(blocks):
-        record = finished.block_record(index) or {}
-        if "candidates" not in record:
-            raise RecipeError("mixed_precision: its input has no candidates; a sensitivity stage comes right before it")
-        found.update(record["candidates"])
-    return found
+        schemes = self.choices.schemes
+        output.write_plan({module: schemes[module][k] for module, k in self.choices.by_module(chosen).items()})

@@ -19,7 +19,7 @@ from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, StageContext
-from compress.stages.mixed_precision import candidates_in
+from compress.stages.choices import candidates_in
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
 
 WINDOWS = random_windows(count=24)
@@ -169,7 +169,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(solved, model, tm
     whole, _ = apply_stage(stage, solved, tmp_path / "whole", WINDOWS, origin=model)
     kept = tmp_path / "again" / "scratch"
     kept.mkdir(parents=True)
-    import compress.stages.mixed_precision as module
+    import compress.stages.choices as module
 
     seen = []
     original = module.write_json

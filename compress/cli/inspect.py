@@ -124,7 +124,7 @@ def gc(
     from compress.checkpoints.sources import cache_folder
 
     removed: list[dict[str, Any]] = []
-    for area in ("stages", "baselines"):
+    for area in ("stages", "baselines", "frontiers"):
         folder = cache_folder() / area
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if entry.suffix == ".lock":

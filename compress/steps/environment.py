@@ -32,6 +32,7 @@ PACKAGES = (
     "triton",
 )
 _CODE = (
+    "allocation",
     "architecture.py",
     "parallel.py",
     "quantization",

@@ -53,7 +53,7 @@ def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress:
                 where = f"evaluation set {spec.set_name}"
                 evaluation[spec.set_name] = build_windows(spec.window_spec, base, source.tokenizer, recipe.seed, where)
                 advance(spec.set_name)
-        calibration = _calibration(recipe, source, machine, progress)
+        calibration = read_calibration(recipe, source, machine, progress)
         advance("calibration")
     for name, windows in {**evaluation, **({"calibration": calibration} if calibration else {})}.items():
         if int(windows.ids.max()) >= vocabulary:
@@ -79,7 +79,8 @@ def _by_look(windows: Windows, first: int) -> tuple[Windows, tuple[tuple[Windows
     return replace(windows.part(0, step), events=windows.events), tuple(more)
 
 
-def _calibration(recipe: Recipe, source: OpenedSource, machine: Machine, progress: Progress) -> Windows | None:
+def read_calibration(recipe: Recipe, source: OpenedSource, machine: Machine, progress: Progress) -> Windows | None:
+    """The windows of the calibration text alone, if the recipe has one."""
     spec = recipe.calibration
     if spec is None:
         return None

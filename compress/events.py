@@ -38,6 +38,7 @@ EVENT_KINDS: dict[str, str] = {
     "latency_skipped": "the times of both models were not compared: no memory for both, or no loader",
     "source_was_quantized": "the source weights came from a quantised file",
     "few_calibration_tokens": "fewer calibration tokens than input columns: the Hessian is rank deficient",
+    "windows_repeated": "windows of an evaluation text repeated earlier ones and were left out: a copy is no evidence",
     "text_truncated": "documents were shortened to the length of the evaluation or calibration window",
 }
 """Every event kind and what it means. Gates refuse kinds that are not listed here."""

@@ -30,7 +30,7 @@ from compress.reports.card import model_card
 from compress.reports.report import ArtifactRef, Report
 from compress.reports.write import write_report
 from compress.steps import reporting
-from compress.steps.candidate import Asked, check_comparable, exported, open_candidate
+from compress.steps.candidate import Asked, calibration_events, check_comparable, exported, open_candidate
 from compress.steps.deciding import Inquiry, decide
 from compress.steps.environment import versions
 from compress.steps.fold import fold, stage_events
@@ -164,7 +164,14 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
         with clock.step("round trip"), sampler.phase("round trip"):
             evidence = round_trip(planned, candidate, texts, evidence, states, progress)
             evidence = time_both(planned, reference, candidate, evidence, progress)
-        events = [*reference.events, *candidate.events, *texts.events, *baseline.events, *answers.events]
+        events = [
+            *reference.events,
+            *candidate.events,
+            *calibration_events(candidate, texts),
+            *texts.events,
+            *baseline.events,
+            *answers.events,
+        ]
         events += [*evidence.events, *(talk.events if talk else ())]
         inquiry = Inquiry(planned, reference, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
         with clock.step("verdict"), sampler.phase("verdict"):

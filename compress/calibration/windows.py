@@ -89,6 +89,20 @@ class Windows:
         own = {"windows_obtained": len(ids), "tokens_obtained": tokens, "digest": digest_of(ids, mask)}
         return Windows(ids, mask, {**self.ledger, **own})
 
+    def distinct(self, where: str) -> Windows:
+        """Without windows that repeat an earlier one, and an event where there were any: a copy is no evidence."""
+        seen: dict[bytes, int] = {}
+        for row, ids in enumerate(self.ids):
+            real = ids if self.mask is None else ids[self.mask[row].bool()]
+            seen.setdefault(real.numpy().tobytes(), row)
+        if len(seen) == len(self.ids):
+            return self
+        rows = torch.tensor(sorted(seen.values()))
+        kept = Windows(self.ids[rows], None if self.mask is None else self.mask[rows], self.ledger)
+        message = f"{len(self.ids) - len(rows)} of {len(self.ids)} windows repeat an earlier one and were left out"
+        event = Event("windows_repeated", where, message, {"windows": len(self.ids) - len(rows)})
+        return replace(kept.part(0, len(rows)), events=(*self.events, event))
+
     def with_more(self, pieces: Sequence[Windows]) -> Windows:
         """These and further windows of the same text, with a ledger and a digest of their own."""
         ids = torch.cat([self.ids, *(piece.ids for piece in pieces)])

@@ -40,6 +40,8 @@ class Outputs:
             raise ResourceError(f"--junit {self.junit}: its folder cannot be made ({error}).") from error
         if not os.access(self.junit if self.junit.exists() else self.junit.parent, os.W_OK):
             raise ResourceError(f"--junit {self.junit}: cannot be written here.")
+        # What an earlier command left would be read as this one's, should this one end in an error.
+        self.junit.unlink(missing_ok=True)
 
     def write(self, report: Report, where: Path | None) -> None:
         """All of them. where: the HTML report, if it was written."""
@@ -56,5 +58,8 @@ class Outputs:
         if not path:
             console.note(f"--github: {SUMMARY_VARIABLE} is not set, so no summary was written")
             return
-        with Path(path).open("a", encoding="utf-8") as stream:
-            stream.write(summary(report, str(where) if where else "not written"))
+        try:
+            with Path(path).open("a", encoding="utf-8") as stream:
+                stream.write(summary(report, str(where) if where else "not written"))
+        except OSError as error:
+            console.note(f"--github: {SUMMARY_VARIABLE} names {path}, which cannot be written ({error})")

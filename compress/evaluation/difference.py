@@ -44,14 +44,14 @@ def compare(paired: Paired, margin: float, alpha: float) -> Comparison:
 def _compare_items(found: Flips, margin: float, alpha: float) -> Comparison:
     if not found.items:
         raise ValueError("no item to compare by")
-    return Comparison(
-        loss=found.loss,
-        low=lower_bound(found, alpha),
-        high=upper_bound(found, alpha),
-        p_within=p_of_at_least(found, margin),
-        p_beyond=p_of_at_most(found, margin),
-        units=found.items,
-    )
+    low, high = lower_bound(found, alpha), upper_bound(found, alpha)
+    p_within, p_beyond = p_of_at_least(found, margin), p_of_at_most(found, margin)
+    # An exact p is not quite monotone in the loss. A margin counts as refuted where every loss beyond it is as well.
+    if (p_within < alpha) != (high < margin):
+        p_within, high = max(p_within, alpha), max(high, margin)
+    if (p_beyond < alpha) != (low > margin):
+        p_beyond, low = max(p_beyond, alpha), min(low, margin)
+    return Comparison(found.loss, low, high, p_within, p_beyond, found.items)
 
 
 def _compare_windows(paired: Paired, margin: float, alpha: float) -> Comparison:

@@ -41,6 +41,15 @@ class Measured:
     paired: dict[str, Paired] = field(default_factory=dict)
     """By measurement, what it was computed from; kept with the compressed model's."""
 
+    def over(self, earlier: Measured) -> Measured:
+        """These measurements, and everything of `earlier` that was not measured again."""
+        return Measured(
+            {**earlier.values, **self.values},
+            {**earlier.intervals, **self.intervals},
+            {**earlier.ratio_intervals, **self.ratio_intervals},
+            {**earlier.paired, **self.paired},
+        )
+
 
 HEALTH_WINDOWS = 4
 """Windows of each set that the health check looks at; enough to tell a broken model from a healthy one."""

@@ -30,7 +30,7 @@ class NonInferiorityGate(Gate):
         description="largest acceptable loss: of accuracy as a difference (0.02 is two points), of perplexity as a "
         "ratio (0.05 is 5 %), of mean KL in nats"
     )
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="chance of passing a model that is at the margin")
+    alpha: float = Field(default=0.05, ge=0.001, lt=0.5, description="chance of passing a model that is at the margin")
 
     @field_validator("margin")
     @classmethod
@@ -60,6 +60,9 @@ class NonInferiorityGate(Gate):
             return self._not_measured("is not a finite number")
         low, high = self._shown(found.low), self._shown(found.high)
         verdict = _verdict(found, alpha)
+        nothing_to_lose = paired.unit == "items" and verdict == "passed" and float(paired.source.mean()) <= self.margin
+        if nothing_to_lose:
+            verdict = "inconclusive"
         return Judgement(
             kind=self.kind,
             measure=self.measure,
@@ -67,7 +70,9 @@ class NonInferiorityGate(Gate):
             interval=(low, high),
             limit=self._limit(),
             verdict=verdict,
-            sentence=self._sentence(paired, found, (low, high), verdict, alpha) + _which_look(look, alpha),
+            sentence=self._sentence(paired, found, (low, high), verdict, alpha)
+            + (_hardly_any_right(paired) if nothing_to_lose else "")
+            + _which_look(look, alpha),
             units=found.units,
             p_within=found.p_within,
             p_beyond=found.p_beyond,
@@ -116,6 +121,13 @@ def _verdict(found: Comparison, alpha: float) -> Verdict:
     if found.p_within < alpha:
         return "passed"
     return "failed" if found.p_beyond < alpha else "inconclusive"
+
+
+def _hardly_any_right(paired: Paired) -> str:
+    share = 100 * float(paired.source.mean())
+    return (
+        f" The source itself gets {share:.3g} % right, no more than the margin: any model would pass. Give it a floor."
+    )
 
 
 def _which_look(look: Look, alpha: float) -> str:

@@ -33,7 +33,12 @@ class SizeGate(Gate):
         before = facts.source_bytes
         checks = [
             ("weight_bytes", size, self.max_bytes, ""),
-            ("weight_bytes", size / before if size is not None and before else None, self.max_ratio, " x source"),
+            (
+                "weight_bytes",
+                size / before if size is not None and before else None,
+                self.max_ratio,
+                " x the recipe's source",
+            ),
             ("effective_bits", bits, self.max_effective_bits, ""),
         ]
         given = [(measure, value, bound, suffix) for measure, value, bound, suffix in checks if bound is not None]

@@ -134,6 +134,12 @@ def _tasks(recipe: Recipe, base: Path, lines: Lines) -> list[str]:
             wrong = [f"task {spec.label!r} is named twice; give one another `name:`", *wrong]
         named.add(spec.label)
         mistakes += [f"{lines.place(('evaluation', index))}: {sentence}" for sentence in wrong]
+    for index, spec in enumerate(recipe.evaluation):
+        if isinstance(spec, Task) and spec.label in {each.set_name for each in recipe.on_text}:
+            mistakes.append(
+                f"{lines.place(('evaluation', index))}: a task and a text are both called {spec.label!r}; give one "
+                "another name"
+            )
     mistakes += _prompts(recipe, base, lines)
     if not recipe.on_text:
         mistakes.append(

@@ -102,7 +102,7 @@ def headline(report: Report) -> str:
         said.append(f"{_of(len(undecided), len(critical))} could not be decided: {', '.join(undecided)}")
     if doubtful:
         said.append(f"what a person must decide about: {', '.join(doubtful)} missed a supporting bound")
-    return f"{who} failed nothing, but {'; '.join(said)}."
+    return f"{who} failed no critical gate, but {'; '.join(said)}."
 
 
 def about(report: Report) -> str:

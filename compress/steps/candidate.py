@@ -62,6 +62,8 @@ class Candidate:
     """Events of its making by kind, where it brings a report that tells; empty where they are among a run's own."""
     calibration: WindowSpec | None = None
     """What it was calibrated on, where that is known."""
+    calibration_digest: str | None = None
+    """Of the windows it was calibrated on, as its manifest recorded it."""
     events: tuple[Event, ...] = field(default=())
 
     @property
@@ -154,6 +156,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
         version=published.version if published else "",
         recorded=recorded,
         calibration=calibration,
+        calibration_digest=published.lineage.get("calibration") if published else None,
         events=tuple(events),
     )
 
@@ -196,6 +199,15 @@ def _recorded_events(artifact: Path) -> dict[str, int]:
         raise CompressError(f"{path}: cannot be read ({error}); `compress verify {artifact}` tells more.") from error
 
 
+def calibration_events(candidate: Candidate, texts: Texts) -> list[Event]:
+    """The event that overlap was looked for in another text than the one it was calibrated on, if that is so."""
+    found, recorded = texts.calibration, candidate.calibration_digest
+    if found is None or recorded is None or found.digest == recorded:
+        return []
+    message = "its calibration text has changed since: the windows read now are not those it was calibrated on"
+    return [Event("calibration_unknown", candidate.name, message, {"recorded": recorded, "found": found.digest})]
+
+
 def check_comparable(recipe: Recipe, candidate: Candidate, reference: OpenedSource, texts: Texts) -> None:
     """Both models must read the same tokens and predict over the same vocabulary. Raises RecipeError naming every text
     that would be read differently."""
@@ -212,7 +224,7 @@ def check_comparable(recipe: Recipe, candidate: Candidate, reference: OpenedSour
         windows = texts.seen(name, 1 + len(texts.more.get(name, ())))
         spec = next(spec for spec in recipe.on_text if spec.set_name == name)
         again = build_windows(spec.window_spec, Path.cwd(), candidate.tokenizer, recipe.seed, f"evaluation set {name}")
-        if again.part(0, len(windows.ids)).digest != windows.digest:
+        if again.distinct(name).part(0, len(windows.ids)).digest != windows.digest:
             different.append(f"{name}: the tokenizer of {candidate.folder} reads this text as other tokens")
     if different:
         raise RecipeError(different)

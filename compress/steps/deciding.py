@@ -108,10 +108,8 @@ def _look_again(inquiry: Inquiry, evidence: Evidence, numbers: dict[str, int]) -
             events += baseline.events
             found, _ = scores_of(plan, candidate, inquiry.reference, baseline, part, progress)
             scores[name] = _joined(scores[name], found[name])
-    kept = evidence.source.values, evidence.compressed.values
     before, after = summarise(plan.recipe.on_text, scores)
-    before.values.update({name: value for name, value in kept[0].items() if name not in before.values})
-    after.values.update({name: value for name, value in kept[1].items() if name not in after.values})
+    before, after = before.over(evidence.source), after.over(evidence.compressed)
     comparisons = list(evidence.tasks)
     for at, comparison in enumerate(comparisons):
         name = comparison.prepared.name

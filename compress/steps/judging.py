@@ -233,10 +233,13 @@ def judge(
         source_bytes=float(source_bytes),
     )
     judgements = adjusted([_judge(gate, facts) for gate in recipe.gates])
+    nothing_judged = all(judgement.tier == "advisory" for judgement in judgements)
     if evidence.reloaded is not None:
         tier: Tier = "critical" if candidate.is_read_directly else "advisory"
         judgements.append(replace(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts), tier=tier))
-    return overall(judgements), judgements
+    verdict = overall(judgements)
+    # The round trip says that the model loads. Where no gate of the recipe could decide, that is not enough to pass.
+    return ("inconclusive" if verdict == "passed" and nothing_judged else verdict), judgements
 
 
 def _judge(gate: Gate, facts: Facts) -> Judgement:

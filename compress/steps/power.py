@@ -5,7 +5,9 @@ P(z(m) < -z_alpha) = Phi(m / s - z_alpha), with s the standard error of the loss
 that can be resolved is (z_alpha + z_0.8) s; a true loss that far beyond the margin fails with the same probability.
 s is assumed, and the assumption is printed:
 
-items     one in ten changes sides: s = sqrt(0.10 / n)
+items     one in ten changes sides: s = sqrt(0.10 / n), and because counts are whole and the test exact (`discordance`),
+          1.25 / n is taken off the margin: simulated, the margin then said to be resolved is passed in 78 to 87 % of
+          cases from 10 to 200 items
 windows   a token's loss moves as in a model of mean KL 0.05: a variance of 2 KL to first order, so that
           s = sqrt(2 x 0.05 / (windows x tokens))
 
@@ -15,7 +17,7 @@ margin / (1 + (z_alpha + z_0.8) v / sqrt(u)) passes with probability 0.8.
 
 Where a recipe lets a gate ask for more, it is what can be decided at the last look, with the alpha of one look.
 
-Example: 200 items, alpha 0.05: s = 0.0224, so margins from (1.645 + 0.842) x 0.0224 = 0.056 up are resolved.
+Example: 200 items, alpha 0.05: s = 0.0224, so margins from (1.645 + 0.842) x 0.0224 + 0.006 = 0.062 up are resolved.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from compress.gates import NonInferiorityGate
 from compress.recipe import Recipe
 
 DISCORDANCE = 0.10
+WHOLE_COUNTS = 1.25
+"""Items by which an exact test of whole counts falls short of a normal one."""
 KL = 0.05
 KL_SPREAD = 0.3
 """Standard deviation of window means over their mean. Within one kind of text 0.21 was measured
@@ -130,8 +134,9 @@ def _resolved(gate: NonInferiorityGate, units: str, sizes: tuple[int, ...], vari
     error = math.sqrt(variance / sizes[-1])
     reach = float(stats.norm.isf(alpha_at_each(gate.alpha, sizes)))
     is_ratio = gate.measure.startswith("perplexity.")
-    margin = math.log1p(gate.margin) if is_ratio else gate.margin
-    smallest = (reach + float(stats.norm.ppf(WANTED))) * error
+    short = WHOLE_COUNTS / sizes[-1] if gate.measure.startswith("task.") else 0.0
+    margin = (math.log1p(gate.margin) if is_ratio else gate.margin) - short
+    smallest = (reach + float(stats.norm.ppf(WANTED))) * error + short
     return Power(
         measure=gate.measure,
         margin=gate.margin,

@@ -8,6 +8,7 @@ a loaded model is needed: resident weight bytes and the bytes of a real KV cache
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -73,7 +74,8 @@ def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tenso
     with skeleton.head(checkpoint) as head:
         for row in range(min(COMPARED_WINDOWS, len(windows.ids))):
             ours, theirs = _logits(model, head, windows, states, row, machine)
-            worst = max(worst, float((ours - theirs).abs().max()))
+            largest = float((ours - theirs).abs().max())
+            worst = largest if math.isnan(largest) or largest > worst else worst
             log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
             count += ours.shape[0]
@@ -81,7 +83,8 @@ def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tenso
     tokens = prompt.shape[1]
     del model, cache
     gc.collect()
-    return Reloaded(name, count, worst, max(0.0, total / count), resident, kv_bytes, kv_dtype, tokens)
+    mean = total / count if math.isnan(total) else max(0.0, total / count)
+    return Reloaded(name, count, worst, mean, resident, kv_bytes, kv_dtype, tokens)
 
 
 @contextmanager

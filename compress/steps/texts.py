@@ -51,7 +51,8 @@ def read_texts(recipe: Recipe, source: OpenedSource, machine: Machine, progress:
         for spec in recipe.on_text:
             if spec.set_name not in evaluation:
                 where = f"evaluation set {spec.set_name}"
-                evaluation[spec.set_name] = build_windows(spec.window_spec, base, source.tokenizer, recipe.seed, where)
+                windows = build_windows(spec.window_spec, base, source.tokenizer, recipe.seed, where)
+                evaluation[spec.set_name] = windows.distinct(spec.set_name)
                 advance(spec.set_name)
         calibration = read_calibration(recipe, source, machine, progress)
         advance("calibration")

@@ -10,6 +10,7 @@ from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages import STAGES
 from compress.stages.base import Training
+from compress.stages.quantize import QuantizeStage
 from compress.steps.environment import Machine
 from compress.training.footprint import choose, training_load
 
@@ -25,12 +26,12 @@ def nothing_to_train(recipe: Recipe, matrices: dict[str, tuple[int, int]]) -> li
                 "use calibration.windows: 2 or more"
             )
         if stage.needs_codes and not coded:
-            makers = ", ".join(kind for kind, other in STAGES.items() if not other.needs_codes)
+            makers = ", ".join(kind for kind, other in STAGES.items() if issubclass(other, QuantizeStage))
             found.append(
                 f"stages[{index}]: {stage.kind} works on linears that were quantised before it, and no stage before it "
                 f"quantises one; put a stage that does first ({makers})"
             )
-        coded |= set(stage.schemes(matrices))
+        coded |= set(matrices) if stage.follows_plan else set(stage.schemes(matrices))
     return found
 
 

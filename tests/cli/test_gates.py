@@ -29,7 +29,7 @@ def test_a_run_is_judged_by_paired_windows_with_size_and_memory(recipe, here, tm
 
 
 def test_a_run_with_too_few_windows_for_its_margin_ends_undecided(recipe, here, tmp_path):
-    compared = {"kind": "non_inferiority", "measure": PERPLEXITY, "margin": 0.005, "alpha": 1e-9}
+    compared = {"kind": "non_inferiority", "measure": PERPLEXITY, "margin": 0.005, "alpha": 0.001}
     ended = here("run", recipe(gates=[compared]), "--store", tmp_path / "store")
 
     assert ended.code == 4, ended.err

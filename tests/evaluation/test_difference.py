@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
@@ -63,6 +63,7 @@ def test_mcnemar_is_the_binomial_tail():
     assert mcnemar(Flips(0, 0, 50)) == 1.0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(0, 100), st.sampled_from([0.01, 0.05, 0.2]))
 def test_bounds_hold_the_loss_and_mirror_when_the_models_are_swapped(lost, won, both, alpha):
     paired = items(lost, won, both, neither=1)
@@ -72,6 +73,7 @@ def test_bounds_hold_the_loss_and_mirror_when_the_models_are_swapped(lost, won, 
     assert forward.low == pytest.approx(-backward.high, abs=1e-6)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 200), st.floats(0.001, 0.3))
 def test_the_bound_and_the_p_value_agree(lost, won, both, margin):
     found = compare(items(lost, won, both, neither=1), margin, 0.05)
@@ -144,6 +146,7 @@ def test_the_sum_is_that_over_all_outcomes_as_extreme():
     assert p_of_at_most(found, loss) == pytest.approx(expected, abs=2e-3)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 300), st.floats(-0.9, 0.9))
 def test_more_lost_items_never_count_for_less(items, lost, gained, loss):
     """What makes the outcomes as extreme an upper tail of the lost, given the gained."""

@@ -69,7 +69,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         ("failed", "smollm2-w4 v0003 failed 1 of 4 gates: perplexity.python-docs."),
         (
             "inconclusive",
-            "smollm2-w4 v0003 failed nothing, but 1 of 4 gates could not be decided: perplexity.python-docs.",
+            "smollm2-w4 v0003 failed no critical gate, but 1 of 4 gates could not be decided: perplexity.python-docs.",
         ),
     ],
 )

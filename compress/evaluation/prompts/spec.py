@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from compress.evaluation.tasks.items import unpaired_surrogate
+
 MOST = 20
 """Prompts at most: people read them."""
 MOST_CHARACTERS = 4000
@@ -104,6 +106,8 @@ def _prompt(line: str, number: int) -> tuple[Prompt | None, str]:
         data = json.loads(line)
     except ValueError as error:
         return None, f"not JSON ({error})"
+    if unpaired_surrogate(line):
+        return None, "holds half of a character (an unpaired surrogate), which no tokenizer reads"
     if not isinstance(data, dict) or set(data) - {"id", "prompt"}:
         return None, "write an object with `prompt`, and `id` if you like, and nothing else"
     identity, text = data.get("id", str(number)), data.get("prompt")

@@ -65,13 +65,17 @@ def read_items(path: Path, type_: TaskType) -> tuple[list[Item], list[str]]:
     items: list[Item] = []
     mistakes: list[str] = []
     seen: dict[str, int] = {}
+    asked: dict[tuple[str, tuple[str, ...]], int] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         item, wrong = _item(line, number, type_)
         if item is not None and item.id in seen:
             wrong.append(f"id {item.id!r} was used on line {seen[item.id]} already")
+        if item is not None and (question := (item.context, item.choices)) in asked:
+            wrong.append(f"asks what line {asked[question]} asks; a copy is no further evidence")
         if item is not None:
+            asked.setdefault((item.context, item.choices), number)
             seen.setdefault(item.id, number)
             items.append(item)
         mistakes += [f"{path}:{number}: {sentence}" for sentence in wrong]
@@ -82,12 +86,23 @@ def read_items(path: Path, type_: TaskType) -> tuple[list[Item], list[str]]:
     return items, mistakes
 
 
+def unpaired_surrogate(line: str) -> bool:
+    """Whether the texts of a line of JSON cannot be written as UTF-8."""
+    try:
+        json.dumps(json.loads(line), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _item(line: str, number: int, type_: TaskType) -> tuple[Item | None, list[str]]:
     """One line as an item, or None, and what is wrong with it."""
     try:
         data = json.loads(line)
     except ValueError as error:
         return None, [f"not JSON ({error})"]
+    if unpaired_surrogate(line):
+        return None, ["holds half of a character (an unpaired surrogate such as \\ud800), which no tokenizer reads"]
     if not isinstance(data, dict):
         return None, ["not a JSON object; write {id, context, choices, answer}"]
     wrong = [f"unknown key {key!r}; known: {', '.join(sorted(_KEYS))}" for key in sorted(set(data) - _KEYS)]

@@ -6,6 +6,7 @@ from compress.architecture import Architecture, Dimensions
 from compress.checkpoints.compressed_tensors import cannot_load
 from compress.checkpoints.export import FORMATS
 from compress.evaluation.specs import OnText
+from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.power import Power
@@ -59,6 +60,7 @@ def warnings_of(
         for spec in recipe.tasks
         if spec.file is None
     ]
+    found += _wide_margins(recipe)
     sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
     if sizes:
         found.append(
@@ -72,6 +74,27 @@ def warnings_of(
     if not architecture.float16_safe and recipe.export.dtype == "float16":
         found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
     return found
+
+
+WIDEST = {"perplexity": 0.5, "divergence": 1.0, "task": 0.25}
+"""Margins beyond which a gate is most likely not meant: half as much perplexity again, a nat, 25 points."""
+
+
+def _wide_margins(recipe: Recipe) -> list[str]:
+    """Margins that look like percent or points written as whole numbers."""
+    return [
+        f"{gate.measure}: a margin of {gate.margin:g} lets {_as_words(gate)} pass; is {gate.margin / 100:g} meant?"
+        for gate in recipe.gates
+        if isinstance(gate, NonInferiorityGate) and gate.margin > WIDEST[gate.measure.partition(".")[0]]
+    ]
+
+
+def _as_words(gate: NonInferiorityGate) -> str:
+    kind = gate.measure.partition(".")[0]
+    if kind == "divergence":
+        return f"a mean KL of {gate.margin:g} nats"
+    lost = f"{100 * gate.margin:g}"
+    return f"{lost} % more perplexity" if kind == "perplexity" else f"{lost} points of accuracy lost"
 
 
 def weak_gates(gate_powers: list[Power]) -> list[str]:

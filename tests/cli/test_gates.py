@@ -53,6 +53,11 @@ def test_plan_says_what_a_gate_can_decide_and_warns_where_it_cannot(recipe, here
     assert wide["smallest_margin"] == pytest.approx(0.0249, abs=2e-4)
 
 
+def test_plan_asks_whether_a_margin_of_several_hundred_percent_is_meant(recipe, here, tmp_path):
+    ended = here("plan", recipe(gates=[{"kind": "non_inferiority", "measure": PERPLEXITY, "margin": 5}]))
+    assert ended.code == 0 and "500 % more perplexity" in ended.out and "is 0.05 meant" in ended.out.replace("\n", " ")
+
+
 def test_plan_says_how_near_to_a_bound_on_kl_a_model_may_come(recipe, here, tmp_path):
     planned = recipe(gates=[{"kind": "non_inferiority", "measure": KL, "margin": 0.1}])
     (power,) = json.loads(here("plan", planned, "--store", tmp_path / "store", "--json").out)["gate_power"]

@@ -114,6 +114,8 @@ def plan(
         ["time", f"about {console.seconds_text(facts['seconds'])}, within a factor of two"],
     ]
     console.print_table(f"plan for {planned.recipe.name}", ["", ""], rows)
+    for budget in planned.budgets:
+        console.print_line(f"budget: {budget}; schemes above are a stand-in until linears have been measured")
     for power in planned.powers:
         console.print_line(f"gate: {power.sentence}")
     for warning in planned.warnings:

@@ -34,7 +34,8 @@ def listed(stage: StageRecord) -> dict[str, Any]:
 def sentence(facts: Mapping[str, Any]) -> str:
     """What was asked, what came of it, and what it was compared with."""
     budget, uniform = facts["budget"], facts["uniform"]
-    asked = f"{budget['kind'].replace('_', ' ')} {budget['amount']:,g}"
+    amount = size(budget["amount"]) if budget["kind"].endswith("bytes") else f"{budget['amount']:g}"
+    asked = f"{budget['kind'].replace('_', ' ')} {amount}"
     text = (
         f"Asked for {asked}; the linears take {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
         f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "

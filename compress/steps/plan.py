@@ -57,6 +57,8 @@ class Plan:
     effective_bits: float | None
     warnings: tuple[str, ...]
     powers: tuple[Power, ...] = ()
+    budgets: tuple[str, ...] = ()
+    """Of stages that choose precision, what of each budget goes where."""
 
     def to_json(self) -> dict[str, Any]:
         """Flat, for `plan --json`."""
@@ -81,6 +83,7 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "seconds": self.seconds,
             "stages": [stage.kind for stage in self.recipe.stages],
+            "budgets": list(self.budgets),
             "gate_power": [asdict(power) for power in self.powers],
             "warnings": list(self.warnings),
         }
@@ -111,7 +114,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
     parameters = sum(math.prod(shape) for shape in shapes.values())
     source_bytes = parameters * dtype_bytes(config)
-    schemes, mistakes = expected_schemes(
+    schemes, mistakes, budgets = expected_schemes(
         recipe, architecture, dimensions, matrices, shapes, stored.itemsize, source_bytes
     )
     if mistakes:
@@ -155,6 +158,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
         warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
+        budgets=tuple(budgets),
     )
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
     _check_resources(plan, store, plan.peak_host_bytes + beside)

@@ -49,20 +49,22 @@ def expected_schemes(
     parameters: dict[str, tuple[int, ...]],
     stored_bytes: int,
     source_bytes: int,
-) -> tuple[dict[str, Scheme], list[str]]:
-    """The scheme of each linear after all stages, and budgets that nothing fits. Where a stage will choose, a choice of
-    about the same bytes stands in for its own."""
+) -> tuple[dict[str, Scheme], list[str], list[str]]:
+    """The scheme of each linear after all stages, budgets that nothing fits, and each budget explained. Where a stage
+    will choose, a choice of about the same bytes stands in for its own."""
     schemes: dict[str, Scheme] = {}
+    explained = []
     mistakes = []
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, MixedPrecision):
             units = stage.units(architecture, matrices)
             chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
             sizes = Sizes.of(parameters, chosen, dimensions, stored_bytes, source_bytes)
+            explained.append(stage.budget.explained(sizes))
             try:
                 schemes.update(stage.schemes_within(sizes, units))
             except RecipeError as error:
                 mistakes.append(f"stages[{index}]: {error}")
         else:
             schemes.update(stage.schemes(matrices))
-    return schemes, mistakes
+    return schemes, mistakes, explained

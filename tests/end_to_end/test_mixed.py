@@ -95,6 +95,7 @@ def test_another_budget_finds_the_candidates_finished(published, glass_recipe, h
     assert report["measurements"]["compressed"]["weight_bytes"] <= bytes_
     planned = json.loads(here("plan", path, "--store", tmp_path / "store", "--json").out)
     assert planned["stored_bytes"] <= bytes_
+    assert planned["budgets"][0].startswith(f"weight_bytes {int(bytes_):,}, in bytes: tensors that stay as they are")
 
 
 @pytest.mark.parametrize(

@@ -33,19 +33,23 @@ def frontier(
 
     asked = _bits(bits)
     _check(max_kl)
+    _check_folder(out)
     loaded = load_recipe(recipe, tuple(set_ or ()))
     quiet_libraries()
-    from compress.files import write_json
+    from compress.checkpoints.sources import cache_folder
+    from compress.files import disk_errors, write_json
     from compress.reports.frontier import frontier_page, frontier_table, sentence
     from compress.steps.frontier import frontier as measure
     from compress.steps.plan import make_plan
 
     progress = console.StageProgress()
-    found = measure(make_plan(loaded, None, progress), asked, points, max_kl, progress).to_json()
+    with disk_errors(cache_folder()):
+        found = measure(make_plan(loaded, None, progress), asked, points, max_kl, progress).to_json()
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "frontier.json", found)
-        (out / "frontier.html").write_text(frontier_page(found), encoding="utf-8")
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "frontier.json", found)
+            (out / "frontier.html").write_text(frontier_page(found), encoding="utf-8")
     if json:
         console.print_json(found)
         return 0
@@ -72,6 +76,14 @@ def _bits(text: str | None) -> list[float] | None:
     if not all(0 < value <= 32 for value in found):
         raise RecipeError(f"--bits {text}: each is above 0 and at most 32")
     return found
+
+
+def _check_folder(out: Path | None) -> None:
+    """Before minutes of work: --out must be a folder, or become one."""
+    from compress.errors import RecipeError
+
+    if out is not None and any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise RecipeError(f"--out {out}: this, or a part of it, is a file; name a folder")
 
 
 def _check(max_kl: float | None) -> None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from compress.reports.html import pages
 from compress.reports.tables import Table
 from compress.reports.words import number, showable, size
 
@@ -94,20 +94,17 @@ def _mark(point: Mapping[str, Any], x: float, y: float) -> Markup:
 
 def frontier_page(found: Mapping[str, Any]) -> str:
     """The page, self-contained."""
-    environment = Environment(
-        loader=PackageLoader("compress.reports", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("frontier.html.j2").render(
-        name=found["name"],
-        tokens=f"{found['tuning_tokens']:,}",
-        picture=plot(found["points"], found["max_kl"]),
-        points=frontier_table(found["points"]),
-        smallest=sentence(found),
-        trust=_trust(found),
+    page = (
+        pages()
+        .get_template("frontier.html.j2")
+        .render(
+            name=found["name"],
+            tokens=f"{found['tuning_tokens']:,}",
+            picture=plot(found["points"], found["max_kl"]),
+            points=frontier_table(found["points"]),
+            smallest=sentence(found),
+            trust=_trust(found),
+        )
     )
     return showable(page)
 

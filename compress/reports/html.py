@@ -18,8 +18,8 @@ from compress.reports.report import Report, StageRecord
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
 
 
-def render_html(report: Report) -> str:
-    """The whole report as one HTML document."""
+def pages() -> Environment:
+    """Where templates of HTML pages are found, and how they are filled: everything escaped, nothing left undefined."""
     environment = Environment(
         loader=PackageLoader("compress.reports", "templates"),
         autoescape=True,
@@ -28,6 +28,12 @@ def render_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(size=words.size, number=words.number, duration=words.duration)
+    return environment
+
+
+def render_html(report: Report) -> str:
+    """The whole report as one HTML document."""
+    environment = pages()
     rest, recipe = tables.split_recipe(report.provenance)
     page = environment.get_template("report.html.j2").render(
         report=report,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from compress.allocation.units import Unit, units_of
 from compress.architecture import Architecture
 from compress.calibration.windows import Windows
-from compress.errors import RecipeError, nearest
+from compress.errors import RecipeError
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
@@ -19,6 +19,7 @@ from compress.stages.quantize import (
     checked_size,
     groups_that_do_not_divide,
     matches,
+    patterns_that_match_nothing,
 )
 
 
@@ -108,7 +109,7 @@ class CandidateStage(Stage):
         return units_of(architecture, [module for module in shapes if self.options(module)])
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
-        mistakes = self._patterns_that_match_nothing(shapes)
+        mistakes = patterns_that_match_nothing(self.ignore, [each.match for each in self.overrides], shapes)
         if not any(self.options(module) for module in shapes):
             mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
         for candidate in self.candidates:
@@ -130,17 +131,6 @@ class CandidateStage(Stage):
                     "matrix, so ignore and overrides must treat them alike. Extend the pattern to all of them."
                 )
         return None
-
-    def _patterns_that_match_nothing(self, shapes: Shapes) -> list[str]:
-        patterns = [("ignore", pattern) for pattern in self.ignore]
-        patterns += [("overrides", override.match) for override in self.overrides]
-        leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
-        return [
-            f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
-            f"Linears are named like {next(iter(shapes))}."
-            for field, pattern in patterns
-            if not any(matches(pattern, module) for module in shapes)
-        ]
 
     def split(self, windows: Windows) -> tuple[Windows, Windows]:
         """Windows that candidates are computed from, and those that choices are measured on.

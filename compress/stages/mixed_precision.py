@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from compress.allocation.budget import Budget, Sizes
+from compress.allocation.fit import Fit
 from compress.allocation.solver import BudgetError, cheapest
 from compress.allocation.units import Unit
 from compress.errors import RecipeError
@@ -134,6 +135,21 @@ class _Run:
         fitting = [choice for k in choices.numbers if choices.size(choice := choices.uniform(k)) <= limit]
         # A smaller uniform choice hardly ever wins; the largest few are what a mixture has to beat.
         uniform = sorted(fitting, key=choices.size)[-UNIFORM_MEASURED:]
+        mixed, fitted, found, costs = self._measure(uniform, first)
+        best = min(mixed, key=lambda choice: choices.judge(choice).kl)
+        plain = min(uniform, key=lambda choice: choices.judge(choice).kl, default=None)
+        wins = plain is None or choices.judge(best).kl < choices.judge(plain).kl
+        chosen = best if wins or plain is None else plain
+        if not wins and plain is not None:
+            self._kept_uniform(plain, best)
+        facts = self._facts(chosen, uniform, first, fitted, found, costs)
+        with self.clock.timed("write"):
+            self._write(chosen)
+        return StageOutcome([], self.events, self.clock.seconds, facts)
+
+    def _measure(self, uniform: list[Choice], first: Choice) -> tuple[list[Choice], Choice, Fit, list[list[float]]]:
+        """Measure everything that may become the plan: all mixtures, the one by fitted costs, the fit and its costs."""
+        stage, choices = self.stage, self.choices
         total = len(uniform) + 1 + stage.probes + 1 + stage.proposals
         with self.context.progress.task("mixed_precision", total) as advance, self.clock.timed("measuring"):
             mixed = [first]
@@ -154,21 +170,22 @@ class _Run:
                 mixed.append(self._disturbed(costs, SPREAD_OF_PROPOSALS))
                 choices.judge(mixed[-1])
                 advance(f"proposal {number + 1}/{stage.proposals}")
-        best = min(mixed, key=lambda choice: choices.judge(choice).kl)
-        plain = min(uniform, key=lambda choice: choices.judge(choice).kl, default=None)
-        wins = plain is None or choices.judge(best).kl < choices.judge(plain).kl
-        chosen = best if wins or plain is None else plain
-        if not wins and plain is not None:
-            self._kept_uniform(plain, best)
-        facts = {
+        return mixed, fitted, found, costs
+
+    def _facts(
+        self, chosen: Choice, uniform: list[Choice], first: Choice, fitted: Choice, found: Fit, costs: list[list[float]]
+    ) -> dict[str, Any]:
+        """What the report tells of the choice."""
+        stage, choices = self.stage, self.choices
+        return {
             "budget": {"kind": stage.budget.kind, "amount": stage.budget.amount},
             "taken_beside_weights": stage.budget.taken(choices.sizes),
             "other_bytes": choices.sizes.other_bytes,
-            "limit_bytes": limit,
+            "limit_bytes": stage.budget.linear_bytes(choices.sizes),
             "linear_bytes": choices.size(chosen),
             "effective_bits": choices.effective_bits(chosen),
             "tuning_tokens": choices.tuning.tokens,
-            "plan": "mixed" if wins else "uniform",
+            "plan": "uniform" if chosen in uniform else "mixed",
             "kl": choices.judge(chosen).kl,
             "kl_of_first": choices.judge(first).kl,
             "kl_of_fitted": choices.judge(fitted).kl,
@@ -180,9 +197,6 @@ class _Run:
             "fit": dataclasses.asdict(found),
             "units": self._units(chosen, costs),
         }
-        with self.clock.timed("write"):
-            self._write(chosen)
-        return StageOutcome([], self.events, self.clock.seconds, facts)
 
     def _solved(self, costs: list[list[float]]) -> Choice:
         return tuple(self.stage.solved(costs, self.choices.bytes, self.choices.sizes))

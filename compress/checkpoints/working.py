@@ -87,15 +87,31 @@ class WorkingCheckpoint:
             tensors[f"{module}.scale"] = grid.scale.cpu().contiguous()
             if grid.zero is not None:
                 tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
-        metadata = {SCHEMES_KEY: json.dumps({name: scheme.to_json() for name, scheme in sorted(schemes.items())})}
+        self.write_tensors(index, tensors, record, schemes)
+
+    def write_tensors(
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        record: dict[str, Any],
+        schemes: Mapping[str, Scheme] | None = None,
+    ) -> None:
+        """Write block `index` from its tensors by full name; `schemes` of the linears among them that are codes."""
+        labels = {name: scheme.to_json() for name, scheme in sorted((schemes or {}).items())}
         with atomic_path(self.folder / f"block-{index:05d}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata)
+            save_file(tensors, temporary, {SCHEMES_KEY: json.dumps(labels)})
         write_json(self.folder / f"block-{index:05d}.json", record)
 
-    def write_outer(self, source: Checkpoint, replaced: Mapping[str, Tensor] | None = None) -> None:
+    def write_outer(
+        self,
+        source: Checkpoint,
+        replaced: Mapping[str, Tensor] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         """Copy everything outside the blocks, and the files that travel with a model.
 
-        `replaced` gives new values to tensors outside the blocks, by full name (the final norm).
+        `replaced` gives new values to tensors outside the blocks, by full name (the final norm); `config` is the
+        model's where its sizes changed.
         """
         names = [name for name in source.names if source.architecture.block_index(name) is None]
         entries = [_entry(source, name, replaced or {}) for name in names]
@@ -105,8 +121,9 @@ class WorkingCheckpoint:
                 shutil.copyfile(path, self.folder / path.name)
         if (source.folder / PLAN_FILE).is_file():
             shutil.copyfile(source.folder / PLAN_FILE, self.folder / PLAN_FILE)
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-        write_json(self.folder / "config.json", config)
+        config = source.config if config is None else config
+        kept = {key: value for key, value in config.items() if key != "quantization_config"}
+        write_json(self.folder / "config.json", kept)
 
     def write_plan(self, plan: Mapping[str, Scheme]) -> None:
         """Keep a scheme for every linear that later stages will quantise."""

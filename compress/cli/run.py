@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -99,6 +99,7 @@ def plan(
     facts = planned.to_json()
     rows = [
         ["model", f"{planned.recipe.model.label}: {facts['architecture']}, {facts['parameters']:,} parameters"],
+        *_pruned_row(facts),
         ["device", f"{facts['device']}, artifact in {facts['stored_dtype']}"],
         ["quantised", f"{facts['quantised_linears']} of {facts['linears']} linears: {', '.join(facts['schemes'])}"],
         ["effective bits", f"{facts['effective_bits']:.3f}" if facts["effective_bits"] else "-"],
@@ -175,3 +176,11 @@ def print_outcome(outcome: Outcome) -> None:
 
 def _verdict(gate: GateResult) -> str:
     return gate.verdict if gate.tier == "critical" else f"{gate.verdict} ({gate.tier})"
+
+
+def _pruned_row(facts: dict[str, Any]) -> list[list[str]]:
+    """What stays of a model that a recipe prunes; no row for others."""
+    if not facts["pruned"]:
+        return []
+    pieces = (f"{name.replace('_', ' ')} {before} -> {after}" for name, (before, after) in facts["pruned"].items())
+    return [["pruned", f"{', '.join(pieces)}: {facts['parameters_after']:,} parameters stay"]]

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import answers, pictures, precision, tables, task_tables, words
+from compress.reports import answers, pictures, precision, pruning, tables, task_tables, words
 from compress.reports.report import Report, StageRecord
 
 _MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
@@ -49,6 +49,7 @@ def render_html(report: Report) -> str:
         answers_said=answers.introduction(report.answers) if report.answers else "",
         answers_same=answers.UNCHANGED,
         errors=[_errors(stage) for stage in report.stages if any(each.error is not None for each in stage.modules)],
+        pruned=pruning.shown(report),
         plans=precision.shown(report),
         memory=tables.memory_table(report),
         stages=tables.stages_table(report),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.evaluation.prompts.differences import Piece
-from compress.reports import precision
+from compress.reports import precision, pruning
 from compress.reports.answers import UNCHANGED, introduction, shown
 from compress.reports.report import AnswersRecord, Report
 from compress.reports.tables import (
@@ -61,6 +61,10 @@ def render_markdown(report: Report) -> str:
     if report.tasks:
         parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
     parts += _answers(report.answers) if report.answers else []
+    for pruned in pruning.shown(report):
+        parts += ["## Pruning", escape(pruned["sentence"]), *_titled(pruned["tables"])]
+        if pruned["alone"]:
+            parts += ["### Pruned, or only quantised", escape(pruned["alone"]), table_text(pruned["alone_table"])]
     for plan in precision.planners(report):
         said = [escape(precision.sentence(plan.facts)), escape(precision.trust(plan.facts))]
         parts += ["## Bits by linear", *said]

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from compress.reports import pruning
 from compress.reports.report import Report, StageRecord
 from compress.reports.tables import Table
 from compress.reports.words import number, size
@@ -25,7 +26,7 @@ def planners(report: Report) -> list[StageRecord]:
 
 def listed(stage: StageRecord) -> dict[str, Any]:
     """Facts without those that have a picture or table of their own."""
-    found = {key: value for key, value in stage.facts.items() if key not in OWN}
+    found = {key: value for key, value in stage.facts.items() if key not in (*OWN, *pruning.OWN)}
     if "fit" in found:
         found["fit"] = {key: value for key, value in found["fit"].items() if key not in ("predicted", "measured")}
     return found

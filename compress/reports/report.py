@@ -154,6 +154,15 @@ class TaskRecord(Value):
     facts: dict[str, Any] = Field(default_factory=dict, description="file digest, versions, where examples came from")
 
 
+class AlternativeRecord(Value):
+    """What quantising alone, nothing pruned, gives at no more bytes than the artifact takes."""
+
+    scheme: str | None = Field(description="of all linears, solved by gptq; None where not even 2 bits take so little")
+    weight_bytes: int | None = Field(description="tensor bytes of the whole model in that scheme, packed")
+    limit_bytes: int = Field(description="tensor bytes of the artifact")
+    values: dict[str, float] = Field(description="measures on the evaluation texts, named as in `measurements`")
+
+
 class ArtifactRef(Value):
     path: str
     name: str
@@ -228,6 +237,9 @@ class Report(Value):
     event_counts: dict[str, int]
     tasks: list[TaskRecord] = Field(default_factory=list, description="questions with answers, if any were asked")
     answers: AnswersRecord | None = Field(default=None, description="both models' answers to prompts, for people")
+    quantised_alone: AlternativeRecord | None = Field(
+        default=None, description="of a pruned model: what quantising alone gives at the same bytes, for comparison"
+    )
     noise: list[NoiseRecord] = Field(default_factory=list, description="noise floor of each set")
     looks: list[LookRecord] = Field(default_factory=list, description="sets and tasks that could grow")
     evaluation: list[dict[str, Any]] = Field(description="each set: name, windows, tokens, protocol, digest, source")

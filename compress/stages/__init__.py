@@ -12,10 +12,14 @@ from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.round_to_nearest import RoundToNearest
 from compress.stages.sensitivity import Sensitivity
+from compress.stages.structured_prune import StructuredPrune
 
-AnyStage = Annotated[RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision, Field(discriminator="kind")]
+AnyStage = Annotated[
+    StructuredPrune | RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision, Field(discriminator="kind")
+]
 
 STAGES: dict[str, type[Stage]] = {
+    "structured_prune": StructuredPrune,
     "round_to_nearest": RoundToNearest,
     "gptq": Gptq,
     "recover": Recover,
@@ -34,4 +38,5 @@ __all__ = [
     "Stage",
     "StageContext",
     "StageOutcome",
+    "StructuredPrune",
 ]

@@ -19,6 +19,7 @@ from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
 from compress.quantization.scheme import Scheme
 from compress.training.footprint import Mode
+from compress.training.trained import Trainable
 
 Shapes = dict[str, tuple[int, int]]
 """(rows, columns) of every linear of every block, by full module name."""
@@ -63,8 +64,7 @@ class Training:
     more_windows: int
     """Windows beside the calibration text's."""
     mode: Mode
-    norms: bool
-    """Whether norm weights are trained beside scales."""
+    trained: Trainable
 
 
 class Stage(BaseModel):
@@ -72,18 +72,28 @@ class Stage(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     needs_calibration: ClassVar[bool] = False
-    needs_codes: ClassVar[bool] = False
-    """Works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
     plans_precision: ClassVar[bool] = False
     """Leaves a plan that later stages can follow."""
     draws: ClassVar[bool] = False
     """Draws at random, so that the recipe's seed decides its output."""
+    prunes: ClassVar[bool] = False
+    """Takes pieces out of the model, so that the report asks whether quantising alone would have been better."""
     shares_windows: ClassVar[bool] = False
     """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
     batches_at_least: ClassVar[int] = 1
     """Batches that calibration text is cut into where it has as many windows."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
+
+    @property
+    def needs_codes(self) -> bool:
+        """Whether it works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
+        return False
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it works on plain weights; `plan` refuses a recipe where a stage before quantised some."""
+        return False
 
     @property
     def follows_plan(self) -> bool:
@@ -114,6 +124,15 @@ class Stage(BaseModel):
     def extra_disk_bytes(self, shapes: Shapes) -> int:
         """Bytes of the cache that the stage fills beside its output checkpoint."""
         return 0
+
+    def configured(self, config: dict[str, Any], stored_bytes: int) -> dict[str, Any]:
+        """config.json of the output for that of the input: what `plan` knows later stages' shapes from. `stored_bytes`
+        is what one weight of the 16-bit dtype takes.
+
+        Raises RecipeError where the result could not be.
+        """
+        del stored_bytes
+        return config
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""

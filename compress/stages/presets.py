@@ -33,7 +33,7 @@ def written_out(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """
     stages = _with_sensitivity(stages)
     wanted = [index for index, stage in enumerate(stages) if isinstance(stage, Gptq) and stage.quality == "max"]
-    if not wanted or any(isinstance(stage, Recover) for stage in stages):
+    if not wanted or any(isinstance(stage, Recover) for stage in stages[wanted[-1] :]):
         return stages
     return (*stages[: wanted[-1] + 1], MAX_RECOVER, *stages[wanted[-1] + 1 :])
 

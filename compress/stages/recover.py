@@ -1,10 +1,12 @@
-"""Recover: with the integers frozen, train scales and norm weights to bring a model back towards its source.
+"""Recover: train a pruned or quantised model to bring it back towards its source.
 
-Rounding decided each linear by itself, or against the errors before it. Training sees the end: the KL divergence of the
-next-token probabilities from the source's, lowered by gradient descent over a few epochs of calibration text (the
-end-to-end phase of EfficientQAT, arXiv 2407.11062, with the source as teacher instead of the text). Codes, zero points,
-embeddings and head stay. Windows kept out of training choose the state that ships; if none is better than the input,
-the input ships.
+Pruning and rounding decide each linear by itself, or against the errors before it. Training sees the end: the KL
+divergence of the next-token probabilities from the source's, lowered by gradient descent over a few epochs of
+calibration text. For a quantised model that is the end-to-end phase of EfficientQAT (arXiv 2407.11062) with the source
+as teacher instead of the text: scales and norms are trained and, if asked for, the codes (quantisation-aware training).
+For a pruned one it is knowledge distillation: all weights of the blocks are trained, or low-rank changes to them. Zero
+points, embeddings and head stay. Windows kept out of training choose the state that ships; if none is better than the
+input, the input ships.
 
 Where the whole model does not fit, blocks are trained one by one against the source's (`training.block_wise`). A killed
 run goes on from files in the stage's scratch folder, which is removed when the stage is finished.
@@ -14,12 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.architecture import Architecture
@@ -27,6 +29,7 @@ from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import Windows, WindowSpec
 from compress.checkpoints.skeleton import Skeleton
+from compress.errors import ResourceError
 from compress.events import Event
 from compress.files import digest_of_json, write_json
 from compress.quantization.scheme import Scheme
@@ -39,14 +42,25 @@ from compress.training.footprint import Choice, Mode, choose, training_load
 from compress.training.material import Material, material
 from compress.training.setting import Setting
 from compress.training.student import AsExported
+from compress.training.trained import Trainable, What, require_peft
 from compress.training.whole_model import train_whole_model
 
 
 class Recover(Stage):
-    """Train the scales and norm weights of a quantised model by its KL divergence from the source. Integers stay."""
+    """Train a pruned or quantised model by its KL divergence from the source."""
 
     kind: Literal["recover"] = "recover"
-    train: Literal["scales", "scales+norms"] = Field(default="scales+norms", description="what is trained")
+    train: What = Field(
+        default="scales+norms",
+        description="of a quantised model scales, scales+norms, or codes (with both); of any norms; of a pruned one "
+        "weights (of all blocks, with norms) or lora (low-rank changes to them, merged)",
+    )
+    rank: int = Field(default=16, ge=1, description="of LoRA's matrices")
+    hidden_share: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight in the loss, beside the KL, of the relative squared difference of final hidden states",
+    )
     epochs: int = Field(default=3, ge=1, description="passes over the training windows")
     learning_rate: float = Field(
         default=1e-3, gt=0, description="Adam's at the first step, of a relative change; falls linearly to zero"
@@ -64,7 +78,6 @@ class Recover(Stage):
         description="model: end to end; block: one decoder block after another; auto: model if that fits in memory",
     )
     needs_calibration: ClassVar[bool] = True
-    needs_codes: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     @property
@@ -75,11 +88,38 @@ class Recover(Stage):
     def training(self) -> Training:
         # Forward, forward again, and a backward pass that counts twice; the teacher's pass and the evaluations.
         forwards = 1 + self.epochs * (4 * (1 - self.holdout) + 3 * self.holdout)
-        norms = self.train == "scales+norms"
-        return Training(forwards, self.batch_tokens, self.self_generated_windows, self.mode, norms)
+        return Training(forwards, self.batch_tokens, self.self_generated_windows, self.mode, self._trained)
+
+    @property
+    def needs_codes(self) -> bool:
+        return self._trained.scales
+
+    @property
+    def needs_weights(self) -> bool:
+        return self.train in ("weights", "lora")
+
+    @property
+    def _trained(self) -> Trainable:
+        return Trainable(self.train, self.rank)
+
+    @model_validator(mode="after")
+    def _hidden_states_of_the_whole(self) -> Recover:
+        if self.hidden_share and self.mode == "block":
+            raise ValueError(
+                "hidden_share is part of the loss of mode: model; block by block, states are the whole loss"
+            )
+        if (
+            "rank" in self.model_fields_set
+            and self.train != "lora"
+            and self.rank != Recover.model_fields["rank"].default
+        ):
+            raise ValueError(f"rank is LoRA's; train is {self.train}")
+        return self
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         del shapes, architecture
+        if self.train == "lora":
+            require_peft()
         return []
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
@@ -119,7 +159,7 @@ class _Run:
 
     def __init__(self, stage: Recover, context: StageContext, folder: Path) -> None:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
-        assert context.source.schemes, "plan refuses a recipe where nothing was quantised before"
+        assert context.source.schemes or not stage.needs_codes, "plan refuses a recipe where nothing was quantised"
         self.stage, self.context, self.windows, self.folder = stage, context, context.windows, folder
         self.clock = Clock()
         self.events: list[Event] = []
@@ -141,6 +181,7 @@ class _Run:
             self.events.append(Event("recover_kept_input", "recover", message, numbers))
         facts = {
             "mode": mode,
+            "train": self.stage.train,
             "learning_rate": self.stage.learning_rate,
             "trained_numbers": sum(value.numel() for value in outcome.values.values()),
             "windows_training": len(text.training),
@@ -159,10 +200,12 @@ class _Run:
         source = AsExported(context.source.folder, context.stored)
         return Setting(
             origin=context.origin,
+            teacher=Skeleton(context.origin.config, context.device, context.compute),
             source=source,
             skeleton=Skeleton(source.config, context.device, context.compute),
             material=text,
-            norms=stage.train == "scales+norms",
+            training=replace(stage._trained, seed=context.seed),
+            hidden_share=stage.hidden_share,
             course=Course(stage.epochs, stage.learning_rate, stage.patience, context.seed),
             folder=self.folder,
             clock=self.clock,
@@ -201,9 +244,21 @@ class _Run:
         else:
             tokens = text.windows_at_once * text.ids.shape[1]
             load = training_load(
-                setting.skeleton, setting.source.schemes, setting.norms, tokens, text.ids.numel(), self.context.compute
+                setting.skeleton,
+                setting.source.schemes,
+                setting.training,
+                tokens,
+                text.ids.numel(),
+                self.context.compute,
             )
             choice = choose(self.stage.mode, load, self.context.device)
+            if choice.mode == "block" and setting.teacher.block_count != setting.skeleton.block_count:
+                raise ResourceError(
+                    f"recover: training the whole model takes about {choice.whole_model_bytes:,} bytes and "
+                    f"{choice.free:,} are free. Block by block there would be no telling which of the source's "
+                    f"{setting.teacher.block_count} blocks each of the {setting.skeleton.block_count} stands for. "
+                    "Train less (lora, norms), or on a larger machine."
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, dataclasses.asdict(choice))
         if self.stage.mode == "auto" and choice.mode == "block":
@@ -237,7 +292,7 @@ def _write_block(context: StageContext, index: int, values: dict[str, Tensor]) -
         scale = values.get(f"{module}.scale")
         if scale is not None:
             codes, grid = source.codes(module)
-            quantised[module] = (codes, dataclasses.replace(grid, scale=scale))
+            quantised[module] = (values.get(f"{module}.codes", codes), dataclasses.replace(grid, scale=scale))
             records.append(_record(module, index, source.schemes[module], codes.shape))
     record: dict[str, Any] = {"modules": records, "events": []}
     context.output.write_block(source, index, quantised, record, values)

@@ -11,19 +11,19 @@ from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.power import Power
 from compress.steps.precision import out_of_order
+from compress.steps.shapes import Shapes
 from compress.steps.training import nothing_to_train
 
 
-def mistakes_of(
-    recipe: Recipe, architecture: Architecture, dimensions: Dimensions, matrices: dict[str, tuple[int, int]]
-) -> list[str]:
+def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
+    architecture, dimensions = shapes.source.architecture, shapes.source.dimensions
     found = [
         f"stages[{index}]: {sentence}"
-        for index, stage in enumerate(recipe.stages)
-        for sentence in stage.check(matrices, architecture)
+        for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
+        for sentence in stage.check(shape.matrices, architecture)
     ]
     found += out_of_order(recipe)
-    found += nothing_to_train(recipe, matrices)
+    found += nothing_to_train(recipe, shapes)
     format_ = FORMATS[recipe.export.format]
     if architecture.transposed_linears and not format_.transposed_linears:
         able = [name for name, other in FORMATS.items() if other.transposed_linears]
@@ -31,7 +31,11 @@ def mistakes_of(
             f"export.format: {format_.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: "
             f"loaders quantise nn.Linear only. Formats that can: {', '.join(able)}"
         )
-    schemes = {scheme for stage in recipe.stages for scheme in stage.schemes(matrices).values()}
+    schemes = {
+        scheme
+        for stage, shape in zip(recipe.stages, shapes.before, strict=True)
+        for scheme in stage.schemes(shape.matrices).values()
+    }
     if format_.packs and cannot_load(schemes):
         labels = ", ".join(sorted(scheme.label for scheme in schemes))
         found.append(

@@ -47,13 +47,14 @@ def fold(
     stored: torch.dtype,
     progress: Progress,
     sampler: PeakSampler,
+    noun: str = "stage",
 ) -> list[Folded]:
-    """Apply every stage in order. Finished ones are reused."""
+    """Apply every stage in order. Finished ones are reused. `noun` is what peaks of memory are filed under."""
     done: list[Folded] = []
     checkpoint, key = source, source_digest
     for index, stage in enumerate(stages):
         key = fingerprint(key, stage, windows, seed, machine, stored)
-        with sampler.phase(f"stage {index}: {getattr(stage, 'kind', '')}"):
+        with sampler.phase(f"{noun} {index}: {getattr(stage, 'kind', '')}"):
             folded = _apply(stage, source, checkpoint, key, windows, seed, machine, stored, progress, sampler)
         done.append(folded)
         checkpoint = folded.checkpoint

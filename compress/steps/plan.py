@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 
 from compress import parallel
-from compress.architecture import Architecture, Dimensions, architecture_of, dimensions_of
+from compress.architecture import Architecture, Dimensions, architecture_of
 from compress.checkpoints.compressed_tensors import unpacks_while_loading
 from compress.checkpoints.export import FORMATS, stored_dtype
-from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import ModelSpec, cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.evaluation.tasks import harness
@@ -29,6 +27,7 @@ from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, we
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
 from compress.steps.precision import expected_schemes
+from compress.steps.shapes import shapes_along
 from compress.steps.training import trainings_of
 
 
@@ -42,6 +41,10 @@ class Plan:
     dimensions: Dimensions
     matrices: dict[str, tuple[int, int]]
     parameters: int
+    """Of the source; `dimensions` and `matrices` are those of the result."""
+    parameters_after: int
+    counts: dict[str, tuple[int, int]]
+    """Before and after, of what stages take pieces from: blocks, kv_heads, mlp_channels."""
     schemes: dict[str, Scheme]
     machine: Machine
     stored: torch.dtype
@@ -66,6 +69,8 @@ class Plan:
             "name": self.recipe.name,
             "architecture": self.architecture.model_type,
             "parameters": self.parameters,
+            "parameters_after": self.parameters_after,
+            "pruned": {name: list(pair) for name, pair in self.counts.items() if pair[0] != pair[1]},
             "blocks": self.dimensions.blocks,
             "device": str(self.machine.device),
             "stored_dtype": str(self.stored).removeprefix("torch."),
@@ -105,26 +110,23 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     config = read_config(recipe.model, Path.cwd(), progress)
     machine = choose_machine(recipe.model.device, config)
     architecture = architecture_of(config)
-    skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
-    matrices, shapes = skeleton.linear_shapes(), skeleton.parameter_shapes()
-    dimensions = dimensions_of(skeleton.config)
-    mistakes = mistakes_of(recipe, architecture, dimensions, matrices)
+    stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
+    shapes, mistakes = shapes_along(recipe, config, stored.itemsize)
+    mistakes += mistakes_of(recipe, shapes)
     if mistakes:
         raise RecipeError(mistakes)
-    stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
-    parameters = sum(math.prod(shape) for shape in shapes.values())
+    source, last = shapes.source, shapes.last
+    matrices, dimensions, parameters = source.matrices, source.dimensions, source.parameters
     source_bytes = parameters * dtype_bytes(config)
-    schemes, mistakes, budgets = expected_schemes(
-        recipe, architecture, dimensions, matrices, shapes, stored.itemsize, source_bytes
-    )
+    schemes, mistakes, budgets = expected_schemes(recipe, shapes, stored.itemsize, source_bytes)
     if mistakes:
         raise RecipeError(mistakes)
     export_bytes = predict.stored_bytes(
-        shapes, matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
+        last.tensors, last.matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
     )
     asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
-    load = walk_load(recipe, skeleton, dimensions, matrices, parameters, machine)
-    trainings = trainings_of(recipe, skeleton, schemes, machine)
+    load = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine)
+    trainings = trainings_of(recipe, shapes, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
     disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
@@ -133,29 +135,31 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         recipe=recipe,
         config=config,
         architecture=architecture,
-        dimensions=dimensions,
-        matrices=matrices,
+        dimensions=last.dimensions,
+        matrices=last.matrices,
         parameters=parameters,
+        parameters_after=last.parameters,
+        counts=_counts(source.dimensions, last.dimensions),
         schemes=schemes,
         machine=machine,
         stored=stored,
         source_bytes=source_bytes,
         stored_bytes=export_bytes,
         resident_bytes=predict.stored_bytes(
-            shapes,
-            matrices,
+            last.tensors,
+            last.matrices,
             schemes,
             stored.itemsize,
             packs=FORMATS[recipe.export.format].packs and not unpacks_while_loading(list(set(schemes.values()))),
         ),
         kv_cache_bytes=predict.kv_cache_bytes(
-            dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
+            last.dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
         ),
         peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, matrices, dimensions, asked + size_of_latency(recipe.latency)),
-        effective_bits=predict.effective_bits(matrices, schemes, stored.itemsize),
+        effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize),
         warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),
@@ -163,6 +167,14 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
     _check_resources(plan, store, plan.peak_host_bytes + beside)
     return plan
+
+
+def _counts(before: Dimensions, after: Dimensions) -> dict[str, tuple[int, int]]:
+    return {
+        "blocks": (before.blocks, after.blocks),
+        "kv_heads": (before.kv_heads, after.kv_heads),
+        "mlp_channels": (before.mlp_width, after.mlp_width),
+    }
 
 
 def _check_resources(plan: Plan, store: Path | None, host_bytes: int) -> None:

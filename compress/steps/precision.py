@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from compress.allocation.budget import Sizes
-from compress.architecture import Architecture, Dimensions
 from compress.errors import RecipeError
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.stages.base import Shapes
 from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.sensitivity import Sensitivity
+from compress.steps.shapes import Shapes
 
 
 def out_of_order(recipe: Recipe) -> list[str]:
@@ -42,24 +41,19 @@ def out_of_order(recipe: Recipe) -> list[str]:
 
 
 def expected_schemes(
-    recipe: Recipe,
-    architecture: Architecture,
-    dimensions: Dimensions,
-    matrices: Shapes,
-    parameters: dict[str, tuple[int, ...]],
-    stored_bytes: int,
-    source_bytes: int,
+    recipe: Recipe, shapes: Shapes, stored_bytes: int, source_bytes: int
 ) -> tuple[dict[str, Scheme], list[str], list[str]]:
     """The scheme of each linear after all stages, budgets that nothing fits, and each budget explained. Where a stage
     will choose, a choice of about the same bytes stands in for its own."""
     schemes: dict[str, Scheme] = {}
     explained = []
     mistakes = []
-    for index, stage in enumerate(recipe.stages):
+    for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
+        matrices = shape.matrices
         if isinstance(stage, MixedPrecision):
-            units = stage.units(architecture, matrices)
+            units = stage.units(shape.architecture, matrices)
             chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
-            sizes = Sizes.of(parameters, chosen, dimensions, stored_bytes, source_bytes)
+            sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes)
             explained.append(stage.budget.explained(sizes))
             try:
                 schemes.update(stage.schemes_within(sizes, units))

@@ -13,6 +13,7 @@ from compress.gates import Judgement
 from compress.memory.measure import PeakSampler, device_peak_bytes
 from compress.recipe import Recipe
 from compress.reports.report import (
+    AlternativeRecord,
     AnswerPair,
     AnswersRecord,
     ArtifactRef,
@@ -53,8 +54,10 @@ def assemble(
     started: datetime,
     artifact: ArtifactRef,
     of: JudgedRecord | None = None,
+    alone: AlternativeRecord | None = None,
 ) -> Report:
-    """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be."""
+    """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
+    a pruned model is compared with."""
     recipe, evidence, events = plan.recipe, decision.evidence, decision.events
     return Report(
         verdict=decision.verdict,
@@ -65,6 +68,7 @@ def assemble(
             intervals=evidence.compressed.intervals,
         ),
         memory=_memory(plan, source, evidence, sampler, predicted=of is None),
+        quantised_alone=alone,
         stages=[StageRecord(**folding.record) for folding in folded],
         round_trip=_round_trip(evidence),
         events=events,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from compress.architecture import Dimensions
 from compress.calibration.windows import WindowSpec
-from compress.checkpoints.skeleton import Skeleton
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
@@ -12,11 +11,13 @@ from compress.stages import STAGES
 from compress.stages.base import Training
 from compress.stages.quantize import QuantizeStage
 from compress.steps.environment import Machine
+from compress.steps.shapes import Shapes
 from compress.training.footprint import choose, training_load
 
 
-def nothing_to_train(recipe: Recipe, matrices: dict[str, tuple[int, int]]) -> list[str]:
-    """Stages that work on codes, with no stage before them that makes any."""
+def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
+    """Stages that work on codes with no stage before them that makes any, and stages that work on plain weights behind
+    one that does."""
     found = []
     coded: set[str] = set()
     for index, stage in enumerate(recipe.stages):
@@ -31,22 +32,35 @@ def nothing_to_train(recipe: Recipe, matrices: dict[str, tuple[int, int]]) -> li
                 f"stages[{index}]: {stage.kind} works on linears that were quantised before it, and no stage before it "
                 f"quantises one; put a stage that does first ({makers})"
             )
+        blocks = shapes.source.dimensions.blocks, shapes.before[index].dimensions.blocks
+        if stage.training and stage.training.mode == "block" and blocks[0] != blocks[1]:
+            found.append(
+                f"stages[{index}]: mode: block trains each block against the source's, which has {blocks[0]} where the "
+                f"pruned model has {blocks[1]}; use mode: model or auto"
+            )
+        if stage.needs_weights and coded:
+            found.append(
+                f"stages[{index}]: {stage.kind} works on plain weights, and a stage before it quantised some; put it "
+                "before them"
+            )
+        matrices = shapes.before[index].matrices
         coded |= set(matrices) if stage.follows_plan else set(stage.schemes(matrices))
     return found
 
 
 def trainings_of(
-    recipe: Recipe, skeleton: Skeleton, schemes: dict[str, Scheme], machine: Machine
+    recipe: Recipe, shapes: Shapes, schemes: dict[str, Scheme], machine: Machine
 ) -> list[tuple[Training, predict.TrainingLoad]]:
     """What each stage that trains does, and what decides its memory."""
     found = []
-    for stage in recipe.stages:
+    for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
         training = stage.training
+        coded = schemes if any(issubclass(type(each), QuantizeStage) for each in recipe.stages[:index]) else {}
         if training is not None and recipe.calibration is not None:
             window = recipe.calibration.window_tokens
             batch = max(1, training.batch_tokens // window) * window
             kept = (recipe.calibration.windows + training.more_windows) * window
-            load = training_load(skeleton, schemes, training.norms, batch, kept, machine.compute)
+            load = training_load(shape.skeleton, coded, training.trained, batch, kept, machine.compute)
             found.append((training, load))
     return found
 

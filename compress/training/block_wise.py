@@ -26,7 +26,8 @@ from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence
 from compress.training.material import Material
 from compress.training.setting import Outcome, Setting
-from compress.training.student import Trained, factors, stored_values, teacher_head, trained_block
+from compress.training.student import teacher_head, trained_block
+from compress.training.trained import AllTrained, factors, rates, stored_values
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,15 @@ class OneBlock:
     block: nn.Module
     inputs: Tensor
     targets: Tensor
-    trained: Trained
+    trained: AllTrained
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
         return factors(self.trained)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return rates(self.trained)
 
     def loss(self, rows: Tensor) -> Tensor | None:
         real = self.material.real(rows)
@@ -67,7 +72,8 @@ def train_block_wise(setting: Setting) -> Outcome:
     """Train one block after another; judged at the end by the same divergence as training the whole model."""
     skeleton, material = setting.skeleton, setting.material
     with setting.clock.timed("teacher"):
-        wanted, before = (_final_states(setting, checkpoint) for checkpoint in (setting.origin, setting.source))
+        wanted = _final_states(setting, setting.teacher, setting.origin)
+        before = _final_states(setting, skeleton, setting.source)
     batches = [material.batch(rows) for rows in material.every_batch()]
     states = torch.cat([hidden.cpu() for hidden in skeleton.embed(setting.source, batches)])
     values: dict[str, Tensor] = {}
@@ -89,10 +95,10 @@ def train_block_wise(setting: Setting) -> Outcome:
     return Outcome(values, judged[0], judged[1], {"blocks": blocks})
 
 
-def _final_states(setting: Setting, checkpoint: Checkpoint) -> list[Tensor]:
+def _final_states(setting: Setting, skeleton: Skeleton, checkpoint: Checkpoint) -> list[Tensor]:
     """A model's normed final states on the windows kept out, per batch."""
     batches = [setting.material.batch(rows) for rows in setting.material.held_out_batches()]
-    return list(final_hidden_states(setting.skeleton, checkpoint, batches, setting.progress, "kept-out windows"))
+    return list(final_hidden_states(skeleton, checkpoint, batches, setting.progress, "kept-out windows"))
 
 
 def _train_block(
@@ -101,14 +107,14 @@ def _train_block(
     """Train a block, or take what an interrupted run made of it. Returns the states after it, its tensors and facts."""
     path, step = setting.folder / f"block-{index:05d}.safetensors", setting.folder / "step.safetensors"
     skeleton, material = setting.skeleton, setting.material
-    block, trained = trained_block(skeleton, setting.source, index, setting.norms)
+    block, trained = trained_block(skeleton, setting.source, index, setting.training)
     found = saved.load(path)
     if found is None:
         with (
             setting.clock.timed("teacher"),
-            skeleton.loaded(setting.origin, skeleton.architecture.block_name(index)) as teacher,
+            setting.teacher.loaded(setting.origin, skeleton.architecture.block_name(index)) as teacher,
         ):
-            targets = _all_through(skeleton, material, index, teacher, states)
+            targets = _all_through(setting.teacher, material, index, teacher, states)
         objective = OneBlock(skeleton, material, index, block, states, targets, trained)
         done = descend(objective, material, setting.course, step, setting.clock, advance)
         facts = done.facts() | {"error_before": done.before, "error_after": done.after}
@@ -117,8 +123,8 @@ def _train_block(
     else:
         facts = found[1]
         with torch.no_grad():
-            for name, relative in trained.items():
-                relative.factor.copy_(found[0][name])
+            for name, factor in factors(trained).items():
+                factor.copy_(found[0][name])
         for _ in range(steps_of(material, setting.course)):
             advance("going on")
         step.unlink(missing_ok=True)

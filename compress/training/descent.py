@@ -2,7 +2,7 @@
 
 The held-out value is taken before the first step and a few times an epoch. If it does not improve `patience` times in a
 row, or the loss is no longer finite, training stops. The start counts as a state: training that never helps changes
-nothing. Every `SECONDS_BETWEEN_SAVES` the whole state is written, and a killed run repeats only the steps after that;
+nothing. Every 20 seconds and more the whole state is written, and a killed run repeats only the steps after that;
 order and arithmetic depend on seed and step alone, so its result is that of an uninterrupted one.
 """
 
@@ -24,6 +24,8 @@ from compress.training.material import Material
 
 EVALUATIONS_PER_EPOCH = 3
 SECONDS_BETWEEN_SAVES = 20.0
+SAVING_SHARE = 20.0
+"""Further seconds of training for one of saving: the state of all weights is gigabytes."""
 EPSILON = 1e-12
 """Gradients of factors are small: a mean over tokens, shared out among millions. The step should not depend on that."""
 
@@ -33,6 +35,11 @@ class Objective(Protocol):
 
     @property
     def factors(self) -> dict[str, nn.Parameter]: ...
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """What the learning rate is multiplied by, by the same names; absent for 1."""
+        ...
 
     def loss(self, rows: Tensor) -> Tensor | None:
         """Scalar loss with its graph on the windows `rows`, or None if they hold nothing that counts."""
@@ -92,13 +99,18 @@ def descend(
     """Train the objective's factors and leave them at the best state. `path` is the file a killed run goes on from;
     it stays, for the caller to remove once the result is safe. `advance` is called once a step."""
     parameters = objective.factors
-    adam = torch.optim.Adam(parameters.values(), lr=course.learning_rate, eps=EPSILON)
+    rates = objective.rates
+    groups = [{"params": [parameter], "rate": rates.get(name, 1.0)} for name, parameter in parameters.items()]
+    if not rates:
+        groups = [{"params": [*parameters.values()], "rate": 1.0}]
+    adam = torch.optim.Adam(groups, lr=course.learning_rate, eps=EPSILON)
     state, best = _started(objective, adam, path, clock)
     for _ in range(state.step):
         advance("going on")
-    total, written = steps_of(material, course), time.monotonic()
+    total, written, wait = steps_of(material, course), time.monotonic(), SECONDS_BETWEEN_SAVES
     for rows in _remaining(material, course, state):
-        adam.param_groups[0]["lr"] = course.learning_rate * (1 - state.step / total)
+        for group in adam.param_groups:
+            group["lr"] = group["rate"] * course.learning_rate * (1 - state.step / total)
         with clock.timed("training"):
             loss = _step(objective, rows, adam)
         state.step += 1
@@ -112,9 +124,11 @@ def descend(
             if state.evaluations_since_best() >= course.patience:
                 state.stopped = f"no better for {course.patience} evaluations"
         advance(f"loss {loss:.4g}, held out {state.history[-1][1]:.4g} (at first {state.before:.4g})")
-        if state.stopped or state.step == total or time.monotonic() - written > SECONDS_BETWEEN_SAVES:
+        if state.stopped or state.step == total or time.monotonic() - written > wait:
+            started = time.monotonic()
             _save(path, state, adam, parameters, best)
             written = time.monotonic()
+            wait = SECONDS_BETWEEN_SAVES + SAVING_SHARE * (written - started)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])

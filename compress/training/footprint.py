@@ -11,6 +11,7 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.memory import predict
 from compress.memory.measure import free_bytes
 from compress.quantization.scheme import Scheme
+from compress.training.trained import Trainable
 
 Mode = Literal["auto", "model", "block"]
 SHARE = 0.8
@@ -36,7 +37,7 @@ def choose(asked: Mode, load: predict.TrainingLoad, device: torch.device) -> Cho
 def training_load(
     skeleton: Skeleton,
     schemes: dict[str, Scheme],
-    norms: bool,
+    training: Trainable,
     batch_tokens: int,
     kept_tokens: int,
     compute: torch.dtype,
@@ -49,10 +50,15 @@ def training_load(
     block_parameters = sum(parameter.numel() for parameter in block)
     vectors = sum(parameter.numel() for parameter in block if parameter.dim() == 1)
     count = skeleton.block_count
+    trained = (scales if training.scales else 0) + (count * vectors if training.norms else 0)
+    trained += quantised if training.what == "codes" else 0
+    trained += count * block_parameters - quantised if training.what == "weights" else 0
+    if training.what == "lora":
+        trained += sum(training.rank * sum(shape) for module, shape in shapes.items() if module not in schemes)
     return predict.TrainingLoad(
         quantised=quantised,
         dense=count * block_parameters - quantised,
-        trained=scales + (count * vectors if norms else 0),
+        trained=trained,
         block_parameters=block_parameters,
         block_width=sum(rows + columns for rows, columns in shapes.values()) // count,
         blocks=count,

@@ -1,4 +1,4 @@
-"""A linear whose weight is integer codes times trained scales.
+"""A linear whose weight is integer codes times trained scales; the codes may be trained too.
 
 Notation: codes c (rows, columns) int8, zero points z and scales s (rows, groups), x (tokens, columns) the input:
 
@@ -8,6 +8,9 @@ Notation: codes c (rows, columns) int8, zero points z and scales s (rows, groups
 Neither W nor its gradient outlives the operation that needs it: W is rebuilt from the codes in the backward pass, and
 dy^T x is summed over groups at once. What is kept between the passes is the input, a byte a weight, and the scales. The
 cast of the product is the loaders' (`grid.dequantize`); the gradient passes it unchanged.
+
+Trained codes are round(c + f) within the scheme's range, f float32 and zero at first. The gradient passes the rounding
+unchanged (straight-through, arXiv 1308.3432): df = dy^T x s.
 
 Example: codes [7, -8], one group, s = 0.1, x = [1, 2], dy = 1: W = [0.7, -0.8], y = -0.9, ds = 1*7 + 2*(-8) = -9.
 """
@@ -27,8 +30,16 @@ from compress.training.relative import Relative
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, scale: Tensor, codes: Tensor, zero: Tensor | None, scheme: Scheme, stored: torch.dtype
+        ctx: Any,
+        inputs: Tensor,
+        scale: Tensor,
+        codes: Tensor,
+        zero: Tensor | None,
+        scheme: Scheme,
+        stored: torch.dtype,
+        step: Tensor | None,
     ) -> Tensor:
+        codes = codes if step is None else _moved(codes, step, scheme)
         ctx.save_for_backward(inputs, scale, codes, zero)
         ctx.scheme, ctx.stored = scheme, stored
         return inputs @ _weight(scale, codes, zero, scheme, stored, inputs.dtype).T
@@ -37,16 +48,41 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, scale, codes, zero = ctx.saved_tensors
         (gradient,) = gradients
-        to_inputs = to_scale = None
+        to_inputs = to_scale = to_step = None
         if ctx.needs_input_grad[0]:
             to_inputs = gradient @ _weight(scale, codes, zero, ctx.scheme, ctx.stored, gradient.dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
             to_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
             grouped = to_weight.view(*scale.shape, -1).float()
             to_scale = (grouped * codes.view_as(grouped)).sum(-1)
             if zero is not None:
                 to_scale -= grouped.sum(-1) * zero
-        return to_inputs, to_scale, None, None, None, None
+            if ctx.needs_input_grad[6]:
+                to_step = (grouped * scale.float().unsqueeze(-1)).flatten(1)
+        return to_inputs, to_scale, None, None, None, None, to_step
+
+
+def _moved(codes: Tensor, step: Tensor, scheme: Scheme) -> Tensor:
+    return (codes + step).round_().clamp_(scheme.lowest, scheme.highest).to(torch.int8)
+
+
+class MovedCodes(nn.Module):
+    """`codes` int8 (rows, columns) with a trained step away from them, float32 in units of a code, zero at first."""
+
+    def __init__(self, codes: Tensor, scheme: Scheme) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.register_buffer("codes", codes)
+        self.factor = nn.Parameter(torch.zeros(codes.shape))
+        self.scheme = scheme
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        return {"": self.factor}
+
+    @torch.no_grad()
+    def stored(self) -> Tensor:
+        """int8 (rows, columns)."""
+        return _moved(self.codes, self.factor, self.scheme)
 
 
 def _weight(
@@ -58,7 +94,7 @@ def _weight(
 class QuantisedLinear(nn.Module):
     """codes int8 (rows, columns) with their grid, and a frozen bias (rows,) or None. Replaces Linear or Conv1D."""
 
-    def __init__(self, codes: Tensor, grid: Grid, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, grid: Grid, bias: Tensor | None, moved: MovedCodes | None = None) -> None:
         super().__init__()
         self.codes: Tensor
         self.zero: Tensor | None
@@ -68,10 +104,17 @@ class QuantisedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.scale = Relative(grid.scale, nonzero=True)
         self.scheme = grid.scheme
+        self.moved = moved
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs (..., columns) -> (..., rows), in the inputs' dtype."""
         product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            inputs, self.scale(), self.codes, self.zero, self.scheme, self.scale.base.dtype
+            inputs,
+            self.scale(),
+            self.codes,
+            self.zero,
+            self.scheme,
+            self.scale.base.dtype,
+            None if self.moved is None else self.moved.factor,
         )
         return product if self.bias is None else product + self.bias

@@ -32,6 +32,12 @@ class _ThroughStorage(torch.autograd.Function):
         return gradients[0], None, None
 
 
+def through_storage(value: Tensor, stored: torch.dtype, nonzero: bool = False) -> Tensor:
+    """`value` float32 as the stored dtype keeps it, again float32; gradients pass unchanged."""
+    kept: Tensor = _ThroughStorage.apply(value, stored, nonzero)  # type: ignore[no-untyped-call]
+    return kept
+
+
 class Relative(nn.Module):
     """`base` of any shape, in the stored dtype; `factor` float32 of the same shape is what is trained.
 
@@ -48,8 +54,10 @@ class Relative(nn.Module):
     def forward(self) -> Tensor:
         """The value, float32, exactly representable in the stored dtype."""
         exact = (self.base.float() + self.offset) * (1 + self.factor) - self.offset
-        value: Tensor = _ThroughStorage.apply(exact, self.base.dtype, self.nonzero)  # type: ignore[no-untyped-call]
-        return value
+        return through_storage(exact, self.base.dtype, self.nonzero)
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        return {"": self.factor}
 
     @torch.no_grad()
     def stored(self) -> Tensor:

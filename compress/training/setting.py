@@ -15,20 +15,23 @@ from compress.training.clock import Clock
 from compress.training.descent import Course
 from compress.training.material import Material
 from compress.training.student import AsExported
+from compress.training.trained import Trainable
 
 
 @dataclass(frozen=True)
 class Setting:
-    """`origin` is the teacher, `source` the quantised student; `norms` says whether norm weights train beside scales.
+    """`origin` is the teacher with a skeleton of its own, for the student may be smaller; `source` is the student.
 
     `folder` holds what a killed run goes on from.
     """
 
     origin: Checkpoint
+    teacher: Skeleton
     source: AsExported
     skeleton: Skeleton
     material: Material
-    norms: bool
+    training: Trainable
+    hidden_share: float
     course: Course
     folder: Path
     clock: Clock

@@ -1,7 +1,8 @@
-"""Blocks of a quantised model with trained scales and norms in them; the rest is frozen, as it will be exported.
+"""Blocks of a model with trained tensors in them; the rest is frozen, as it will be exported.
 
-A block is transformers' own. Its quantised linears are swapped for `QuantisedLinear`, and each norm gets its weight
-from a `Relative` just before it runs. The same functions serve a block of any architecture and the final norm.
+A block is transformers' own. Its quantised linears are swapped for `QuantisedLinear`; norms, and linears that are not
+quantised where those are trained, get their weights from what is trained just before they run. The same functions serve
+a block of any architecture and the final norm.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from torch import Tensor, nn
 
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Head, Skeleton, load_module
-from compress.training.quantised import QuantisedLinear
+from compress.training.quantised import MovedCodes, QuantisedLinear
 from compress.training.relative import Relative
-
-Trained = dict[str, Relative]
-"""Trained tensors by the full name they are stored under: <linear>.scale, <norm>.weight."""
+from compress.training.trained import Adapter, AllTrained, Moved, Trainable, adapted
 
 
 class AsExported(Checkpoint):
@@ -35,40 +34,73 @@ class AsExported(Checkpoint):
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
 
-def trained_block(skeleton: Skeleton, checkpoint: AsExported, index: int, norms: bool) -> tuple[nn.Module, Trained]:
+def trained_block(
+    skeleton: Skeleton, checkpoint: AsExported, index: int, training: Trainable
+) -> tuple[nn.Module, AllTrained]:
     """Block `index` on the device in the compute dtype, and what is trained in it. The skeleton's own stays on meta."""
     arch, prefix = skeleton.architecture, skeleton.architecture.block_name(index)
     block = copy.deepcopy(skeleton.block(index))
     load_module(block, checkpoint.dense_state(prefix), skeleton.device, skeleton.dtype)
-    trained: Trained = {}
+    trained: AllTrained = {}
+    plain = []
     for name in arch.linears:
         module = f"{prefix}.{name}"
-        if module in checkpoint.schemes:
-            codes, grid = checkpoint.codes(module)
-            linear = QuantisedLinear(codes, grid, getattr(block.get_submodule(name), "bias", None)).to(skeleton.device)
-            block.set_submodule(name, linear)
+        if module not in checkpoint.schemes:
+            plain.append(name)
+            continue
+        codes, grid = checkpoint.codes(module)
+        bias = getattr(block.get_submodule(name), "bias", None)
+        moved = MovedCodes(codes, grid.scheme) if training.what == "codes" else None
+        linear = QuantisedLinear(codes, grid, bias, moved).to(skeleton.device)
+        block.set_submodule(name, linear)
+        if training.scales:
             trained[f"{module}.scale"] = linear.scale
-    if norms:
+        if linear.moved is not None:
+            trained[f"{module}.codes"] = linear.moved
+    if training.norms:
         for path, norm in [*block.named_modules()]:
             if _is_norm(norm):
                 trained[f"{prefix}.{path}.weight"] = train_norm(norm, checkpoint, f"{prefix}.{path}")
+    if training.what == "weights":
+        for name in plain:
+            trained[f"{prefix}.{name}.weight"] = _train_weight(
+                block.get_submodule(name), checkpoint, f"{prefix}.{name}"
+            )
+    if training.what == "lora" and plain:
+        adapted(block, plain, training, training.seed * 1_000_003 + index, arch.transposed_linears)
+        for name in plain:
+            base = checkpoint.read(f"{prefix}.{name}.weight")
+            trained[f"{prefix}.{name}.weight"] = Adapter(base, block.get_submodule(name))
+        block.to(skeleton.device)
     return block, trained
+
+
+def _train_weight(linear: nn.Module, checkpoint: AsExported, path: str) -> Moved:
+    """Have a loaded linear take its weight from a `Moved` at every forward, and return that."""
+    weight = linear.get_parameter("weight")
+    trained = Moved(checkpoint.read(f"{path}.weight").to(weight.device))
+    _take_from(linear, trained, weight.dtype)
+    return trained
+
+
+def _take_from(module: nn.Module, trained: nn.Module, compute: torch.dtype) -> None:
+    """Have `module.weight` be what `trained()` gives, in the compute dtype, at every forward."""
+    del module.weight
+    module.add_module("trained", trained)
+
+    def refresh(owner: nn.Module, args: tuple[Any, ...]) -> None:
+        del args
+        owner.weight = trained().to(compute)
+
+    module.register_forward_pre_hook(refresh)
 
 
 def train_norm(norm: nn.Module, checkpoint: AsExported, path: str) -> Relative:
     """Have a loaded norm take its weight (width,) from a `Relative` at every forward, and return that."""
     weight = norm.get_parameter("weight")
     base = checkpoint.read(f"{path}.weight").to(weight.device)
-    trained = Relative(base, offset=checkpoint.architecture.norm_offset)
-    compute = weight.dtype
-    del norm.weight
-    norm.add_module("trained", trained.to(weight.device))
-
-    def refresh(module: nn.Module, args: tuple[Any, ...]) -> None:
-        del args
-        module.weight = trained().to(compute)
-
-    norm.register_forward_pre_hook(refresh)
+    trained = Relative(base, offset=checkpoint.architecture.norm_offset).to(weight.device)
+    _take_from(norm, trained, weight.dtype)
     return trained
 
 
@@ -83,13 +115,3 @@ def teacher_head(origin: Checkpoint, student: Head) -> Head:
     arch = origin.architecture
     weight = origin.dense(arch.embedding if origin.tied_head else arch.head).to(student.weight)
     return student if torch.equal(weight, student.weight) else replace(student, weight=weight)
-
-
-def factors(trained: Trained) -> dict[str, nn.Parameter]:
-    """What an optimiser moves, by stored name."""
-    return {name: relative.factor for name, relative in trained.items()}
-
-
-def stored_values(trained: Trained) -> dict[str, Tensor]:
-    """The tensors to write, in the stored dtype, on the CPU."""
-    return {name: relative.stored().cpu() for name, relative in trained.items()}

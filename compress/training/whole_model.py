@@ -23,7 +23,8 @@ from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence, mean_divergence
 from compress.training.material import Material
 from compress.training.setting import Outcome, Setting
-from compress.training.student import Trained, factors, stored_values, teacher_head, train_norm, trained_block
+from compress.training.student import teacher_head, train_norm, trained_block
+from compress.training.trained import AllTrained, factors, rates, stored_values
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,28 @@ class WholeModel:
     targets: Tensor
     blocks: list[nn.Module]
     heads: tuple[Head, Head]
-    trained: Trained
+    trained: AllTrained
+    hidden_share: float = 0.0
+    """Of the loss: the squared difference of final hidden states over the teacher's square."""
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
         return factors(self.trained)
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return rates(self.trained)
 
     def loss(self, rows: Tensor) -> Tensor | None:
         counts = self.material.counts(rows)
         if not bool(counts.any()):
             return None
         states, targets = self._states(rows, keep_inside=False)[counts], self._targets(rows)[counts]
-        return mean_divergence((self.heads[0], targets), (self.heads[1], states))
+        divergence = mean_divergence((self.heads[0], targets), (self.heads[1], states))
+        if not self.hidden_share:
+            return divergence
+        distance = (states.float() - targets.float()).square().mean() / targets.float().square().mean()
+        return divergence + self.hidden_share * distance
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -99,7 +110,7 @@ def _targets(setting: Setting) -> Tensor:
         return found[0]["states"]
     batches = [setting.material.batch(rows) for rows in setting.material.every_batch()]
     with setting.clock.timed("teacher"):
-        walk = final_hidden_states(setting.skeleton, setting.origin, batches, setting.progress, "source")
+        walk = final_hidden_states(setting.teacher, setting.origin, batches, setting.progress, "source")
         states = torch.cat([hidden.cpu() for hidden in walk])
     saved.save(path, {"states": states}, {})
     return states
@@ -112,14 +123,14 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
     batches = [material.batch(rows) for rows in material.every_batch()]
     inputs = torch.cat([states.cpu() for states in skeleton.embed(source, batches)])
     blocks: list[nn.Module] = []
-    trained: Trained = {}
+    trained: AllTrained = {}
     for index in range(skeleton.block_count):
-        block, found = trained_block(skeleton, source, index, setting.norms)
+        block, found = trained_block(skeleton, source, index, setting.training)
         blocks.append(block)
         trained.update(found)
     with skeleton.head(source) as head:
-        if setting.norms:
+        if setting.training.norms:
             path = skeleton.architecture.final_norm
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
         heads = teacher_head(setting.origin, head), head
-        yield WholeModel(skeleton, material, inputs, targets, blocks, heads, trained)
+        yield WholeModel(skeleton, material, inputs, targets, blocks, heads, trained, setting.hidden_share)

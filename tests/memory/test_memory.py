@@ -67,8 +67,8 @@ def test_the_sampler_keeps_the_peak_of_each_phase():
 
 
 def test_the_kv_cache_is_two_tensors_per_block_and_a_sliding_block_keeps_its_window():
-    full = Dimensions(2, 64, 4, 2, 16, 100, 0, None, 0)
-    mixed = Dimensions(2, 64, 4, 2, 16, 100, 0, 8, 1)
+    full = Dimensions(2, 64, 4, 2, 16, 256, 100, 0, None, 0)
+    mixed = Dimensions(2, 64, 4, 2, 16, 256, 100, 0, 8, 1)
 
     assert kv_cache_bytes(full, context=100, concurrency=3, dtype_bytes=2) == 2 * 2 * 100 * 2 * 16 * 3 * 2
     assert kv_cache_bytes(mixed, 100, 1, 2) == 2 * (100 + 8) * 2 * 16 * 2

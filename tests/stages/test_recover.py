@@ -16,7 +16,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
-from compress.stages import Gptq, Recover, RoundToNearest, StageContext
+from compress.stages import Gptq, Recover, RoundToNearest, StageContext, StructuredPrune
 from compress.training import descent, footprint
 from compress.training.material import material
 from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows
@@ -284,3 +284,101 @@ def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
     ]
     for path in sorted((tmp_path / "whole").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def pruned(glass, text, tmp_path_factory):
+    """glass with a third fewer MLP channels, not refitted."""
+    folder = tmp_path_factory.mktemp("glass-pruned")
+    apply_stage(StructuredPrune(mlp_channels=224, compensate=False), glass, folder, text)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["weights", "lora", "norms"])
+def test_a_pruned_model_is_brought_back_towards_its_source(glass, pruned, text, tmp_path, what):
+    """By what is trained, and nothing else; what was measured is what the written folder computes."""
+    stage = Recover(train=what, epochs=2, batch_tokens=384, learning_rate=3e-3, hidden_share=0.1)
+
+    done, outcome = apply_stage(stage, pruned, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["mode"] == "model" and outcome.events == []
+    before, after = outcome.facts["held_out_kl_before"], outcome.facts["held_out_kl_after"]
+    assert after < {"weights": 0.7, "lora": 0.7, "norms": 0.98}[what] * before
+    export(done, tmp_path / "model", "plain", STORED, 10**9)
+    assert divergence(glass, tmp_path / "model", held_out(text, stage)) == pytest.approx(after, rel=2e-3)
+    untrained = Checkpoint(pruned)
+    assert done.names == untrained.names and done.config == untrained.config
+    changed = {name for name in done.names if not torch.equal(done.read(name), untrained.read(name))}
+    norms = {name for name in changed if name.endswith("norm.weight")}
+    linears = {name for name in changed if ".mlp." in name or ".self_attn." in name}
+    assert changed == norms | linears and norms
+    assert len(linears) == (0 if what == "norms" else 4 * 7)
+
+
+def test_codes_are_trained_with_straight_through_rounding(glass, text, tmp_path):
+    """Quantisation-aware training at 2 bits, long enough for codes to move: further than scales and norms alone."""
+    apply_stage(Gptq(bits=2, group_size="channel"), glass, tmp_path / "solved", text)
+    fields = {"epochs": 8, "batch_tokens": 384, "learning_rate": 2e-3}
+    solved = tmp_path / "solved"
+    _, scales = apply_stage(Recover(**fields), solved, tmp_path / "scales", text, origin=glass)
+    done, outcome = apply_stage(Recover(train="codes", **fields), solved, tmp_path / "codes", text, origin=glass)
+
+    before = Checkpoint(solved)
+    assert done.schemes == before.schemes
+    moved = [int((done.read(name).int() - before.read(name).int()).abs().max()) for name in _codes(done)]
+    assert max(moved) >= 1
+    assert outcome.facts["held_out_kl_after"] < scales.facts["held_out_kl_after"]
+    export(done, tmp_path / "model", "compressed-tensors", STORED, 10**9)
+    found = divergence(glass, tmp_path / "model", held_out(text, Recover(**fields)))
+    assert found == pytest.approx(outcome.facts["held_out_kl_after"], rel=1e-5)
+
+
+def _codes(checkpoint):
+    return [name for name in checkpoint.names if name.endswith(".codes")]
+
+
+@pytest.mark.parametrize("what", ["weights", "lora"])
+def test_training_weights_goes_on_after_a_kill_to_the_same_bytes(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
+    random_model("llama", tmp_path / "model")
+    windows = random_windows(count=8)
+    apply_stage(StructuredPrune(mlp_channels=64), tmp_path / "model", tmp_path / "pruned", windows)
+    stage = Recover(train=what, epochs=3, batch_tokens=48)
+
+    def run(name, progress=None):
+        return apply_stage(
+            stage, tmp_path / "pruned", tmp_path / name, windows, origin=tmp_path / "model", progress=progress
+        )
+
+    whole, _ = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("killed", Killing(4))
+    again, _ = run("killed")
+
+    assert all(torch.equal(whole.read(name), again.read(name)) for name in whole.names)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_weights_of_every_architecture_train_behind_pruning(name, tmp_path):
+    random_model(name, tmp_path / "model", num_hidden_layers=3) if name == "llama" else random_model(
+        name, tmp_path / "model"
+    )
+    windows = random_windows(count=40, padded=True)
+    fewer = {"blocks": 2, "tuning_windows": 4} if name == "llama" else {"mlp_channels": 48}
+    stage = StructuredPrune(compensate=False, **fewer)
+    apply_stage(stage, tmp_path / "model", tmp_path / "pruned", windows)
+    stage = Recover(train="weights", epochs=3, batch_tokens=96, learning_rate=5e-4, holdout=0.2)
+
+    done, outcome = apply_stage(stage, tmp_path / "pruned", tmp_path / "stage", windows, origin=tmp_path / "model")
+
+    found = divergence(tmp_path / "model", done.folder, held_out(windows, stage))
+    assert found == pytest.approx(outcome.facts["held_out_kl_after"], rel=2e-3)
+    assert outcome.facts["held_out_kl_after"] < outcome.facts["held_out_kl_before"]
+
+
+def test_block_by_block_trains_weights_of_a_narrower_model(glass, pruned, text, tmp_path):
+    stage = Recover(train="weights", mode="block", epochs=1, batch_tokens=960, learning_rate=3e-3)
+
+    _, outcome = apply_stage(stage, pruned, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["held_out_kl_after"] < 0.95 * outcome.facts["held_out_kl_before"]

@@ -27,6 +27,10 @@ class Parabola:
     def factors(self):
         return {"factor": self.factor}
 
+    @property
+    def rates(self):
+        return {}
+
     def loss(self, rows):
         self.losses += 1
         if self.losses >= self.broken_at:

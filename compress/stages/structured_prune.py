@@ -1,0 +1,450 @@
+"""Structured pruning: whole blocks, MLP channels and KV heads go, and what stays is refitted to make up for them.
+
+1. Blocks go by measured divergence (`depth`).
+2. One walk over the blocks that stay, with the source's own activations beside. When a linear that reads channels or
+   heads is reached, the least useful of them are chosen (`pruning.choose`) and the linear is refitted by least squares
+   (`pruning.refit`) to what it should put out: with x~, r~ the source's input and residual stream and x, r the pruned
+   model's, that is W x~ + (r~ - r), so that a linear also makes up for what blocks before it lost
+   (`quantization.target_shift`).
+3. Only then are tensors sliced (`pruning.surgery`) and the block written. All blocks keep the same numbers of pieces,
+   not the same pieces, so the result is a plain checkpoint with smaller numbers in its config.
+
+A killed run lays the written blocks back into blocks of the old size, in which the same arithmetic gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from compress.architecture import Architecture, InputGroup, dimensions_of
+from compress.calibration.statistics import InputStatistics
+from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
+from compress.calibration.windows import Windows
+from compress.checkpoints.reader import Checkpoint, torch_dtype
+from compress.checkpoints.skeleton import Batch, Skeleton, load_module
+from compress.errors import RecipeError
+from compress.events import Event
+from compress.memory.measure import release, trim
+from compress.pruning.choose import Importance, columns_of, kept_by_activation, kept_by_magnitude, kept_by_obs
+from compress.pruning.counts import Counts, Model, Part, Target, counts_for, multiple_for, pruned_config
+from compress.pruning.refit import output_error, refitted
+from compress.pruning.surgery import Cut, Kind, laid_back, sliced, written_norms
+from compress.quantization.scheme import Scheme
+from compress.quantization.target_shift import TOKENS_PER_COLUMN, shift_of
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
+from compress.stages.depth import DepthSearch, Removal, facts_of
+from compress.training.clock import Clock
+
+BATCHES = 8
+"""Batches that a text of as many windows is cut into at least."""
+
+
+class StructuredPrune(Stage):
+    """Remove blocks, MLP channels or KV heads, and refit what stays; a plain, smaller checkpoint comes out."""
+
+    kind: Literal["structured_prune"] = "structured_prune"
+    target: Target | None = Field(default=None, description="ratio, parameters or weight_bytes, taken from `parts`")
+    parts: tuple[Part, ...] = Field(
+        default=("mlp",), min_length=1, description="what a target is taken from: depth, mlp, heads"
+    )
+    blocks: int | None = Field(default=None, ge=1, description="blocks that stay, instead of a target or beside it")
+    kv_heads: int | None = Field(default=None, ge=1, description="KV heads that stay in each block, with their queries")
+    mlp_channels: int | None = Field(default=None, ge=1, description="channels of the MLP that stay in each block")
+    multiple: int | None = Field(
+        default=None, ge=1, description="what the MLP's width stays a multiple of; left out: up to 128 by its size"
+    )
+    importance: Importance = Field(
+        default="obs", description="obs: the error left after refitting; activation, magnitude: for comparison"
+    )
+    compensate: bool = Field(default=True, description="refit the linears that stay by least squares")
+    ridge: float = Field(default=0.01, gt=0, le=1, description="ridge of choice and refit, fraction of mean(diag H)")
+    target_shift: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the error already in a linear's inputs that it is refitted to undo",
+    )
+    residual_shift: float = Field(
+        default=1.0, ge=0, le=1, description="share of the residual stream's error that it is refitted to undo"
+    )
+    shift_ridge: float = Field(default=0.1, ge=0, le=10, description="ridge of the shifts, fraction of mean(diag H)")
+    tuning_windows: int = Field(
+        default=4, ge=1, description="calibration windows kept apart, on which removals of blocks are measured"
+    )
+    compare: bool = Field(
+        default=True,
+        description="also quantise the source alone to the bytes that the run reaches, and print both in the report",
+    )
+    needs_calibration: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+    batches_at_least: ClassVar[int] = BATCHES
+
+    @model_validator(mode="after")
+    def _something(self) -> StructuredPrune:
+        if self.target is None and self.blocks is None and self.kv_heads is None and self.mlp_channels is None:
+            raise ValueError("say how much goes: a target, or what stays (blocks, kv_heads, mlp_channels)")
+        return self
+
+    @property
+    def needs_weights(self) -> bool:
+        return True
+
+    @property
+    def activation_streams(self) -> float:
+        return 2 if self.shifts else 1
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the source's own activations run beside."""
+        return self.compensate and bool(self.target_shift or self.residual_shift)
+
+    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        del shapes, architecture
+        return []  # `configured` knows the config, which decides
+
+    def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
+        del shapes
+        return {}
+
+    def configured(self, config: dict[str, Any], stored_bytes: int) -> dict[str, Any]:
+        skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
+        counts = self.counts(skeleton, stored_bytes)
+        return pruned_config(
+            config,
+            skeleton.config,
+            skeleton.architecture,
+            dimensions_of(skeleton.config),
+            counts,
+            range(counts.blocks),
+        )
+
+    def counts(self, skeleton: Skeleton, stored_bytes: int) -> Counts:
+        """What stays. Raises RecipeError with every mistake."""
+        architecture, dimensions = skeleton.architecture, dimensions_of(skeleton.config)
+        model = Model.of(architecture, dimensions, skeleton.parameter_shapes())
+        mistakes = self._mistakes(model, architecture)
+        if mistakes:
+            raise RecipeError(mistakes)
+        now = model.counts
+        explicit = Counts(self.blocks or now.blocks, self.kv_heads or now.kv_heads, self.mlp_channels or now.channels)
+        given = {"depth": self.blocks, "heads": self.kv_heads, "mlp": self.mlp_channels}
+        parts = [part for part in self.parts if given[part] is None]
+        if self.target is not None and not parts:
+            raise RecipeError(
+                "target: every part that it could be taken from is given by number; leave one of them out"
+            )
+        multiple = multiple_for(dimensions.mlp_width, self.multiple)
+        counts = counts_for(model, self.target, parts, explicit, multiple, stored_bytes)
+        if counts == now:
+            raise RecipeError("nothing goes: the model has no more than that already; give a smaller target")
+        return counts
+
+    def _mistakes(self, model: Model, architecture: Architecture) -> list[str]:
+        able = ["depth", *model.kinds]
+        used = {*(self.parts if self.target else ())}
+        used |= {"heads"} if self.kv_heads else set()
+        used |= {"mlp"} if self.mlp_channels else set()
+        found = [
+            f"{part}: the config of {architecture.model_type} cannot express a model with fewer of them. Parts that "
+            f"can be pruned: {', '.join(able)}"
+            for part in sorted(used - set(able))
+        ]
+        now = model.counts
+        limits = (("blocks", self.blocks, now.blocks), ("kv_heads", self.kv_heads, now.kv_heads))
+        for field, value, most in (*limits, ("mlp_channels", self.mlp_channels, now.channels)):
+            if value is not None and value > most:
+                found.append(f"{field}: {value} should stay, and the model has {most}")
+        return found
+
+    def split(self, windows: Windows) -> tuple[Windows, Windows | None]:
+        """Windows that statistics are of, and those that removals of blocks are measured on, where blocks go."""
+        if self.blocks is None and not (self.target and "depth" in self.parts):
+            return windows, None
+        count = len(windows.ids)
+        if count <= self.tuning_windows:
+            raise RecipeError(
+                f"calibration.windows: {count}, of which tuning_windows keeps {self.tuning_windows} apart; take more "
+                "calibration windows, or fewer tuning_windows"
+            )
+        cut = count - self.tuning_windows
+        return windows.part(0, cut), windows.part(cut, count)
+
+    def apply(self, context: StageContext) -> StageOutcome:
+        return PruneRun(self, context).blocks()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A block that stays: its number in the source, and in the result."""
+
+    before: int
+    after: int
+
+
+class PruneRun:
+    """One application of the stage: the block loop, its clock and its ledger."""
+
+    def __init__(self, stage: StructuredPrune, context: StageContext) -> None:
+        assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
+        self.stage, self.context, self.source, self.output = stage, context, context.source, context.output
+        self.windows, self.tuning = stage.split(context.windows)
+        self.skeleton = Skeleton(self.source.config, context.device, context.compute)
+        self.architecture = self.skeleton.architecture
+        self.dimensions = dimensions_of(self.skeleton.config)
+        self.batches: list[Batch] = self.windows.batches(context.tokens_at_once, BATCHES)
+        self.counts = stage.counts(self.skeleton, context.stored.itemsize)
+        model = Model.of(self.architecture, self.dimensions, self.skeleton.parameter_shapes())
+        self.model = model
+        self.kinds: dict[str, tuple[Kind, int]] = {}
+        """By the name of the linear that reads them: pieces that go, and how many stay."""
+        staying = {"heads": self.counts.kv_heads, "mlp": self.counts.channels}
+        for name, kind in model.kinds.items():
+            if staying[name] < kind.pieces:
+                self.kinds[kind.removable.reader] = kind, staying[name]
+        self.clock = Clock("depth", "forward", "hessian", "choose", "refit", "write")
+
+    @torch.no_grad()
+    def blocks(self) -> StageOutcome:
+        removals = self._removals()
+        gone = {removal.block for removal in removals}
+        staying = [index for index in range(self.skeleton.block_count) if index not in gone]
+        config = pruned_config(
+            self.source.config, self.skeleton.config, self.architecture, self.dimensions, self.counts, staying
+        )
+        self.output.write_outer(self.source, config=config)
+        places = {before: _Place(before, after) for after, before in enumerate(staying)}
+        events = self._token_events()
+        blocks: list[dict[str, Any]] = []
+        with self.clock.timed("forward"):
+            states = self.skeleton.embed(self.source, self.batches)
+        reference = list(states) if self.stage.shifts and (self.kinds or gone) else None
+        with self.context.progress.task("structured_prune", self.skeleton.block_count) as advance:
+            for index in range(self.skeleton.block_count):
+                place = places.get(index)
+                if place is None:
+                    reference = None if reference is None else self._through(index, reference)
+                else:
+                    states, reference, record = self._block(place, states, reference)
+                    blocks += record["pruned"]
+                    events += restore(record)[1]
+                release()
+                advance(f"block {index + 1}/{self.skeleton.block_count}")
+        return StageOutcome([], events, self.clock.seconds, self._facts(removals, blocks))
+
+    def _removals(self) -> list[Removal]:
+        count = self.dimensions.blocks - self.counts.blocks
+        if not count:
+            return []
+        assert self.tuning is not None, "blocks go only where the recipe says so, and windows are then kept apart"
+        search = DepthSearch(self.context, self.tuning, self.output.scratch / "removed.json")
+        with self.context.progress.task("blocks to remove", count) as advance, self.clock.timed("depth"):
+            return search.removed(count, advance)
+
+    def _through(self, index: int, states: list[Tensor]) -> list[Tensor]:
+        """The source's own block, on its own stream."""
+        forward = forward_of(self.skeleton, self.batches, index)
+        prefix = self.architecture.block_name(index)
+        with self.skeleton.loaded(self.source, prefix) as block, self.clock.timed("forward"):
+            return [forward(block, number, hidden) for number, hidden in enumerate(states)]
+
+    def _block(
+        self, place: _Place, states: list[Tensor], reference: list[Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor] | None, dict[str, Any]]:
+        """Prune one block and write it, or take up what was written before a kill; both streams after it."""
+        record = self.output.block_record(place.after)
+        prefix = self.architecture.block_name(place.before)
+        forward = forward_of(self.skeleton, self.batches, place.before)
+        with self.skeleton.loaded(self.source, prefix) as block:
+            beside = None if reference is None else Stream(with_source_weights(block), reference)
+            if record is not None:
+                self._lay_back(place, block, record)
+                with self.clock.timed("forward"):
+                    states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
+                    if beside is not None:
+                        beside.states = [forward(beside.block, at, hidden) for at, hidden in enumerate(beside.states)]
+                return states, beside.states if beside else None, record
+            work = _BlockWork(self, place, block)
+            stream = Stream(block, states)
+            started, others = time.perf_counter(), sum(self.clock.seconds.values())
+            run_block(stream, self.architecture.groups, forward, work.on_input, work.on_group, beside)
+            elapsed = time.perf_counter() - started
+            self.clock.seconds["forward"] += elapsed - (sum(self.clock.seconds.values()) - others)
+        with self.clock.timed("write"):
+            record = work.record()
+            self.output.write_tensors(place.after, work.tensors(), record)
+        self.context.after_block(place.after)
+        return stream.states, beside.states if beside else None, record
+
+    def _lay_back(self, place: _Place, block: nn.Module, record: dict[str, Any]) -> None:
+        """Give a block of the old size the weights that a finished one has, zero where pieces went."""
+        cuts = [Cut(self.kinds[each["reader"]][0], torch.tensor(each["kept"])) for each in record["pruned"]]
+        written, after = Checkpoint(self.output.folder), self.architecture.block_name(place.after)
+        state = {}
+        for name, parameter in block.named_parameters():
+            part = written.read(f"{after}.{name}")
+            state[name] = laid_back(part, name, cuts, self.architecture.transposed_linears, parameter.shape)
+        load_module(block, state, self.context.device, self.context.compute)
+
+    def can_shift(self, columns: int) -> bool:
+        """Whether there are tokens enough to move the target of a linear with `columns` inputs."""
+        return self.windows.tokens >= TOKENS_PER_COLUMN * columns
+
+    def _token_events(self) -> list[Event]:
+        widest = max(columns for _, columns in self.skeleton.linear_shapes().values())
+        if self.windows.tokens >= widest:
+            return []
+        tokens = self.windows.tokens
+        message = f"{tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
+        data = {"tokens": tokens, "columns": widest}
+        return [Event("few_calibration_tokens", "calibration", message, data)]
+
+    def _facts(self, removals: list[Removal], blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        before, after = self.model.counts, self.counts
+        facts: dict[str, Any] = {
+            "counts": {
+                "blocks": [before.blocks, after.blocks],
+                "kv_heads": [before.kv_heads, after.kv_heads],
+                "mlp_channels": [before.channels, after.channels],
+            },
+            "parameters": [self.model.parameters(before), self.model.parameters(after)],
+            "block_parameters": [self.model.block_parameters(before), self.model.block_parameters(after)],
+            "importance": self.stage.importance,
+            "tokens": self.windows.tokens,
+        }
+        if removals:
+            facts["removed_blocks"] = facts_of(removals)
+        if blocks:
+            facts["pruned"] = [
+                {name: each[name] for name in ("block", "reader", "error", "error_without_refit")} for each in blocks
+            ]
+        return facts
+
+
+class _BlockWork:
+    """Statistics, choices and refits of one block while its forward passes are held."""
+
+    def __init__(self, run: PruneRun, place: _Place, block: nn.Module) -> None:
+        self.run, self.place, self.block = run, place, block
+        self.transposed = run.architecture.transposed_linears
+        self.prefix = run.architecture.block_name(place.before)
+        self.written: dict[str, Tensor] = {}
+        """New weights by name inside the block, of the old size."""
+        self.cuts: dict[str, Cut] = {}
+        self.pruned: list[dict[str, Any]] = []
+        self.events: list[Event] = []
+        self._statistics: InputStatistics | None = None
+
+    def _wanted(self, group: InputGroup) -> bool:
+        return group.linears[0] in self.run.kinds or self.run.stage.compensate
+
+    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
+        if not self._wanted(group):
+            return
+        with self.run.clock.timed("hessian"):
+            if self._statistics is None:
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+            mask = self.run.batches[number].mask
+            if there is None or not self.run.can_shift(here.inputs.shape[-1]):
+                self._statistics.add(here.inputs, mask)
+                return
+            residual = None
+            if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
+                residual = here.residual, there.residual
+            self._statistics.add_pair(here.inputs, there.inputs, mask, residual)
+
+    def on_group(self, group: InputGroup) -> None:
+        if self._statistics is None:
+            return
+        statistics, self._statistics = self._statistics, None
+        stage, clock = self.run.stage, self.run.clock
+        trim()
+        with clock.timed("refit"):
+            mismatch = statistics.mismatch()
+            hessian, _ = statistics.hessian()
+            shift = None
+            if mismatch is not None and stage.compensate:
+                shift = shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
+                if shift is None:
+                    self._event("target_shift_skipped", group.name, "no factor of the damped Hessian")
+            elif self.run.stage.shifts:
+                self._event("target_shift_skipped", group.name, "too few calibration tokens")
+        for name in group.linears:
+            weight = self._matrix(name)
+            target = weight if shift is None else shift.target(weight)
+            if name in self.run.kinds:
+                self._prune(name, target, hessian)
+            elif shift is not None:
+                self._put(name, target)
+
+    def _prune(self, name: str, target: Tensor, hessian: Tensor) -> None:
+        stage, clock = self.run.stage, self.run.clock
+        kind, keep = self.run.kinds[name]
+        with clock.timed("choose"):
+            kept = self._chosen(name, kind, keep, target, hessian)
+        self.cuts[name] = Cut(kind, kept.cpu())
+        columns = columns_of(kept, kind.width)
+        with clock.timed("refit"):
+            done = refitted(target, hessian, columns, stage.ridge) if stage.compensate else None
+            if stage.compensate and done is None:
+                self._event("refit_skipped", name, "the damped Hessian of the columns that stay has no factor")
+            whole = torch.zeros_like(target)
+            whole[:, columns] = target[:, columns] if done is None else done.weight
+            plain = output_error(target, None, hessian, columns) if done is None else done.plain_error
+        self._put(name, whole)
+        self.pruned.append(
+            {
+                "block": self.place.before,
+                "reader": name,
+                "kept": kept.tolist(),
+                "error": plain if done is None else done.error,
+                "error_without_refit": plain,
+            }
+        )
+
+    def _chosen(self, name: str, kind: Kind, keep: int, target: Tensor, hessian: Tensor) -> Tensor:
+        how = self.run.stage.importance
+        if how == "obs":
+            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge)
+            if kept is not None:
+                return kept
+            self._event(
+                "importance_fallback", name, "the damped Hessian has no factor; pieces were chosen by activation"
+            )
+        if how == "magnitude":
+            state = dict(self.block.named_parameters())
+            return kept_by_magnitude(target, written_norms(state, kind, self.transposed), kind.width, keep)
+        return kept_by_activation(target, hessian, kind.width, keep)
+
+    def _matrix(self, name: str) -> Tensor:
+        weight = self.block.get_submodule(name).get_parameter("weight").data.float()
+        return weight.T.contiguous() if self.transposed else weight
+
+    def _put(self, name: str, matrix: Tensor) -> None:
+        """Replace a linear's weight (rows, columns), as the file will hold it."""
+        stored = self.run.source.header(f"{self.prefix}.{name}.weight")[0]
+        weight = (matrix.T if self.transposed else matrix).to(torch_dtype(stored)).contiguous()
+        self.written[f"{name}.weight"] = weight
+        compute = weight.to(self.run.context.compute)
+        self.block.get_submodule(name).weight = nn.Parameter(compute, requires_grad=False)
+
+    def _event(self, kind: str, where: str, message: str) -> None:
+        self.events.append(Event(kind, f"{self.prefix}.{where}", message))
+
+    def record(self) -> dict[str, Any]:
+        return {"modules": [], "events": [event.to_json() for event in self.events], "pruned": self.pruned}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the block becomes, by full name in the result."""
+        after, cuts = self.run.architecture.block_name(self.place.after), list(self.cuts.values())
+        found = {}
+        for full in self.run.source.module_tensors(self.prefix):
+            name = full.removeprefix(self.prefix + ".")
+            tensor = self.written[name] if name in self.written else self.run.source.read(full)
+            found[f"{after}.{name}"] = sliced(tensor.cpu(), name, cuts, self.transposed)
+        return found

@@ -1,0 +1,130 @@
+"""The honest question behind pruning: at the bytes that were reached, would quantising alone have been better?
+
+The source is quantised, nothing pruned, with the best uniform scheme that takes no more bytes than the artifact, and
+measured on the same windows. It is published nowhere, and no gate sees it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from compress.evaluation.measure import score, summarise, walk_states
+from compress.events import Progress
+from compress.memory import predict
+from compress.memory.measure import PeakSampler
+from compress.quantization.scheme import Scheme
+from compress.reports.report import AlternativeRecord
+from compress.stages import Gptq
+from compress.stages.quantize import Bits
+from compress.steps.fold import fold
+from compress.steps.judging import Baseline, Evidence
+from compress.steps.plan import Plan
+from compress.steps.shapes import Shape
+from compress.steps.source import OpenedSource
+from compress.steps.texts import Texts
+
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """One scheme for all linears but those whose columns it does not divide, which get one scale a row; and the bytes
+    that the whole model then takes."""
+
+    scheme: Scheme
+    undivided: tuple[str, ...]
+    bytes: int
+
+    @classmethod
+    def of(cls, scheme: Scheme, shape: Shape, scale_bytes: int) -> Uniform:
+        undivided = tuple(name for name, (_, columns) in shape.matrices.items() if not scheme.divides(columns))
+        schemes = dict.fromkeys(shape.matrices, scheme) | dict.fromkeys(undivided, _a_scale_a_row(scheme))
+        size = predict.stored_bytes(shape.tensors, shape.matrices, schemes, scale_bytes, packs=True)
+        return cls(scheme, undivided, size)
+
+    @property
+    def label(self) -> str:
+        return self.scheme.label + (" (a scale a row where that does not divide)" if self.undivided else "")
+
+
+def _a_scale_a_row(scheme: Scheme) -> Scheme:
+    return Scheme(scheme.bits, scheme.symmetric, None)
+
+
+def is_asked(plan: Plan) -> bool:
+    """Whether a stage of the recipe prunes, and wants the comparison."""
+    return any(stage.prunes and getattr(stage, "compare", False) for stage in plan.recipe.stages)
+
+
+def best_within(plan: Plan, limit: int) -> Uniform | None:
+    """The scheme with the least rounding error to be expected of those that take at most `limit` bytes; None where
+    not even 2 bits do."""
+    shape = Shape(plan.config)
+    found = [
+        Uniform.of(Scheme(bits, True, group), shape, plan.stored.itemsize)
+        for bits in get_args(Bits)
+        for group in GROUP_SIZES
+    ]
+    fitting = [each for each in found if each.bytes <= limit]
+    return min(fitting, key=lambda each: expected_error(each.scheme), default=None)
+
+
+def expected_error(scheme: Scheme) -> float:
+    """Of rounding, relative: a quarter for each bit more, and as the square of a group's range, which for g normal
+    numbers is about 2 ln(2 g)."""
+    return float(4.0**-scheme.bits * math.log(2 * (scheme.group_size or 1024)))
+
+
+def quantised_alone(
+    plan: Plan,
+    source: OpenedSource,
+    baseline: Baseline,
+    texts: Texts,
+    evidence: Evidence,
+    sampler: PeakSampler,
+    progress: Progress,
+) -> AlternativeRecord | None:
+    """The comparison, or None where the recipe does not prune or wants none."""
+    if not is_asked(plan) or texts.calibration is None:
+        return None
+    limit = int(evidence.compressed.values["weight_bytes"])
+    best = best_within(plan, limit)
+    if best is None:
+        return AlternativeRecord(scheme=None, weight_bytes=None, values={}, limit_bytes=limit)
+    stage = _like_the_recipes(plan, best)
+    machine = plan.machine
+    (done,) = fold(
+        (stage,),
+        source.checkpoint,
+        source.digest,
+        texts.calibration,
+        plan.recipe.seed,
+        machine,
+        plan.stored,
+        progress,
+        sampler,
+        "comparison",
+    )
+    walked = walk_states(
+        done.checkpoint,
+        texts.evaluation,
+        machine.device,
+        machine.compute,
+        machine.tokens_at_once,
+        progress,
+        "measuring what quantising alone gives",
+    )
+    pairs = (source.checkpoint, baseline.states), (done.checkpoint, walked)
+    scores = score(*pairs, texts.evaluation, machine.device, machine.compute, progress)
+    values = summarise(plan.recipe.on_text, scores)[1].values
+    return AlternativeRecord(scheme=best.label, weight_bytes=best.bytes, values=values, limit_bytes=limit)
+
+
+def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
+    """gptq with the settings of the recipe's own, if it has one; else its defaults."""
+    own = [stage for stage in plan.recipe.stages if isinstance(stage, Gptq)]
+    fields = own[-1].model_dump(exclude={"bits", "symmetric", "group_size", "ignore", "overrides"}) if own else {}
+    rows = [{"match": name, "group_size": "channel"} for name in best.undivided]
+    return Gptq(**{**fields, "bits": best.scheme.bits, "group_size": best.scheme.group_size, "overrides": rows})

@@ -1,0 +1,129 @@
+"""Pruning, recovery and quantisation in one recipe: predicted, judged, compared, and rejected where too much went."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+PRUNE = {"kind": "structured_prune", "mlp_channels": 288}
+RECOVER = {"kind": "recover", "train": "weights", "epochs": 2, "learning_rate": 0.002}
+INT4 = {"kind": "gptq", "bits": 4, "group_size": 32}
+
+
+def report_in(store, name="glass-int4"):
+    newest = sorted((store / name).glob("**/reports/report.json"))[-1]
+    return json.loads(newest.read_text()), newest.parent
+
+
+@pytest.fixture(scope="module")
+def chained(glass_recipe, tmp_path_factory):
+    """prune -> recover -> mixed precision -> gptq, run once."""
+    from tests.helpers import changed, run_cli, write_recipe
+
+    folder = tmp_path_factory.mktemp("chain")
+    mixed = {
+        "kind": "mixed_precision",
+        "candidates": [3, 4, 6],
+        "group_size": 32,
+        "tuning_windows": 4,
+        "probes": 2,
+        "proposals": 2,
+        "budget": {"effective_bits": 4.6},
+    }
+    stages = [PRUNE, RECOVER, mixed, {"kind": "gptq", "bits": "planned"}]
+    path = write_recipe(folder / "recipe.yaml", changed(glass_recipe, stages=stages))
+    plan = run_cli("plan", path, "--json")
+    run = run_cli("run", path, "--store", folder / "store")
+    return plan, run, folder / "store"
+
+
+def test_a_chain_ends_in_a_passing_artifact_of_the_planned_size(chained):
+    plan, run, store = chained
+
+    assert run.code == 0, run.err
+    predicted = json.loads(plan.out)
+    report, folder = report_in(store)
+    assert predicted["pruned"] == {"mlp_channels": [341, 288]}
+    assert report["memory"]["stored"]["predicted"] == pytest.approx(report["memory"]["stored"]["measured"], rel=0.02)
+    assert report["memory"]["kv_cache"]["predicted"] == report["memory"]["kv_cache"]["measured"]
+    assert report["round_trip"]["passed"]
+    kinds = [stage["kind"] for stage in report["stages"]]
+    assert kinds == ["structured_prune", "recover", "sensitivity", "mixed_precision", "gptq"]
+    config = json.loads((folder.parent / "model" / "config.json").read_text())
+    assert config["intermediate_size"] == 288 and config["quantization_config"]["quant_method"] == "compressed-tensors"
+    recovered = report["stages"][1]["facts"]
+    assert recovered["held_out_kl_after"] < recovered["held_out_kl_before"]
+
+
+def test_the_report_answers_whether_quantising_alone_would_have_been_better(chained):
+    _, _, store = chained
+    report, folder = report_in(store)
+
+    alone = report["quantised_alone"]
+    assert 0 < alone["weight_bytes"] <= alone["limit_bytes"] == report["measurements"]["compressed"]["weight_bytes"]
+    for face in ("report.md", "report.html"):
+        text = (folder / face).read_text()
+        assert "Pruned, or only quantised" in text and "Pruning" in text
+        assert "parameters went" in text and alone["scheme"].partition(" (")[0] in text
+    ours = report["measurements"]["compressed"]["divergence.held-out.mean_kl"]
+    better = alone["values"]["divergence.held-out.mean_kl"] < ours
+    assert ("Quantising alone would have been better" if better else "Pruning was worth it") in text
+
+
+def test_the_gate_rejects_what_was_pruned_too_far(recipe, here, tmp_path, glass_recipe):
+    stages = [{"kind": "structured_prune", "mlp_channels": 32, "importance": "magnitude", "compensate": False}]
+    gates = [{"kind": "relative", "measure": "perplexity.held-out", "max_ratio": 1.05}]
+    path = recipe(stages=stages, gates=gates, export={"format": "plain", "context": 128})
+
+    ended = here("run", path, "--store", tmp_path / "store", "--set", "stages.0.compare=false")
+
+    assert ended.code == 3, ended.err
+    report, folder = report_in(tmp_path / "store")
+    assert report["quantised_alone"] is None and "rejected" in str(folder)
+
+
+def test_bytes_are_predicted_exactly(recipe, here, tmp_path):
+    ended = here("run", recipe(stages=[PRUNE, INT4]), "--store", tmp_path / "store")
+
+    assert ended.code == 0, ended.err
+    memory = report_in(tmp_path / "store")[0]["memory"]
+    for quantity in ("stored", "resident", "kv_cache"):
+        within = 1e-3 if quantity == "resident" else 0  # the loader keeps rotary frequencies beside the weights
+        assert memory[quantity]["predicted"] == pytest.approx(memory[quantity]["measured"], rel=within), quantity
+
+
+def test_plan_counts_what_a_target_leaves_and_later_stages_see_it(recipe, here):
+    """288 channels divide into groups of 32, the source's 341 do not: gptq needs no override behind pruning."""
+    ended = here("plan", recipe(stages=[PRUNE, INT4]), "--json")
+
+    assert ended.code == 0, ended.err
+    facts = json.loads(ended.out)
+    assert facts["pruned"] == {"mlp_channels": [341, 288]}
+    assert facts["parameters"] - facts["parameters_after"] == 4 * 3 * 128 * (341 - 288)
+    shown = here("plan", recipe(stages=[PRUNE, INT4]))
+    assert "mlp channels 341 -> 288" in shown.out and "parameters stay" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ([{"kind": "structured_prune", "target": {"ratio": 0.99}}], "stages[0]: target: "),
+        ([{"kind": "structured_prune", "kv_heads": 7}], "stages[0]: kv_heads: 7 should stay, and the model has 2"),
+        ([{**INT4, "group_size": "channel"}, PRUNE], "stages[1]: structured_prune works on plain weights"),
+        ([{**INT4, "group_size": "channel"}, RECOVER], "stages[1]: recover works on plain weights"),
+        (
+            [{"kind": "structured_prune", "blocks": 3}, {**RECOVER, "mode": "block"}],
+            "stages[1]: mode: block trains each block against the source's, which has 4",
+        ),
+        ([{"kind": "structured_prune"}], "say how much goes"),
+        ([{"kind": "structured_prune", "target": {"ratio": 0.1, "bytes": 5}}], "bytes"),
+        ([{"kind": "structured_prune", "target": {"ratio": 0.1}, "parts": ["width"]}], "width"),
+        ([{**RECOVER, "train": "scales", "rank": 4}], "rank is LoRA's"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_computed(recipe, here, stages, sentence):
+    ended = here("plan", recipe(stages=stages))
+
+    assert ended.code == 2
+    assert sentence in ended.err, ended.err

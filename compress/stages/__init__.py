@@ -12,14 +12,17 @@ from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.round_to_nearest import RoundToNearest
 from compress.stages.sensitivity import Sensitivity
+from compress.stages.sparsify import Sparsify
 from compress.stages.structured_prune import StructuredPrune
 
 AnyStage = Annotated[
-    StructuredPrune | RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision, Field(discriminator="kind")
+    StructuredPrune | Sparsify | RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision,
+    Field(discriminator="kind"),
 ]
 
 STAGES: dict[str, type[Stage]] = {
     "structured_prune": StructuredPrune,
+    "sparsify": Sparsify,
     "round_to_nearest": RoundToNearest,
     "gptq": Gptq,
     "recover": Recover,
@@ -35,6 +38,7 @@ __all__ = [
     "Recover",
     "RoundToNearest",
     "Sensitivity",
+    "Sparsify",
     "Stage",
     "StageContext",
     "StageOutcome",

@@ -20,9 +20,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, InputGroup, dimensions_of
+from compress.calibration.effects import removal_effects
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import Windows
@@ -30,6 +32,7 @@ from compress.checkpoints.reader import Checkpoint, torch_dtype
 from compress.checkpoints.skeleton import Batch, Skeleton, load_module
 from compress.errors import RecipeError
 from compress.events import Event
+from compress.files import atomic_path
 from compress.memory.measure import release, trim
 from compress.pruning.choose import Importance, columns_of, kept_by_activation, kept_by_magnitude, kept_by_obs
 from compress.pruning.counts import Counts, Model, Part, Target, counts_for, multiple_for, pruned_config
@@ -60,7 +63,12 @@ class StructuredPrune(Stage):
         default=None, ge=1, description="what the MLP's width stays a multiple of; left out: up to 128 by its size"
     )
     importance: Importance = Field(
-        default="obs", description="obs: the error left after refitting; activation, magnitude: for comparison"
+        default="fisher",
+        description="obs: by the error left after refitting; fisher: moreover by how much the loss depends on it; "
+        "activation, magnitude: for comparison",
+    )
+    gradient_windows: int = Field(
+        default=16, ge=1, description="calibration windows of the backward pass that fisher takes"
     )
     compensate: bool = Field(default=True, description="refit the linears that stay by least squares")
     ridge: float = Field(default=0.01, gt=0, le=1, description="ridge of choice and refit, fraction of mean(diag H)")
@@ -83,6 +91,7 @@ class StructuredPrune(Stage):
     )
     needs_calibration: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     batches_at_least: ClassVar[int] = BATCHES
 
     @model_validator(mode="after")
@@ -207,7 +216,8 @@ class PruneRun:
         for name, kind in model.kinds.items():
             if staying[name] < kind.pieces:
                 self.kinds[kind.removable.reader] = kind, staying[name]
-        self.clock = Clock("depth", "forward", "hessian", "choose", "refit", "write")
+        self.effects: dict[str, Tensor] = {}
+        self.clock = Clock("depth", "gradients", "forward", "hessian", "choose", "refit", "write")
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
@@ -219,6 +229,7 @@ class PruneRun:
         )
         self.output.write_outer(self.source, config=config)
         places = {before: _Place(before, after) for after, before in enumerate(staying)}
+        self.effects = self._effects()
         events = self._token_events()
         blocks: list[dict[str, Any]] = []
         with self.clock.timed("forward"):
@@ -236,6 +247,30 @@ class PruneRun:
                 release()
                 advance(f"block {index + 1}/{self.skeleton.block_count}")
         return StageOutcome([], events, self.clock.seconds, self._facts(removals, blocks))
+
+    def _effects(self) -> dict[str, Tensor]:
+        """How much the loss depends on each piece; kept in the stage's scratch, for a run that is killed later."""
+        if self.stage.importance != "fisher" or not self.kinds:
+            return {}
+        path = self.output.scratch / "effects.safetensors"
+        if path.is_file():
+            kept: dict[str, Tensor] = load_file(path)
+            return kept
+        few = self.windows.first(self.stage.gradient_windows)
+        widths = {reader: kind.width for reader, (kind, _) in self.kinds.items()}
+        with self.clock.timed("gradients"):
+            found = removal_effects(
+                self.skeleton,
+                self.source,
+                few.batches(self.context.tokens_at_once),
+                widths,
+                self.context.seed,
+                self.context.progress,
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(found, temporary)
+        return found
 
     def _removals(self) -> list[Removal]:
         count = self.dimensions.blocks - self.counts.blocks
@@ -409,8 +444,9 @@ class _BlockWork:
 
     def _chosen(self, name: str, kind: Kind, keep: int, target: Tensor, hessian: Tensor) -> Tensor:
         how = self.run.stage.importance
-        if how == "obs":
-            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge)
+        if how in ("obs", "fisher"):
+            effects = self.run.effects.get(f"{self.prefix}.{name}")
+            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge, effects)
             if kept is not None:
                 return kept
             self._event(

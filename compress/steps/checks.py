@@ -9,6 +9,7 @@ from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
+from compress.stages import Sparsify
 from compress.steps.power import Power
 from compress.steps.precision import out_of_order
 from compress.steps.shapes import Shapes
@@ -65,6 +66,7 @@ def warnings_of(
         if spec.file is None
     ]
     found += _wide_margins(recipe)
+    found += _zeros(recipe)
     sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
     if sizes:
         found.append(
@@ -77,6 +79,19 @@ def warnings_of(
         found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")
     if not architecture.float16_safe and recipe.export.dtype == "float16":
         found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
+    return found
+
+
+def _zeros(recipe: Recipe) -> list[str]:
+    """What zeros among weights are worth, and what undoes them."""
+    found = []
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, Sparsify):
+            said = f"stages[{index}]: sparsify makes nothing smaller or faster: zeros are stored as other weights are"
+            changing = [each.kind for each in recipe.stages[index + 1 :] if not isinstance(each, Sparsify)]
+            if changing:
+                said += f"; and {', '.join(dict.fromkeys(changing))} after it will not keep them zero"
+            found.append(said)
     return found
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.reports import markdown, tables, task_tables, words
-from compress.reports.report import Report
+from compress.reports import markdown, pruning, tables, task_tables, words
+from compress.reports.report import Report, StageRecord
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _LICENCE_ID = re.compile(r"[A-Za-z0-9.+-]{1,40}")
@@ -61,6 +61,7 @@ def _tags(report: Report) -> list[str]:
         dict.fromkeys(
             [
                 "compress",
+                *(["pruned"] if pruning.pruners(report) else []),
                 *(["quantized"] if _quantized(report) else []),
                 *(stage.kind for stage in report.stages),
                 *schemes,
@@ -99,6 +100,20 @@ def _licence(source: Mapping[str, Any]) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _did(stage: StageRecord) -> str:
+    """What a stage did, in half a line."""
+    facts = stage.facts
+    if "block_parameters" in facts:
+        return pruning.sentence(facts)
+    if "held_out_kl_after" in facts:
+        before, after = words.number(facts["held_out_kl_before"]), words.number(facts["held_out_kl_after"])
+        what = facts.get("train", "scales+norms")
+        return f"{what} trained, mean KL on windows kept out of training {before} before and {after} after"
+    if "share_of_zeros" in facts:
+        return f"{words.percent(facts['share_of_zeros'])} of the weights set to zero, {facts['pattern']}"
+    return ", ".join(dict.fromkeys(module.scheme for module in stage.modules)) or "no weights changed"
+
+
 def _body(report: Report, source: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("compress.reports", "templates"),
@@ -109,13 +124,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    stages = [
-        {
-            "kind": stage.kind,
-            "schemes": ", ".join(dict.fromkeys(module.scheme for module in stage.modules)) or "no linears",
-        }
-        for stage in report.stages
-    ]
+    stages = [{"kind": stage.kind, "did": _did(stage)} for stage in report.stages]
     quality = [{"title": table.title, "text": _Ready(markdown.table_text(table))} for table in _quality(report)]
     calibration = markdown.table_text(tables.Table("", ("Calibration", ""), "ll", tables.facts(report.calibration)))
     return environment.get_template("card.md.j2").render(

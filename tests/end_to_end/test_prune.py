@@ -71,6 +71,15 @@ def test_the_report_answers_whether_quantising_alone_would_have_been_better(chai
     assert ("Quantising alone would have been better" if better else "Pruning was worth it") in text
 
 
+def test_the_model_card_says_how_it_was_made(chained):
+    _, _, store = chained
+    _, folder = report_in(store)
+    card = (folder.parent / "model" / "README.md").read_text()
+
+    assert "- pruned" in card and "parameters went" in card
+    assert "weights trained, mean KL on windows kept out of training" in card and "no linears" not in card
+
+
 def test_the_gate_rejects_what_was_pruned_too_far(recipe, here, tmp_path, glass_recipe):
     stages = [{"kind": "structured_prune", "mlp_channels": 32, "importance": "magnitude", "compensate": False}]
     gates = [{"kind": "relative", "measure": "perplexity.held-out", "max_ratio": 1.05}]

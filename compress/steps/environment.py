@@ -35,6 +35,7 @@ _CODE = (
     "allocation",
     "architecture.py",
     "parallel.py",
+    "pruning",
     "quantization",
     "calibration",
     "checkpoints",

@@ -6,8 +6,6 @@ run of `width` columns. S are the columns of a piece, G = (H + ridge mean(diag H
 obs          what removing S adds to the output error when all other columns make up for it as well as they can,
                  tr(W_S (G_SS)^-1 W_S^T)          (Optimal Brain Surgeon; in blocks: ZipLM, arXiv 2302.04089)
              taken greedily: the lowest few pieces go, W and G are brought up to date, and so on
-fisher       the same, times how much the model's loss depends on the piece (`calibration.effects`) over how much the
-             output of W does, F_S / tr(W_S H_SS W_S^T): what matters, and cannot be made up for
 activation   sum over S of |x_j| |W_j|_1          (Wanda's score, arXiv 2306.11695, summed over the rows)
 magnitude    sum over S of |W_j|_2, with the rows of the linears that put the piece out
 
@@ -21,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Importance = Literal["fisher", "obs", "activation", "magnitude"]
+Importance = Literal["obs", "activation", "magnitude"]
 AT_ONCE, UPDATES = 16, 16
 """Channels that go between two updates at most, and updates at least; wider pieces go one by one."""
 
@@ -31,13 +29,10 @@ def columns_of(pieces: Tensor, width: int) -> Tensor:
     return (pieces.unsqueeze(1) * width + torch.arange(width, device=pieces.device)).flatten()
 
 
-def kept_by_obs(
-    weight: Tensor, hessian: Tensor, width: int, keep: int, ridge: float, effects: Tensor | None = None
-) -> Tensor | None:
+def kept_by_obs(weight: Tensor, hessian: Tensor, width: int, keep: int, ridge: float) -> Tensor | None:
     """Numbers of `keep` pieces, ascending, chosen as above; None where H cannot be inverted.
 
-    weight (rows, columns) float32, hessian (columns, columns) float64, both left as they are; `effects` (pieces,): F of
-    each piece, which makes it `fisher`.
+    weight (rows, columns) float32, hessian (columns, columns) float64; both are left as they are.
     """
     mean = float(hessian.diagonal().mean())
     if not (0 < mean < float("inf")):
@@ -49,13 +44,11 @@ def kept_by_obs(
         return None
     inverse = torch.cholesky_inverse(lower).float()
     del damped, lower
-    matters = None if effects is None else effects.to(weight) / _plain(weight, hessian, width).clamp_min(1e-30)
     weight = weight.clone()
     left = torch.ones(len(inverse) // width, dtype=torch.bool, device=weight.device)
     step = min(AT_ONCE, max(1, (len(left) - keep) // UPDATES)) if width == 1 else 1
     while (excess := int(left.sum()) - keep) > 0:
-        scores = _obs(weight, inverse, width)
-        scores = (scores if matters is None else scores * matters).masked_fill_(~left, float("inf"))
+        scores = _obs(weight, inverse, width).masked_fill_(~left, float("inf"))
         gone = scores.topk(min(step, excess), largest=False).indices
         columns = columns_of(gone, width)
         # G_SS^-1 G_S:, with which the others make up for S, and by which G forgets it.
@@ -69,17 +62,6 @@ def kept_by_obs(
         inverse[columns, columns] = 1
         left[gone] = False
     return left.nonzero().flatten()
-
-
-def _plain(weight: Tensor, hessian: Tensor, width: int) -> Tensor:
-    """tr(W_S H_SS W_S^T) of every piece, (pieces,) float32."""
-    single = hessian.float()
-    if width == 1:
-        return weight.square().sum(0) * single.diagonal()
-    own = torch.stack([single[at : at + width, at : at + width] for at in range(0, len(single), width)])
-    parts = weight.T.reshape(len(own), width, -1)
-    effect: Tensor = (parts * (own @ parts)).sum((1, 2))
-    return effect
 
 
 def _obs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:

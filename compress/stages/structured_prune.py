@@ -4,8 +4,8 @@
 2. One walk over the blocks that stay, with the source's own activations beside. When a linear that reads channels or
    heads is reached, the least useful of them are chosen (`pruning.choose`) and the linear is refitted by least squares
    (`pruning.refit`) to what it should put out: with x~, r~ the source's input and residual stream and x, r the pruned
-   model's, that is W x~ + (r~ - r), so that a linear also makes up for what blocks before it lost
-   (`quantization.target_shift`).
+   model's, that is W x~ + (r~ - r), so that a linear also makes up for what blocks before it lost. How far it goes
+   there, windows held out for it decide (`pruning.follow`).
 3. Only then are tensors sliced (`pruning.surgery`) and the block written. All blocks keep the same numbers of pieces,
    not the same pieces, so the result is a plain checkpoint with smaller numbers in its config.
 
@@ -20,11 +20,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, InputGroup, dimensions_of
-from compress.calibration.effects import removal_effects
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import Windows
@@ -32,20 +30,22 @@ from compress.checkpoints.reader import Checkpoint, torch_dtype
 from compress.checkpoints.skeleton import Batch, Skeleton, load_module
 from compress.errors import RecipeError
 from compress.events import Event
-from compress.files import atomic_path
 from compress.memory.measure import release, trim
 from compress.pruning.choose import Importance, columns_of, kept_by_activation, kept_by_magnitude, kept_by_obs
 from compress.pruning.counts import Counts, Model, Part, Target, counts_for, multiple_for, pruned_config
+from compress.pruning.follow import followed
 from compress.pruning.refit import output_error, refitted
 from compress.pruning.surgery import Cut, Kind, laid_back, sliced, written_norms
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import TOKENS_PER_COLUMN, shift_of
+from compress.quantization.target_shift import RIDGE, TOKENS_PER_COLUMN, Mismatch, shift_of
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
 from compress.stages.depth import DepthSearch, Removal, facts_of
 from compress.training.clock import Clock
 
 BATCHES = 8
 """Batches that a text of as many windows is cut into at least."""
+HELD_OUT = 8
+"""The last of so many batches say how far a linear follows the source."""
 
 
 class StructuredPrune(Stage):
@@ -63,25 +63,14 @@ class StructuredPrune(Stage):
         default=None, ge=1, description="what the MLP's width stays a multiple of; left out: up to 128 by its size"
     )
     importance: Importance = Field(
-        default="fisher",
-        description="obs: by the error left after refitting; fisher: moreover by how much the loss depends on it; "
-        "activation, magnitude: for comparison",
-    )
-    gradient_windows: int = Field(
-        default=16, ge=1, description="calibration windows of the backward pass that fisher takes"
+        default="obs", description="obs: the error left after refitting; activation, magnitude: for comparison"
     )
     compensate: bool = Field(default=True, description="refit the linears that stay by least squares")
     ridge: float = Field(default=0.01, gt=0, le=1, description="ridge of choice and refit, fraction of mean(diag H)")
-    target_shift: float = Field(
-        default=1.0,
-        ge=0,
-        le=1,
-        description="share of the error already in a linear's inputs that it is refitted to undo",
+    follow_source: bool = Field(
+        default=True,
+        description="refit towards the source's activations, as far as calibration windows held out for it agree",
     )
-    residual_shift: float = Field(
-        default=1.0, ge=0, le=1, description="share of the residual stream's error that it is refitted to undo"
-    )
-    shift_ridge: float = Field(default=0.1, ge=0, le=10, description="ridge of the shifts, fraction of mean(diag H)")
     tuning_windows: int = Field(
         default=4, ge=1, description="calibration windows kept apart, on which removals of blocks are measured"
     )
@@ -91,7 +80,6 @@ class StructuredPrune(Stage):
     )
     needs_calibration: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    draws: ClassVar[bool] = True
     batches_at_least: ClassVar[int] = BATCHES
 
     @model_validator(mode="after")
@@ -111,7 +99,7 @@ class StructuredPrune(Stage):
     @property
     def shifts(self) -> bool:
         """Whether the source's own activations run beside."""
-        return self.compensate and bool(self.target_shift or self.residual_shift)
+        return self.compensate and self.follow_source
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         del shapes, architecture
@@ -207,6 +195,8 @@ class PruneRun:
         self.architecture = self.skeleton.architecture
         self.dimensions = dimensions_of(self.skeleton.config)
         self.batches: list[Batch] = self.windows.batches(context.tokens_at_once, BATCHES)
+        self.fitted = len(self.batches) - max(1, len(self.batches) // HELD_OUT) if len(self.batches) > 1 else 1
+        """Batches that steps towards the source are computed from; the rest say how far to go."""
         self.counts = stage.counts(self.skeleton, context.stored.itemsize)
         model = Model.of(self.architecture, self.dimensions, self.skeleton.parameter_shapes())
         self.model = model
@@ -216,8 +206,7 @@ class PruneRun:
         for name, kind in model.kinds.items():
             if staying[name] < kind.pieces:
                 self.kinds[kind.removable.reader] = kind, staying[name]
-        self.effects: dict[str, Tensor] = {}
-        self.clock = Clock("depth", "gradients", "forward", "hessian", "choose", "refit", "write")
+        self.clock = Clock("depth", "forward", "hessian", "choose", "refit", "write")
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
@@ -229,9 +218,9 @@ class PruneRun:
         )
         self.output.write_outer(self.source, config=config)
         places = {before: _Place(before, after) for after, before in enumerate(staying)}
-        self.effects = self._effects()
         events = self._token_events()
         blocks: list[dict[str, Any]] = []
+        shares: list[dict[str, Any]] = []
         with self.clock.timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
         reference = list(states) if self.stage.shifts and (self.kinds or gone) else None
@@ -243,34 +232,11 @@ class PruneRun:
                 else:
                     states, reference, record = self._block(place, states, reference)
                     blocks += record["pruned"]
+                    shares += record["shares"]
                     events += restore(record)[1]
                 release()
                 advance(f"block {index + 1}/{self.skeleton.block_count}")
-        return StageOutcome([], events, self.clock.seconds, self._facts(removals, blocks))
-
-    def _effects(self) -> dict[str, Tensor]:
-        """How much the loss depends on each piece; kept in the stage's scratch, for a run that is killed later."""
-        if self.stage.importance != "fisher" or not self.kinds:
-            return {}
-        path = self.output.scratch / "effects.safetensors"
-        if path.is_file():
-            kept: dict[str, Tensor] = load_file(path)
-            return kept
-        few = self.windows.first(self.stage.gradient_windows)
-        widths = {reader: kind.width for reader, (kind, _) in self.kinds.items()}
-        with self.clock.timed("gradients"):
-            found = removal_effects(
-                self.skeleton,
-                self.source,
-                few.batches(self.context.tokens_at_once),
-                widths,
-                self.context.seed,
-                self.context.progress,
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(found, temporary)
-        return found
+        return StageOutcome([], events, self.clock.seconds, self._facts(removals, blocks, shares))
 
     def _removals(self) -> list[Removal]:
         count = self.dimensions.blocks - self.counts.blocks
@@ -327,8 +293,8 @@ class PruneRun:
         load_module(block, state, self.context.device, self.context.compute)
 
     def can_shift(self, columns: int) -> bool:
-        """Whether there are tokens enough to move the target of a linear with `columns` inputs."""
-        return self.windows.tokens >= TOKENS_PER_COLUMN * columns
+        """Whether there are tokens enough to move the target of a linear with `columns` inputs, and to judge by."""
+        return self.fitted < len(self.batches) and self.windows.tokens >= TOKENS_PER_COLUMN * columns
 
     def _token_events(self) -> list[Event]:
         widest = max(columns for _, columns in self.skeleton.linear_shapes().values())
@@ -339,7 +305,9 @@ class PruneRun:
         data = {"tokens": tokens, "columns": widest}
         return [Event("few_calibration_tokens", "calibration", message, data)]
 
-    def _facts(self, removals: list[Removal], blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    def _facts(
+        self, removals: list[Removal], blocks: list[dict[str, Any]], shares: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         before, after = self.model.counts, self.counts
         facts: dict[str, Any] = {
             "counts": {
@@ -352,6 +320,9 @@ class PruneRun:
             "importance": self.stage.importance,
             "tokens": self.windows.tokens,
         }
+        if shares:
+            for key in ("input_share", "residual_share"):
+                facts[f"mean_{key}"] = sum(each[key] for each in shares) / len(shares)
         if removals:
             facts["removed_blocks"] = facts_of(removals)
         if blocks:
@@ -373,7 +344,9 @@ class _BlockWork:
         self.cuts: dict[str, Cut] = {}
         self.pruned: list[dict[str, Any]] = []
         self.events: list[Event] = []
+        self.shares: list[dict[str, Any]] = []
         self._statistics: InputStatistics | None = None
+        self._held_out: InputStatistics | None = None
 
     def _wanted(self, group: InputGroup) -> bool:
         return group.linears[0] in self.run.kinds or self.run.stage.compensate
@@ -382,40 +355,56 @@ class _BlockWork:
         if not self._wanted(group):
             return
         with self.run.clock.timed("hessian"):
+            columns, device = here.inputs.shape[-1], here.inputs.device
             if self._statistics is None:
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+                self._statistics, self._held_out = InputStatistics(columns, device), InputStatistics(columns, device)
             mask = self.run.batches[number].mask
-            if there is None or not self.run.can_shift(here.inputs.shape[-1]):
+            if there is None or not self.run.can_shift(columns):
                 self._statistics.add(here.inputs, mask)
                 return
             residual = None
-            if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
+            if here.residual is not None and there.residual is not None:
                 residual = here.residual, there.residual
-            self._statistics.add_pair(here.inputs, there.inputs, mask, residual)
+            statistics = self._statistics if number < self.run.fitted else self._held_out
+            assert statistics is not None
+            statistics.add_pair(here.inputs, there.inputs, mask, residual)
 
     def on_group(self, group: InputGroup) -> None:
         if self._statistics is None:
             return
-        statistics, self._statistics = self._statistics, None
-        stage, clock = self.run.stage, self.run.clock
+        statistics, held_out = self._statistics, self._held_out
+        self._statistics = self._held_out = None
+        assert held_out is not None
         trim()
-        with clock.timed("refit"):
-            mismatch = statistics.mismatch()
-            hessian, _ = statistics.hessian()
-            shift = None
-            if mismatch is not None and stage.compensate:
-                shift = shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
-                if shift is None:
-                    self._event("target_shift_skipped", group.name, "no factor of the damped Hessian")
-            elif self.run.stage.shifts:
-                self._event("target_shift_skipped", group.name, "too few calibration tokens")
+        with self.run.clock.timed("refit"):
+            mismatch, judge = statistics.mismatch(), held_out.mismatch()
+            hessian, shift = self._hessian(statistics, judge), None
+            if mismatch is not None and judge is not None:
+                shift = shift_of(mismatch, 1.0, 1.0, RIDGE)
+            if shift is None and self.run.stage.shifts:
+                why = "too few calibration tokens" if mismatch is None else "no factor of the damped Hessian"
+                self._event("target_shift_skipped", group.name, why)
         for name in group.linears:
-            weight = self._matrix(name)
-            target = weight if shift is None else shift.target(weight)
+            target = self._matrix(name)
+            if shift is not None and judge is not None:
+                with self.run.clock.timed("refit"):
+                    found = followed(target, shift, judge)
+                target = found.target
+                shares = {"input_share": found.input_share, "residual_share": found.residual_share}
+                self.shares.append({"name": f"{self.prefix}.{name}", **shares})
             if name in self.run.kinds:
                 self._prune(name, target, hessian)
             elif shift is not None:
                 self._put(name, target)
+
+    def _hessian(self, statistics: InputStatistics, judge: Mismatch | None) -> Tensor:
+        """H over all tokens, those held out included."""
+        fitted = statistics.tokens
+        hessian, _ = statistics.hessian()
+        if judge is None:
+            return hessian
+        total = fitted + judge.tokens
+        return hessian.mul_(fitted / total).add_(judge.hessian, alpha=judge.tokens / total)
 
     def _prune(self, name: str, target: Tensor, hessian: Tensor) -> None:
         stage, clock = self.run.stage, self.run.clock
@@ -444,9 +433,8 @@ class _BlockWork:
 
     def _chosen(self, name: str, kind: Kind, keep: int, target: Tensor, hessian: Tensor) -> Tensor:
         how = self.run.stage.importance
-        if how in ("obs", "fisher"):
-            effects = self.run.effects.get(f"{self.prefix}.{name}")
-            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge, effects)
+        if how == "obs":
+            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge)
             if kept is not None:
                 return kept
             self._event(
@@ -473,7 +461,12 @@ class _BlockWork:
         self.events.append(Event(kind, f"{self.prefix}.{where}", message))
 
     def record(self) -> dict[str, Any]:
-        return {"modules": [], "events": [event.to_json() for event in self.events], "pruned": self.pruned}
+        return {
+            "modules": [],
+            "events": [event.to_json() for event in self.events],
+            "pruned": self.pruned,
+            "shares": self.shares,
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """What the block becomes, by full name in the result."""

@@ -93,25 +93,6 @@ def test_equal_channels_one_of_them_goes_first():
     assert len({2, 6} & set(kept.tolist())) == 1 and len(kept) == 6
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_pieces_that_the_loss_does_not_depend_on_go_first(width):
-    """fisher: what an output is worth, not how large it is; of equal worth it is the same choice as obs."""
-    weight, hessian = problem(8, seed=6)
-    count = 8 // width
-    plain = torch.stack(
-        [
-            ((part := weight.double()[:, at : at + width]) @ hessian[at : at + width, at : at + width] * part).sum()
-            for at in range(0, 8, width)
-        ]
-    ).float()
-    effects = plain.clone()
-    effects[1] *= 1e-6
-
-    assert 1 not in kept_by_obs(weight, hessian, width, count - 1, RIDGE, effects).tolist()
-    same = kept_by_obs(weight, hessian, width, count - 2, RIDGE, 5 * plain)
-    assert same.tolist() == kept_by_obs(weight, hessian, width, count - 2, RIDGE).tolist()
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_hessian_that_says_nothing_gives_none(value):
     assert kept_by_obs(torch.ones(2, 4), torch.full((4, 4), value, dtype=torch.float64), 1, 2, 0.01) is None

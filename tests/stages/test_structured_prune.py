@@ -109,7 +109,7 @@ def test_refitting_beats_leaving_what_stays_alone(name, tmp_path):
     found = {}
     for label, fields in {
         "nothing": {"compensate": False},
-        "alone": {"target_shift": 0.0, "residual_shift": 0.0},
+        "alone": {"follow_source": False},
         "following": {},
     }.items():
         done, _ = apply_stage(
@@ -144,7 +144,7 @@ def test_on_a_trained_model_each_step_of_repair_helps(glass, text, tmp_path):
     for label, fields in {
         "magnitude": {"importance": "magnitude", "compensate": False},
         "obs": {"compensate": False},
-        "refitted": {"target_shift": 0.0, "residual_shift": 0.0},
+        "refitted": {"follow_source": False},
         "following": {},
     }.items():
         stage = StructuredPrune(mlp_channels=256, **fields)

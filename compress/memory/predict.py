@@ -73,6 +73,8 @@ class WalkLoad:
     """Sets of calibration activations held at once: 1.25 where a quarter of the source's run beside the compressed."""
     refines: bool
     """Whether statistics of held-out text are kept apart."""
+    judges_shifts: bool
+    """Whether the sums of a shift are kept apart for held-out text as well."""
     evaluation_tokens: int
     vocabulary: int
     compute_bytes: int
@@ -105,13 +107,14 @@ def _matrices(load: WalkLoad) -> int:
     factorising   H and its factor in float64, U and a shift in float32
     shifting      H, the pairs' own H and D, and R (hidden, columns), in float64, and the shift in float32
 
-    Where refinements are judged, there is one more in float64, later two in float32.
+    Where refinements are judged, there is one more in float64, later two in float32; where shifts are, all but the
+    factor again.
     """
     square, oblong = load.widest_input**2, load.widest_input * load.hidden
     held_out = square * 8 if load.refines else 0
     if not _shifts(load, load.widest_input):
         return 2 * square * 8 + square * 4 + held_out
-    shift = 4 * (square + oblong)
+    shift = 4 * (square + oblong) + (8 * (2 * square + oblong) if load.judges_shifts else 0)
     return max(2 * square * 8 + square * 4, 3 * square * 8 + oblong * 8) + shift + held_out
 
 

@@ -76,8 +76,6 @@ class Stage(BaseModel):
     """Leaves a plan that later stages can follow."""
     draws: ClassVar[bool] = False
     """Draws at random, so that the recipe's seed decides its output."""
-    prunes: ClassVar[bool] = False
-    """Takes pieces out of the model, so that the report asks whether quantising alone would have been better."""
     shares_windows: ClassVar[bool] = False
     """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
     batches_at_least: ClassVar[int] = 1
@@ -105,6 +103,16 @@ class Stage(BaseModel):
         """Sets of calibration activations the stage holds at once, 0.25 for a quarter of one beside: what `plan`
         predicts memory and time from."""
         return 1 if self.needs_calibration else 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether the run is to quantise the source alone as well, for comparison."""
+        return False
+
+    @property
+    def judges_shifts(self) -> bool:
+        """Whether the sums that a shift is computed from are kept twice: of most text, and of text held out."""
+        return False
 
     @property
     def training(self) -> Training | None:

@@ -79,7 +79,6 @@ class StructuredPrune(Stage):
         description="also quantise the source alone to the bytes that the run reaches, and print both in the report",
     )
     needs_calibration: ClassVar[bool] = True
-    prunes: ClassVar[bool] = True
     batches_at_least: ClassVar[int] = BATCHES
 
     @model_validator(mode="after")
@@ -95,6 +94,14 @@ class StructuredPrune(Stage):
     @property
     def activation_streams(self) -> float:
         return 2 if self.shifts else 1
+
+    @property
+    def compares(self) -> bool:
+        return self.compare
+
+    @property
+    def judges_shifts(self) -> bool:
+        return self.shifts
 
     @property
     def shifts(self) -> bool:

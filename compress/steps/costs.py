@@ -17,8 +17,11 @@ from compress.evaluation.tasks.likelihood import STATES_BYTES
 from compress.evaluation.tasks.size import Size
 from compress.memory import predict
 from compress.recipe import Recipe
+from compress.stages import Gptq, Stage, StructuredPrune
 from compress.stages.base import Training
+from compress.stages.depth import TRIED
 from compress.steps.environment import Machine, fits
+from compress.steps.shapes import Shapes
 from compress.steps.training import training_bytes, training_flops
 
 
@@ -42,6 +45,7 @@ def walk_load(
         calibration_tokens=calibrated if streams and machine.device.type == "cpu" else 0,
         streams=streams,
         refines=any(stage.refines for stage in recipe.stages),
+        judges_shifts=any(stage.judges_shifts for stage in recipe.stages),
         evaluation_tokens=_evaluation_tokens(recipe),
         vocabulary=dimensions.vocabulary,
         compute_bytes=machine.compute.itemsize,
@@ -86,8 +90,9 @@ def samples_text(recipe: Recipe) -> bool:
     return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
 
 
-def seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Dimensions, asked: Size) -> float:
+def seconds(recipe: Recipe, shapes: Shapes, asked: Size) -> float:
     """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
+    matrices, dimensions = shapes.source.matrices, shapes.source.dimensions
     inside = weights_inside(matrices)
     evaluated = _evaluation_tokens(recipe)
     head = dimensions.hidden * dimensions.vocabulary
@@ -96,7 +101,11 @@ def seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Di
     flops += 2.0 * 2 * ((asked.tokens + 10 * asked.writes) * inside + asked.positions * head)
     # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
     flops += 40 * 10 * evaluated * dimensions.vocabulary
-    for stage in recipe.stages:
+    flops += _search_flops(recipe, shapes)
+    compared: tuple[Stage, ...] = (Gptq(),) if any(stage.compares for stage in recipe.stages) else ()
+    # What is compared is measured like the artifact: half of what both models take.
+    flops += 2.0 * evaluated * (inside + head) if compared else 0
+    for stage in (*recipe.stages, *compared):
         if stage.training and recipe.calibration:
             flops += training_flops(stage.training, recipe.calibration, inside, dimensions)
         elif stage.needs_calibration and recipe.calibration:
@@ -110,6 +119,20 @@ def seconds(recipe: Recipe, matrices: dict[str, tuple[int, int]], dimensions: Di
             flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
         flops += 2500 * inside
     return 12.0 + flops / _multiplication_rate()
+
+
+def _search_flops(recipe: Recipe, shapes: Shapes) -> float:
+    """Of finding blocks to remove: for each, the model twice, the rest of it for every block tried, their logits."""
+    after = (*shapes.before[1:], shapes.last)
+    total = 0.0
+    for stage, before, behind in zip(recipe.stages, shapes.before, after, strict=True):
+        removed = before.dimensions.blocks - behind.dimensions.blocks
+        if isinstance(stage, StructuredPrune) and removed and recipe.calibration:
+            tokens = stage.tuning_windows * recipe.calibration.window_tokens
+            vocabulary = before.dimensions.vocabulary
+            logits = 4 * before.dimensions.hidden * vocabulary + 40 * 10 * vocabulary
+            total += removed * tokens * (2 * weights_inside(before.matrices) * (2 + TRIED / 2) + TRIED * logits)
+    return total
 
 
 def _inputs(matrices: dict[str, tuple[int, int]]) -> list[int]:

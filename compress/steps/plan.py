@@ -158,7 +158,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
-        seconds=seconds(recipe, matrices, dimensions, asked + size_of_latency(recipe.latency)),
+        seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize),
         warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),

@@ -53,11 +53,6 @@ def _a_scale_a_row(scheme: Scheme) -> Scheme:
     return Scheme(scheme.bits, scheme.symmetric, None)
 
 
-def is_asked(plan: Plan) -> bool:
-    """Whether a stage of the recipe prunes, and wants the comparison."""
-    return any(stage.prunes and getattr(stage, "compare", False) for stage in plan.recipe.stages)
-
-
 def best_within(plan: Plan, limit: int) -> Uniform | None:
     """The scheme with the least rounding error to be expected of those that take at most `limit` bytes; None where
     not even 2 bits do."""
@@ -87,7 +82,7 @@ def quantised_alone(
     progress: Progress,
 ) -> AlternativeRecord | None:
     """The comparison, or None where the recipe does not prune or wants none."""
-    if not is_asked(plan) or texts.calibration is None:
+    if not any(stage.compares for stage in plan.recipe.stages) or texts.calibration is None:
         return None
     limit = int(evidence.compressed.values["weight_bytes"])
     best = best_within(plan, limit)

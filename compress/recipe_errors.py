@@ -168,9 +168,14 @@ def fields_at(schema: dict[str, Any], loc: Path) -> list[str]:
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
-    while "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    return node
+    while True:
+        options = [option for option in node.get("anyOf", ()) if option.get("type") != "null"]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        elif len(options) == 1:  # a value that may be left out
+            node = options[0]
+        else:
+            return node
 
 
 def _step(schema: dict[str, Any], node: dict[str, Any], part: str | int) -> dict[str, Any] | None:

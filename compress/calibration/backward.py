@@ -47,7 +47,10 @@ def walk_backward(
             with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
                 states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
     with skeleton.head(checkpoint) as head:
-        gradients = [_loss_gradient(head, hidden, seed) for hidden, seed in zip(states, seeds, strict=False)]
+        gradients = [
+            _loss_gradient(head, hidden, seed, batch.mask)
+            for hidden, seed, batch in zip(states, seeds, batches, strict=False)
+        ]
     del states
     for index in reversed(range(skeleton.block_count)):
         forward = forward_of(skeleton, batches, index)
@@ -81,8 +84,9 @@ def on_output_gradients(
             handle.remove()
 
 
-def _loss_gradient(head: Head, hidden: Tensor, seed: int) -> Tensor:
-    """d(-log p(label))/d hidden, summed over tokens, for labels sampled from p; hidden (windows, tokens, hidden)."""
+def _loss_gradient(head: Head, hidden: Tensor, seed: int, mask: Tensor | None) -> Tensor:
+    """d(-log p(label))/d hidden, summed over tokens that are not padding, for labels sampled from p; hidden (windows,
+    tokens, hidden)."""
     generator = torch.Generator(device=hidden.device).manual_seed(seed)
     with torch.enable_grad():
         leaf = hidden.detach().requires_grad_(True)
@@ -96,6 +100,9 @@ def _loss_gradient(head: Head, hidden: Tensor, seed: int) -> Tensor:
             torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             assert part.grad is not None
             parts.append(part.grad)
-        torch.autograd.backward(normed, torch.cat(parts).reshape(normed.shape))
+        gradient = torch.cat(parts).reshape(normed.shape)
+        if mask is not None:
+            gradient = gradient * mask.to(gradient).unsqueeze(-1)
+        torch.autograd.backward(normed, gradient)
     assert leaf.grad is not None
     return leaf.grad

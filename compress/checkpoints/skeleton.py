@@ -58,6 +58,8 @@ class Skeleton:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        self.config_json = config
+        """As in config.json; `config` is what transformers makes of it."""
         clean = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
         self.config = AutoConfig.for_model(config["model_type"], **copy.deepcopy(clean))
         self.config.use_cache = False

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compress.architecture import Architecture, Dimensions
+from compress.architecture import Architecture, Dimensions, architecture_of
 from compress.errors import RecipeError
 from compress.pruning.surgery import Kind, kinds_of
 
@@ -72,16 +72,20 @@ class Model:
     """Parameters of one block as it is."""
     per_piece: Mapping[str, int]
     """Parameters that go with one piece of a kind."""
+    head_counts: tuple[int, ...]
+    """Numbers of KV heads, ascending, that a config of this type can hold."""
 
     @classmethod
-    def of(cls, architecture: Architecture, dimensions: Dimensions, shapes: Mapping[str, Sequence[int]]) -> Model:
-        """`shapes` of every stored parameter, by full name."""
+    def of(cls, config: Mapping[str, Any], dimensions: Dimensions, shapes: Mapping[str, Sequence[int]]) -> Model:
+        """`config` is that of config.json, `shapes` those of every stored parameter, by full name."""
+        architecture = architecture_of(dict(config))
         kinds = kinds_of(architecture, dimensions)
         prefix = architecture.block_name(0) + "."
         inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
         outside = sum(math.prod(shape) for name, shape in shapes.items() if architecture.block_index(name) is None)
         per_piece = {name: _per_piece(kind, inside, architecture.transposed_linears) for name, kind in kinds.items()}
-        return cls(dimensions, kinds, outside, sum(map(math.prod, inside.values())), per_piece)
+        heads = tuple(n for n in range(1, dimensions.kv_heads + 1) if _holds_heads(config, dimensions, n))
+        return cls(dimensions, kinds, outside, sum(map(math.prod, inside.values())), per_piece, heads)
 
     @property
     def counts(self) -> Counts:
@@ -94,6 +98,30 @@ class Model:
 
     def parameters(self, counts: Counts) -> int:
         return self.outside + self.block_parameters(counts)
+
+
+def _holds_heads(config: Mapping[str, Any], dimensions: Dimensions, kv_heads: int) -> bool:
+    """Whether transformers takes a config with so many KV heads: some types want heads to divide the hidden width."""
+    from transformers import AutoConfig
+
+    if kv_heads == dimensions.kv_heads:
+        return True
+    changed = {**config, **_heads_of(dimensions, kv_heads)}
+    changed = {key: value for key, value in changed.items() if key not in ("quantization_config", "model_type")}
+    try:
+        AutoConfig.for_model(config["model_type"], **copy.deepcopy(changed))
+    except Exception:
+        return False
+    return True
+
+
+def _heads_of(dimensions: Dimensions, kv_heads: int) -> dict[str, int]:
+    """Keys of the config that change with the number of KV heads."""
+    return {
+        "num_attention_heads": dimensions.heads // dimensions.kv_heads * kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dimensions.head_dim,
+    }
 
 
 def _per_piece(kind: Kind, inside: Mapping[str, Sequence[int]], transposed: bool) -> int:
@@ -117,82 +145,83 @@ def counts_for(
 ) -> Counts:
     """Counts that meet a target by taking from `parts` what `explicit` leaves; without one, `explicit` itself.
 
-    Blocks, where they are among several parts, take half of what has to go (as ratios: the square root), KV heads the
-    share that all of the block gives, each rounded so as not to take more; the last of heads and MLP takes the rest.
+    With several parts, blocks take half of what has to go (as ratios: the square root) and KV heads the share that
+    their block gives, to the nearest possible number; the MLP takes the rest, or blocks where it is not among them. No
+    less goes than asked for, and more by what one step of the last part is.
     Raises RecipeError naming the smallest model that the parts can give.
     """
     if target is None:
         return explicit
-    allowed = _allowed(model, target, stored_bytes)
-    ratio = allowed / model.block_parameters(explicit)
-    if ratio >= 1:
+    wanted = _wanted(model, target, stored_bytes)
+    allowed = wanted + (RATIO_WITHIN * model.block_parameters(model.counts) if target.ratio is not None else 0)
+    ratio = wanted / model.block_parameters(explicit)
+    if allowed >= model.block_parameters(explicit):
         return explicit
+    _check_reachable(model, parts, explicit, multiple, allowed)
+    counts = explicit
+    if "depth" in parts and "mlp" in parts:
+        counts = replace(counts, blocks=max(1, round(math.sqrt(ratio) * counts.blocks)))
+    if "heads" in parts and len(parts) > 1:
+        share = min(1.0, wanted / model.block_parameters(counts))
+        near = (share if "mlp" in parts else math.sqrt(share)) * counts.kv_heads
+        possible = [n for n in model.head_counts if n <= counts.kv_heads]
+        counts = replace(counts, kv_heads=min(possible, key=lambda n: (abs(n - near), -n)))
+    filled = _filled(model, counts, parts, allowed, multiple)
+    while filled is None:
+        # Even with the least of the last part too much is left: the others give one step more.
+        counts = _one_step_less(model, counts, parts)
+        filled = _filled(model, counts, parts, allowed, multiple)
+    return filled
+
+
+def _filled(model: Model, counts: Counts, parts: Sequence[Part], allowed: float, multiple: int) -> Counts | None:
+    """The most of the last part that is allowed; None where not even the least of it is."""
+    if "mlp" in parts:
+        steps = range(counts.channels // multiple * multiple, 0, -multiple)
+        tried = [replace(counts, channels=n) for n in (counts.channels, *steps)]
+    elif "depth" in parts:
+        tried = [replace(counts, blocks=n) for n in range(counts.blocks, 0, -1)]
+    else:
+        tried = [replace(counts, kv_heads=n) for n in reversed(model.head_counts) if n <= counts.kv_heads]
+    return next((each for each in tried if model.block_parameters(each) <= allowed), None)
+
+
+def _one_step_less(model: Model, counts: Counts, parts: Sequence[Part]) -> Counts:
+    fewer = [n for n in model.head_counts if n < counts.kv_heads]
+    if "depth" in parts and "mlp" in parts and counts.blocks > 1:
+        return replace(counts, blocks=counts.blocks - 1)
+    assert "heads" in parts and fewer, "the smallest counts were checked to be allowed"
+    return replace(counts, kv_heads=fewer[-1])
+
+
+def _check_reachable(model: Model, parts: Sequence[Part], explicit: Counts, multiple: int, allowed: float) -> None:
     smallest = Counts(
         1 if "depth" in parts else explicit.blocks,
-        1 if "heads" in parts else explicit.kv_heads,
+        min(model.head_counts) if "heads" in parts else explicit.kv_heads,
         min(multiple, explicit.channels) if "mlp" in parts else explicit.channels,
     )
-    if model.block_parameters(smallest) > allowed:
-        total = model.block_parameters(model.counts)
+    least = model.block_parameters(smallest)
+    if least <= allowed:
+        return
+    if allowed <= 0:
         raise RecipeError(
-            f"target: {allowed:,} parameters are left for the blocks, and taking from {', '.join(parts)} leaves at "
-            f"least {model.block_parameters(smallest):,} (a ratio of "
-            f"{1 - model.block_parameters(smallest) / total:.3f}). "
-            "Take less, or from more parts"
+            f"target: what is outside the blocks (embeddings, head) alone takes {model.outside:,} parameters; let more "
+            "stay"
         )
-    counts = explicit
-    if "depth" in parts:
-        share = ratio if len(parts) == 1 else math.sqrt(ratio)
-        fits = math.floor if len(parts) == 1 else math.ceil
-        counts = replace(counts, blocks=max(1, fits(share * counts.blocks + (-1e-9 if fits is math.ceil else 1e-9))))
-    if "heads" in parts:
-        counts = replace(counts, kv_heads=_heads(model, counts, allowed, is_last="mlp" not in parts))
-    if "mlp" in parts:
-        counts = replace(counts, channels=_channels(model, counts, allowed, multiple))
-    if model.block_parameters(counts) > allowed:
-        # Rounding left too much: a coarser part gives one more step until the target is met.
-        counts = _shrunk(model, counts, parts, allowed, multiple)
-    return counts
+    ratio = 1 - least / model.block_parameters(model.counts)
+    step = f", the MLP by multiples of {multiple}" if "mlp" in parts else ""
+    raise RecipeError(
+        f"target: {math.floor(allowed):,} parameters are left for the blocks, and taking from {', '.join(parts)}{step} "
+        f"leaves at least {least:,} (a ratio of {ratio:.3f}). Take less, or from more parts"
+    )
 
 
-def _allowed(model: Model, target: Target, stored_bytes: int) -> int:
-    """Parameters that the blocks may keep."""
+def _wanted(model: Model, target: Target, stored_bytes: int) -> int:
+    """Parameters that the blocks should keep."""
     if target.ratio is not None:
-        return math.floor((1 - target.ratio + RATIO_WITHIN) * model.block_parameters(model.counts))
+        return math.floor((1 - target.ratio) * model.block_parameters(model.counts))
     whole = target.parameters if target.parameters is not None else (target.weight_bytes or 0) // stored_bytes
     return whole - model.outside
-
-
-def _heads(model: Model, counts: Counts, allowed: int, is_last: bool) -> int:
-    ratio = min(1.0, allowed / model.block_parameters(counts))
-    if not is_last:
-        return max(1, math.ceil(ratio * counts.kv_heads - 1e-9))
-    fitting = [
-        n for n in range(1, counts.kv_heads + 1) if model.block_parameters(replace(counts, kv_heads=n)) <= allowed
-    ]
-    return max(fitting, default=1)
-
-
-def _channels(model: Model, counts: Counts, allowed: int, multiple: int) -> int:
-    steps = [counts.channels, *range(counts.channels // multiple * multiple, 0, -multiple)]
-    fitting = (n for n in steps if model.block_parameters(replace(counts, channels=n)) <= allowed)
-    return next(fitting, min(multiple, counts.channels))
-
-
-def _shrunk(model: Model, counts: Counts, parts: Sequence[Part], allowed: int, multiple: int) -> Counts:
-    while model.block_parameters(counts) > allowed:
-        if "heads" in parts and counts.kv_heads > 1:
-            counts = replace(counts, kv_heads=counts.kv_heads - 1)
-        elif "depth" in parts and counts.blocks > 1:
-            counts = replace(counts, blocks=counts.blocks - 1)
-        else:
-            break
-        if "mlp" in parts:
-            counts = replace(
-                counts,
-                channels=_channels(model, replace(counts, channels=model.dimensions.mlp_width), allowed, multiple),
-            )
-    return counts
 
 
 PER_BLOCK = ("layer_types", "no_rope_layers")
@@ -221,7 +250,5 @@ def pruned_config(
     if counts.channels != dimensions.mlp_width:
         changed[architecture.width_field] = counts.channels
     if counts.kv_heads != dimensions.kv_heads:
-        changed["num_attention_heads"] = dimensions.heads // dimensions.kv_heads * counts.kv_heads
-        changed["num_key_value_heads"] = counts.kv_heads
-        changed["head_dim"] = dimensions.head_dim
+        changed |= _heads_of(dimensions, counts.kv_heads)
     return changed

@@ -100,7 +100,7 @@ def _licence(source: Mapping[str, Any]) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _did(stage: StageRecord) -> str:
+def _did(stage: StageRecord, is_last: bool) -> str:
     """What a stage did, in half a line."""
     facts = stage.facts
     if "block_parameters" in facts:
@@ -108,9 +108,10 @@ def _did(stage: StageRecord) -> str:
     if "held_out_kl_after" in facts:
         before, after = words.number(facts["held_out_kl_before"]), words.number(facts["held_out_kl_after"])
         what = facts.get("train", "scales+norms")
-        return f"{what} trained, mean KL on windows kept out of training {before} before and {after} after"
+        return f"{what} trained; mean KL on calibration windows kept out of training {before} before and {after} after"
     if "share_of_zeros" in facts:
-        return f"{words.percent(facts['share_of_zeros'])} of the weights set to zero, {facts['pattern']}"
+        kept = "" if is_last else "; stages after it do not keep them zero"
+        return f"{words.percent(facts['share_of_zeros'])} of the weights set to zero, {facts['pattern']}{kept}"
     return ", ".join(dict.fromkeys(module.scheme for module in stage.modules)) or "no weights changed"
 
 
@@ -124,7 +125,10 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    stages = [{"kind": stage.kind, "did": _did(stage)} for stage in report.stages]
+    stages = [
+        {"kind": stage.kind, "did": _did(stage, is_last=at == len(report.stages))}
+        for at, stage in enumerate(report.stages, start=1)
+    ]
     quality = [{"title": table.title, "text": _Ready(markdown.table_text(table))} for table in _quality(report)]
     calibration = markdown.table_text(tables.Table("", ("Calibration", ""), "ll", tables.facts(report.calibration)))
     return environment.get_template("card.md.j2").render(

@@ -80,7 +80,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         tiles.append(("Weights", words.size(after["weight_bytes"]), share))
     if "effective_bits" in after:
         tiles.append(("Bits per quantized weight", f"{after['effective_bits']:.2f}", "scales included"))
-    divergences = [name for name in after if name.endswith(".mean_kl")]
+    divergences = [name for name in after if name.startswith("divergence.") and name.endswith(".mean_kl")]
     if divergences:
         name = max(divergences, key=lambda name: after[name])
         tiles.append(

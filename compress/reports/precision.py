@@ -40,7 +40,7 @@ def sentence(facts: Mapping[str, Any]) -> str:
     text = (
         f"Asked for {asked}; the linears take {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
         f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "
-        f"KL to the source is {number(facts['kl'])} nats"
+        f"KL to the model before it is {number(facts['kl'])} nats"
     )
     if facts["plan"] == "uniform":
         return f"{text}. No mixture within the budget was better than one scheme everywhere, so the plan is uniform."

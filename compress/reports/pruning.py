@@ -24,9 +24,21 @@ def sentence(facts: Mapping[str, Any]) -> str:
     (before, after), (blocks_before, blocks_after) = facts["parameters"], facts["block_parameters"]
     return (
         f"{before - after:,} of {before:,} parameters went, {percent(1 - after / before)}; of the parameters in blocks "
-        f"{percent(1 - blocks_after / blocks_before)}. Pieces were chosen by {facts['importance']} on "
-        f"{facts['tokens']:,} calibration tokens."
+        f"{percent(1 - blocks_after / blocks_before)}. {_how(facts)}"
     )
+
+
+def _how(facts: Mapping[str, Any]) -> str:
+    """How pieces were chosen, and what became of the KV cache."""
+    said = []
+    if facts.get("removed_blocks"):
+        said.append("Blocks were chosen by the divergence without them on tuning windows.")
+    if facts.get("pruned"):
+        said.append(f"Pieces of blocks were chosen by {facts['importance']} on {facts['tokens']:,} calibration tokens.")
+    before, after = (facts["counts"]["blocks"][at] * facts["counts"]["kv_heads"][at] for at in (0, 1))
+    if after < before:
+        said.append(f"The KV cache takes {percent(after / before)} of what it did, where no block slides.")
+    return " ".join(said)
 
 
 def tables(facts: Mapping[str, Any]) -> list[Table]:
@@ -77,18 +89,26 @@ def alone_sentence(report: Report, alone: AlternativeRecord) -> str:
     )
     if not shared:
         return f"{text}. No divergence was measured to compare them by."
-    ratios = [alone.values[name] / ours[name] if ours[name] > 0 else float("inf") for name in shared]
     said = ", ".join(
         f"{number(alone.values[name])} against {number(ours[name])} nats on {name.split('.', 1)[1][: -len('.mean_kl')]}"
         for name in shared
     )
-    if max(ratios) < 1:
-        answer = "Quantising alone would have been better."
-    elif min(ratios) > 1:
-        answer = "Pruning was worth it at these bytes."
-    else:
-        answer = "Which is better depends on the text."
-    return f"{text}; its mean KL to the source is {said}. {answer}"
+    return " ".join([f"{text}; its mean KL to the source is {said}.", _answer(report, alone, shared), *alone.caveats])
+
+
+def _answer(report: Report, alone: AlternativeRecord, shared: list[str]) -> str:
+    """Which is better, where this artifact's own intervals do not hold both."""
+    ours, intervals = report.measurements.compressed, report.measurements.intervals
+    better = worse = 0
+    for name in shared:
+        low, high = intervals.get(name, (ours[name], ours[name]))
+        better += alone.values[name] < low
+        worse += alone.values[name] > high
+    if better == len(shared):
+        return "Quantising alone would have been better."
+    if worse == len(shared):
+        return "Pruning was worth it at these bytes."
+    return "Which is better depends on the text, or is too close to tell on these windows."
 
 
 def alone_table(report: Report, alone: AlternativeRecord) -> Table:

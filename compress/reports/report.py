@@ -161,6 +161,7 @@ class AlternativeRecord(Value):
     weight_bytes: int | None = Field(description="tensor bytes of the whole model in that scheme, packed")
     limit_bytes: int = Field(description="tensor bytes of the artifact")
     values: dict[str, float] = Field(description="measures on the evaluation texts, named as in `measurements`")
+    caveats: list[str] = Field(description="what makes the comparison uneven, a sentence each")
 
 
 class ArtifactRef(Value):

@@ -45,6 +45,9 @@ from compress.training.student import AsExported
 from compress.training.trained import Trainable, What, require_peft
 from compress.training.whole_model import train_whole_model
 
+RATE_OF_WEIGHTS = 2e-4
+"""Of a matrix's root mean square. At 1e-3 a pruned SmolLM2 moved away from its source first."""
+
 
 class Recover(Stage):
     """Train a pruned or quantised model by its KL divergence from the source."""
@@ -63,7 +66,10 @@ class Recover(Stage):
     )
     epochs: int = Field(default=3, ge=1, description="passes over the training windows")
     learning_rate: float = Field(
-        default=1e-3, gt=0, description="Adam's at the first step, of a relative change; falls linearly to zero"
+        default=1e-3,
+        gt=0,
+        description="Adam's at the first step, of a relative change; falls linearly to zero; left out: 1e-3, "
+        "and 2e-4 for weights",
     )
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, in whole windows")
     holdout: float = Field(
@@ -101,6 +107,14 @@ class Recover(Stage):
     @property
     def _trained(self) -> Trainable:
         return Trainable(self.train, self.rank)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate(cls, data: Any) -> Any:
+        """Fill in the rate of what is trained, so that a resolved recipe says what ran."""
+        if isinstance(data, dict) and data.get("train") == "weights":
+            return {"learning_rate": RATE_OF_WEIGHTS, **data}
+        return data
 
     @model_validator(mode="after")
     def _hidden_states_of_the_whole(self) -> Recover:
@@ -169,7 +183,7 @@ class _Run:
         if (self.folder / "mode.json").is_file():
             self.events.append(Event("training_resumed", "recover", "an interrupted run had begun to train"))
         more, ledger = self._sampled()
-        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
+        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens)
         setting = self._setting(text)
         mode = self._mode(setting)
         outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)
@@ -183,7 +197,6 @@ class _Run:
             "mode": mode,
             "train": self.stage.train,
             "learning_rate": self.stage.learning_rate,
-            "trained_numbers": sum(value.numel() for value in outcome.values.values()),
             "windows_training": len(text.training),
             "windows_held_out": len(text.held_out),
             "tokens_training": text.tokens(text.training),

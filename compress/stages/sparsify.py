@@ -54,6 +54,8 @@ class Sparsify(Stage):
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         del architecture
         found = patterns_that_match_nothing(self.ignore, (), shapes)
+        if not any(self.takes(name) for name in shapes):
+            found.append("ignore: every linear is ignored, so nothing becomes zero")
         uneven = [name for name, (_, columns) in shapes.items() if columns % 4 and self.takes(name)]
         if self.pattern == "2:4" and uneven:
             found.append(

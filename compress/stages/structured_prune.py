@@ -37,7 +37,7 @@ from compress.pruning.follow import followed
 from compress.pruning.refit import output_error, refitted
 from compress.pruning.surgery import Cut, Kind, laid_back, sliced, written_norms
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import RIDGE, TOKENS_PER_COLUMN, Mismatch, shift_of
+from compress.quantization.target_shift import RIDGE, TOKENS_PER_COLUMN, shift_of
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
 from compress.stages.depth import DepthSearch, Removal, facts_of
 from compress.training.clock import Clock
@@ -45,7 +45,8 @@ from compress.training.clock import Clock
 BATCHES = 8
 """Batches that a text of as many windows is cut into at least."""
 HELD_OUT = 8
-"""The last of so many batches say how far a linear follows the source."""
+"""The last of so many batches say how far a linear follows the source, and nothing else is fitted to them: stages that
+train afterwards judge by the last windows."""
 
 
 class StructuredPrune(Stage):
@@ -131,7 +132,7 @@ class StructuredPrune(Stage):
     def counts(self, skeleton: Skeleton, stored_bytes: int) -> Counts:
         """What stays. Raises RecipeError with every mistake."""
         architecture, dimensions = skeleton.architecture, dimensions_of(skeleton.config)
-        model = Model.of(architecture, dimensions, skeleton.parameter_shapes())
+        model = Model.of(skeleton.config_json, dimensions, skeleton.parameter_shapes())
         mistakes = self._mistakes(model, architecture)
         if mistakes:
             raise RecipeError(mistakes)
@@ -146,7 +147,7 @@ class StructuredPrune(Stage):
         multiple = multiple_for(dimensions.mlp_width, self.multiple)
         counts = counts_for(model, self.target, parts, explicit, multiple, stored_bytes)
         if counts == now:
-            raise RecipeError("nothing goes: the model has no more than that already; give a smaller target")
+            raise RecipeError("nothing goes: the model is no larger than that already; ask for less to stay")
         return counts
 
     def _mistakes(self, model: Model, architecture: Architecture) -> list[str]:
@@ -164,6 +165,14 @@ class StructuredPrune(Stage):
         for field, value, most in (*limits, ("mlp_channels", self.mlp_channels, now.channels)):
             if value is not None and value > most:
                 found.append(f"{field}: {value} should stay, and the model has {most}")
+        asked = self.kv_heads if "heads" in model.kinds else None
+        if asked and asked <= now.kv_heads and asked not in model.head_counts:
+            found.append(
+                f"kv_heads: a {architecture.model_type} config does not take {asked} KV heads with their query heads; "
+                f"it takes {', '.join(map(str, model.head_counts))}"
+            )
+        if self.mlp_channels and self.multiple and self.mlp_channels % self.multiple:
+            found.append(f"mlp_channels: {self.mlp_channels} is no multiple of {self.multiple}; leave multiple out")
         return found
 
     def split(self, windows: Windows) -> tuple[Windows, Windows | None]:
@@ -205,7 +214,7 @@ class PruneRun:
         self.fitted = len(self.batches) - max(1, len(self.batches) // HELD_OUT) if len(self.batches) > 1 else 1
         """Batches that steps towards the source are computed from; the rest say how far to go."""
         self.counts = stage.counts(self.skeleton, context.stored.itemsize)
-        model = Model.of(self.architecture, self.dimensions, self.skeleton.parameter_shapes())
+        model = Model.of(self.source.config, self.dimensions, self.skeleton.parameter_shapes())
         self.model = model
         self.kinds: dict[str, tuple[Kind, int]] = {}
         """By the name of the linear that reads them: pieces that go, and how many stay."""
@@ -385,7 +394,7 @@ class _BlockWork:
         trim()
         with self.run.clock.timed("refit"):
             mismatch, judge = statistics.mismatch(), held_out.mismatch()
-            hessian, shift = self._hessian(statistics, judge), None
+            (hessian, _), shift = statistics.hessian(), None
             if mismatch is not None and judge is not None:
                 shift = shift_of(mismatch, 1.0, 1.0, RIDGE)
             if shift is None and self.run.stage.shifts:
@@ -403,15 +412,6 @@ class _BlockWork:
                 self._prune(name, target, hessian)
             elif shift is not None:
                 self._put(name, target)
-
-    def _hessian(self, statistics: InputStatistics, judge: Mismatch | None) -> Tensor:
-        """H over all tokens, those held out included."""
-        fitted = statistics.tokens
-        hessian, _ = statistics.hessian()
-        if judge is None:
-            return hessian
-        total = fitted + judge.tokens
-        return hessian.mul_(fitted / total).add_(judge.hessian, alpha=judge.tokens / total)
 
     def _prune(self, name: str, target: Tensor, hessian: Tensor) -> None:
         stage, clock = self.run.stage, self.run.clock

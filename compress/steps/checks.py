@@ -67,6 +67,10 @@ def warnings_of(
     ]
     found += _wide_margins(recipe)
     found += _zeros(recipe)
+    if recipe.stages and recipe.stages[0].training:
+        found.append(
+            "stages[0]: it trains a model against the source that it still is; put it behind a stage that changes it"
+        )
     sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
     if sizes:
         found.append(

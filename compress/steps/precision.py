@@ -21,6 +21,11 @@ def out_of_order(recipe: Recipe) -> list[str]:
         after = recipe.stages[index + 1 :]
         if stage.follows_plan and not planned:
             found.append(where + "bits: planned follows a mixed_precision stage, and none comes before it")
+        if stage.needs_weights and planned:
+            found.append(
+                where
+                + f"{stage.kind} changes weights that a mixed_precision stage before it has measured; put it first"
+            )
         if isinstance(stage, MixedPrecision):
             planned = True
             before = recipe.stages[index - 1] if index else None

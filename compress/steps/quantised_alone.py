@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+from compress.checkpoints.export import FORMATS
 from compress.evaluation.measure import score, summarise, walk_states
 from compress.events import Progress
 from compress.memory import predict
@@ -25,7 +26,7 @@ from compress.steps.shapes import Shape
 from compress.steps.source import OpenedSource
 from compress.steps.texts import Texts
 
-GROUP_SIZES = (16, 32, 64, 128)
+GROUP_SIZES = (16, 32, 64, 128, None)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def quantised_alone(
     limit = int(evidence.compressed.values["weight_bytes"])
     best = best_within(plan, limit)
     if best is None:
-        return AlternativeRecord(scheme=None, weight_bytes=None, values={}, limit_bytes=limit)
+        return AlternativeRecord(scheme=None, weight_bytes=None, values={}, limit_bytes=limit, caveats=[])
     stage = _like_the_recipes(plan, best)
     machine = plan.machine
     (done,) = fold(
@@ -114,7 +115,22 @@ def quantised_alone(
     pairs = (source.checkpoint, baseline.states), (done.checkpoint, walked)
     scores = score(*pairs, texts.evaluation, machine.device, machine.compute, progress)
     values = summarise(plan.recipe.on_text, scores)[1].values
-    return AlternativeRecord(scheme=best.label, weight_bytes=best.bytes, values=values, limit_bytes=limit)
+    return AlternativeRecord(
+        scheme=best.label, weight_bytes=best.bytes, values=values, limit_bytes=limit, caveats=_caveats(plan)
+    )
+
+
+def _caveats(plan: Plan) -> list[str]:
+    """What makes the comparison uneven."""
+    said = []
+    if any(stage.training for stage in plan.recipe.stages):
+        said.append("This artifact was trained towards the source and the other was not.")
+    if not FORMATS[plan.recipe.export.format].packs:
+        said.append(
+            "The other's bytes are those of packed integers, which this artifact's format does not hold; in it both "
+            "would take 16 bits a weight."
+        )
+    return said
 
 
 def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
@@ -122,4 +138,6 @@ def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
     own = [stage for stage in plan.recipe.stages if isinstance(stage, Gptq)]
     fields = own[-1].model_dump(exclude={"bits", "symmetric", "group_size", "ignore", "overrides"}) if own else {}
     rows = [{"match": name, "group_size": "channel"} for name in best.undivided]
-    return Gptq(**{**fields, "bits": best.scheme.bits, "group_size": best.scheme.group_size, "overrides": rows})
+    return Gptq(
+        **{**fields, "bits": best.scheme.bits, "group_size": best.scheme.group_size or "channel", "overrides": rows}
+    )

@@ -8,7 +8,8 @@ from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages import STAGES
-from compress.stages.base import Training
+from compress.stages.base import Stage, Training
+from compress.stages.candidates import CandidateStage
 from compress.stages.quantize import QuantizeStage
 from compress.steps.environment import Machine
 from compress.steps.shapes import Shapes
@@ -25,6 +26,12 @@ def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
             found.append(
                 f"stages[{index}]: {stage.kind} keeps some calibration windows out of training, and there is only one; "
                 "use calibration.windows: 2 or more"
+            )
+        tuning = getattr(stage, "tuning_windows", 0) if _tunes(stage, shapes, index) else 0
+        if recipe.calibration is not None and 0 < recipe.calibration.windows <= tuning:
+            found.append(
+                f"stages[{index}]: {stage.kind} keeps {tuning} calibration windows apart (tuning_windows), and there "
+                f"are {recipe.calibration.windows}; take more windows, or keep fewer apart"
             )
         if stage.needs_codes and not coded:
             makers = ", ".join(kind for kind, other in STAGES.items() if issubclass(other, QuantizeStage))
@@ -46,6 +53,12 @@ def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
         matrices = shapes.before[index].matrices
         coded |= set(matrices) if stage.follows_plan else set(stage.schemes(matrices))
     return found
+
+
+def _tunes(stage: Stage, shapes: Shapes, index: int) -> bool:
+    """Whether a stage keeps tuning windows apart."""
+    after = shapes.before[index + 1] if index + 1 < len(shapes.before) else shapes.last
+    return isinstance(stage, CandidateStage) or after.dimensions.blocks < shapes.before[index].dimensions.blocks
 
 
 def trainings_of(

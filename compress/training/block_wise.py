@@ -92,7 +92,8 @@ def train_block_wise(setting: Setting) -> Outcome:
             held_out_divergence(material, heads, zip(material.held_out_batches(), wanted, got, strict=True))
             for got in (before, after)
         ]
-    return Outcome(values, judged[0], judged[1], {"blocks": blocks})
+    count = sum(facts.pop("trained_numbers") for facts in blocks)
+    return Outcome(values, judged[0], judged[1], {"trained_numbers": count, "blocks": blocks})
 
 
 def _final_states(setting: Setting, skeleton: Skeleton, checkpoint: Checkpoint) -> list[Tensor]:
@@ -130,7 +131,8 @@ def _train_block(
         step.unlink(missing_ok=True)
     with setting.clock.timed("forward"):
         states = _all_through(skeleton, material, index, block, states)
-    return states, stored_values(trained), facts
+    count = sum(factor.numel() for factor in factors(trained).values())
+    return states, stored_values(trained), facts | {"trained_numbers": count}
 
 
 def _through(

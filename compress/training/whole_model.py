@@ -98,7 +98,9 @@ def train_whole_model(setting: Setting) -> Outcome:
     ):
         path = setting.folder / "step.safetensors"
         done = descend(student, setting.material, setting.course, path, setting.clock, advance)
-        return Outcome(stored_values(student.trained), done.before, done.after, done.facts())
+        count = sum(factor.numel() for factor in student.factors.values())
+        facts = {"trained_numbers": count, **done.facts()}
+        return Outcome(stored_values(student.trained), done.before, done.after, facts)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ SMOLLM2 = {
 
 def model_of(config):
     skeleton = Skeleton(config, CPU, torch.float32)
-    return Model.of(skeleton.architecture, dimensions_of(skeleton.config), skeleton.parameter_shapes()), skeleton
+    return Model.of(config, dimensions_of(skeleton.config), skeleton.parameter_shapes()), skeleton
 
 
 def found(target, parts, **explicit):
@@ -62,6 +62,34 @@ def test_parameters_and_bytes_say_the_same_as_a_ratio():
     assert found({"weight_bytes": 2 * parameters}, ["mlp"]) == counts
     assert found({"weight_bytes": 2 * parameters - 2}, ["mlp"]).channels == counts.channels - 128
     assert found({"ratio": 0.25}, ["mlp"], blocks=20) == Counts(20, 3, 1536)
+
+
+LLAMA_8B = {
+    **SMOLLM2,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("ratio", [0.05, 0.1, 0.25, 0.4, 0.6])
+@pytest.mark.parametrize("parts", [["heads", "mlp"], ["depth", "heads"], ["depth", "heads", "mlp"], ["depth", "mlp"]])
+def test_heads_are_those_that_the_config_takes_and_targets_are_met(ratio, parts):
+    """32 query heads over 8 KV heads: only 1, 2, 4 and 8 KV heads leave query heads that divide 4,096."""
+    model, _ = model_of(LLAMA_8B)
+    assert model.head_counts == (1, 2, 4, 8)
+    whole = model.block_parameters(model.counts)
+    counts = counts_for(model, Target(ratio=ratio), parts, model.counts, 128, 2)
+
+    assert counts.kv_heads in model.head_counts
+    reached = 1 - model.block_parameters(counts) / whole
+    assert ratio - 0.005 <= reached < ratio + (0.01 if "mlp" in parts else 0.035)
+    if "depth" in parts and ratio >= 0.1:
+        assert counts.blocks < 32
 
 
 def test_a_ratio_that_leaves_nothing_names_the_smallest():
@@ -104,3 +132,11 @@ def test_counted_parameters_are_those_of_the_model_that_the_config_describes(nam
 def _stored(skeleton):
     names = skeleton.parameter_shapes()
     return [parameter for name, parameter in skeleton.model.named_parameters() if name in names]
+
+
+@pytest.mark.parametrize(("name", "possible"), [("llama", (1, 2, 4)), ("gemma2", (1, 2, 4)), ("qwen3", (1, 2, 3, 4))])
+def test_only_counts_of_heads_that_transformers_takes(name, possible):
+    """Some types refuse a config whose query heads do not divide the hidden width; found by asking transformers."""
+    config = config_of(name, num_attention_heads=8, num_key_value_heads=4, head_dim=16).to_dict()
+
+    assert model_of(config)[0].head_counts == possible

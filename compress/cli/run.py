@@ -139,6 +139,7 @@ def _print_prediction(planned: Plan) -> None:
 def print_outcome(outcome: Outcome) -> None:
     """The tables of a report and where it is."""
     from compress import console
+    from compress.reports.pruning import alone_sentence
 
     report = outcome.report
     memory = report.memory
@@ -161,6 +162,8 @@ def print_outcome(outcome: Outcome) -> None:
     console.print_table("memory", ["", "predicted", "measured"], rows)
     console.print_line()
     console.print_table("gates", ["verdict", ""], [[_verdict(gate), gate.sentence] for gate in report.gates])
+    if report.quantised_alone is not None:
+        console.print_line(f"pruned, or only quantised: {alone_sentence(report, report.quantised_alone)}")
     counts = ", ".join(f"{kind} {count}" for kind, count in report.event_counts.items())
     console.print_line(f"events: {counts or 'none'}")
     console.print_line()

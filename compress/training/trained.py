@@ -7,7 +7,7 @@ weights   linears that are not quantised    a step in units of the matrix's root
 lora      the same                          a product of two thin matrices, merged when it is stored (peft)
 
 Everything is seen by the forward pass as it will be stored, except a LoRA product, which is rounded when merged.
-Steps being relative, one learning rate suits all of them.
+Steps are relative to what they start from, except LoRA's, whose matrices start from nothing.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def test_the_report_answers_whether_quantising_alone_would_have_been_better(chai
     answers = {theirs < low: "Quantising alone would have been better", theirs > high: "Pruning was worth it"}
     assert answers.get(True, "too close to tell") in text
     assert "was trained towards the source and the other was not" in text
+    assert "pruned, or only quantised: At no more bytes than" in chained[1].out
 
 
 def test_the_model_card_says_how_it_was_made(chained):

@@ -123,7 +123,7 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size) -> float:
 
 def _search_flops(recipe: Recipe, shapes: Shapes) -> float:
     """Of finding blocks to remove: for each, the model twice, the rest of it for every block tried, their logits."""
-    after = (*shapes.before[1:], shapes.last)
+    after = (*shapes.before, shapes.last)[1:]
     total = 0.0
     for stage, before, behind in zip(recipe.stages, shapes.before, after, strict=True):
         removed = before.dimensions.blocks - behind.dimensions.blocks

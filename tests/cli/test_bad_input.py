@@ -28,7 +28,10 @@ def test_an_unknown_stage_kind_is_answered_with_the_nearest(recipe, here):
     ended = here("run", recipe(stages=[{"kind": "gtpq"}]))
 
     assert ended.code == 2
-    assert "unknown kind 'gtpq'. Did you mean \"gptq\"? Known: round_to_nearest, gptq" in ended.err
+    assert (
+        "unknown kind 'gtpq'. Did you mean \"gptq\"? Known: structured_prune, sparsify, round_to_nearest, gptq"
+        in ended.err
+    )
 
 
 def test_a_group_size_that_does_not_divide_is_found_by_plan(recipe, here):

@@ -86,7 +86,8 @@ def test_verify_finds_a_file_that_nobody_declared(here, copy_of_store):
 def test_kinds_lists_every_registered_kind_with_its_fields(here):
     catalogue = json.loads(here("kinds", "--json").out)
 
-    assert set(catalogue["stages"]) == {"gptq", "mixed_precision", "recover", "round_to_nearest", "sensitivity"}
+    quantising = {"gptq", "mixed_precision", "recover", "round_to_nearest", "sensitivity"}
+    assert set(catalogue["stages"]) == quantising | {"structured_prune", "sparsify"}
     assert {"threshold", "relative", "non_inferiority", "size", "memory", "latency", "events"} == set(
         catalogue["gates"]
     )

@@ -8,20 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.files import atomic_path
+from compress.checkpoints.stream import Entry, write_safetensors
 
 _FACTS = "compress.training"
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-    """Write tensors, and JSON facts as the file's metadata; the file is whole or absent, even after a kill."""
+    """Write tensors, and JSON facts as the file's metadata; the file is whole or absent, even after a kill. Tensors are
+    written one by one: the state of all weights is gigabytes, and is not copied."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {_FACTS: json.dumps(facts)})
+    entries = [_entry(name, tensor) for name, tensor in tensors.items()]
+    write_safetensors(path, entries, {_FACTS: json.dumps(facts)})
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

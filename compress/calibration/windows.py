@@ -89,6 +89,24 @@ class Windows:
         own = {"windows_obtained": len(ids), "tokens_obtained": tokens, "digest": digest_of(ids, mask)}
         return Windows(ids, mask, {**self.ledger, **own})
 
+    def rows(self, numbers: Tensor) -> Windows:
+        """Some of the windows, by number."""
+        mask = None if self.mask is None else self.mask[numbers]
+        return Windows(self.ids[numbers], mask, self.ledger, self.events)
+
+    def apart(self, count: int) -> tuple[Windows, Windows]:
+        """All but the last `count` windows, and those: what a stage computes from, and what it measures choices on.
+
+        Raises RecipeError where nothing would be left to compute from.
+        """
+        total = len(self.ids)
+        if total <= count:
+            raise RecipeError(
+                f"calibration.windows: {total}, of which tuning_windows keeps {count} apart; take more calibration "
+                "windows, or fewer tuning_windows"
+            )
+        return self.part(0, total - count), self.part(total - count, total)
+
     def distinct(self, where: str) -> Windows:
         """Without windows that repeat an earlier one, and an event where there were any: a copy is no evidence."""
         seen: dict[bytes, int] = {}
@@ -117,6 +135,19 @@ class Windows:
             Batch(self.ids[start : start + size], None if self.mask is None else self.mask[start : start + size])
             for start in range(0, len(self.ids), size)
         ]
+
+
+HELD_OUT = 0.125
+"""Share of calibration windows to which no weight is fitted, so that training can be judged by them."""
+
+
+def kept_out(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the windows that weights may be fitted to, and of those kept out (at least one of each, count >= 2),
+    both ascending. The same seed keeps the same windows out, and more of them for a larger share."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003)
+    order = torch.randperm(count, generator=generator)
+    cut = min(count - 1, max(1, round(share * count)))
+    return order[cut:].sort().values, order[:cut].sort().values
 
 
 def build_windows(spec: WindowSpec, base: Path, tokenizer: Any, seed: int, where: str) -> Windows:

@@ -30,7 +30,7 @@ def columns_of(pieces: Tensor, width: int) -> Tensor:
 
 
 def kept_by_obs(weight: Tensor, hessian: Tensor, width: int, keep: int, ridge: float) -> Tensor | None:
-    """Numbers of `keep` pieces, ascending, chosen as above; None where H cannot be inverted.
+    """Numbers of `keep` pieces, ascending, chosen as above; None where H cannot be inverted, or scores are no numbers.
 
     weight (rows, columns) float32, hessian (columns, columns) float64; both are left as they are.
     """
@@ -48,7 +48,10 @@ def kept_by_obs(weight: Tensor, hessian: Tensor, width: int, keep: int, ridge: f
     left = torch.ones(len(inverse) // width, dtype=torch.bool, device=weight.device)
     step = min(AT_ONCE, max(1, (len(left) - keep) // UPDATES)) if width == 1 else 1
     while (excess := int(left.sum()) - keep) > 0:
-        scores = _obs(weight, inverse, width).masked_fill_(~left, float("inf"))
+        scores = _obs(weight, inverse, width)
+        if not bool(torch.isfinite(scores[left]).all()):
+            return None
+        scores = scores.masked_fill_(~left, float("inf"))
         gone = scores.topk(min(step, excess), largest=False).indices
         columns = columns_of(gone, width)
         # G_SS^-1 G_S:, with which the others make up for S, and by which G forgets it.

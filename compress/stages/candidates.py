@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from compress.allocation.units import Unit, units_of
 from compress.architecture import Architecture
 from compress.calibration.windows import Windows
-from compress.errors import RecipeError
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
@@ -137,11 +136,4 @@ class CandidateStage(Stage):
 
         Raises RecipeError where the text gave too few.
         """
-        count = len(windows.ids)
-        if count <= self.tuning_windows:
-            raise RecipeError(
-                f"calibration.windows: {count}, of which tuning_windows keeps {self.tuning_windows} apart; take more "
-                "calibration windows, or fewer tuning_windows"
-            )
-        cut = count - self.tuning_windows
-        return windows.part(0, cut), windows.part(cut, count)
+        return windows.apart(self.tuning_windows)

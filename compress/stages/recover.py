@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import Windows, WindowSpec
+from compress.calibration.windows import HELD_OUT, Windows, WindowSpec
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import ResourceError
 from compress.events import Event
@@ -73,7 +73,7 @@ class Recover(Stage):
     )
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, in whole windows")
     holdout: float = Field(
-        default=0.125, gt=0, lt=1, description="share of the calibration windows kept out, to choose what ships"
+        default=HELD_OUT, gt=0, lt=1, description="share of the calibration windows kept out, to choose what ships"
     )
     patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
     self_generated_windows: int = Field(
@@ -183,7 +183,7 @@ class _Run:
         if (self.folder / "mode.json").is_file():
             self.events.append(Event("training_resumed", "recover", "an interrupted run had begun to train"))
         more, ledger = self._sampled()
-        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens)
+        text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
         mode = self._mode(setting)
         outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)

@@ -15,38 +15,32 @@ A killed run lays the written blocks back into blocks of the old size, in which 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from compress.architecture import Architecture, InputGroup, dimensions_of
-from compress.calibration.statistics import InputStatistics
-from compress.calibration.walk import Arrival, Stream, forward_of, run_block, with_source_weights
-from compress.calibration.windows import Windows
-from compress.checkpoints.reader import Checkpoint, torch_dtype
+from compress.architecture import Architecture, dimensions_of
+from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
+from compress.calibration.windows import HELD_OUT, Windows, kept_out
+from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton, load_module
 from compress.errors import RecipeError
 from compress.events import Event
-from compress.memory.measure import release, trim
-from compress.pruning.choose import Importance, columns_of, kept_by_activation, kept_by_magnitude, kept_by_obs
+from compress.memory.measure import release
+from compress.pruning.choose import Importance
 from compress.pruning.counts import Counts, Model, Part, Target, counts_for, multiple_for, pruned_config
-from compress.pruning.follow import followed
-from compress.pruning.refit import output_error, refitted
-from compress.pruning.surgery import Cut, Kind, laid_back, sliced, written_norms
+from compress.pruning.surgery import Cut, Kind, laid_back
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import RIDGE, TOKENS_PER_COLUMN, shift_of
+from compress.quantization.target_shift import TOKENS_PER_COLUMN
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
 from compress.stages.depth import DepthSearch, Removal, facts_of
+from compress.stages.prune_block import BlockWork, Place
 from compress.training.clock import Clock
 
 BATCHES = 8
 """Batches that a text of as many windows is cut into at least."""
-HELD_OUT = 8
-"""The last of so many batches say how far a linear follows the source, and nothing else is fitted to them: stages that
-train afterwards judge by the last windows."""
 
 
 class StructuredPrune(Stage):
@@ -81,6 +75,7 @@ class StructuredPrune(Stage):
     )
     needs_calibration: ClassVar[bool] = True
     batches_at_least: ClassVar[int] = BATCHES
+    draws: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _something(self) -> StructuredPrune:
@@ -175,29 +170,22 @@ class StructuredPrune(Stage):
             found.append(f"mlp_channels: {self.mlp_channels} is no multiple of {self.multiple}; leave multiple out")
         return found
 
-    def split(self, windows: Windows) -> tuple[Windows, Windows | None]:
-        """Windows that statistics are of, and those that removals of blocks are measured on, where blocks go."""
-        if self.blocks is None and not (self.target and "depth" in self.parts):
-            return windows, None
-        count = len(windows.ids)
-        if count <= self.tuning_windows:
-            raise RecipeError(
-                f"calibration.windows: {count}, of which tuning_windows keeps {self.tuning_windows} apart; take more "
-                "calibration windows, or fewer tuning_windows"
-            )
-        cut = count - self.tuning_windows
-        return windows.part(0, cut), windows.part(cut, count)
+    def split(self, windows: Windows, seed: int) -> tuple[Windows, Windows | None, Windows | None]:
+        """Windows that weights are fitted to; those that say how far to follow the source, None where there is but one;
+        and those that removals of blocks are measured on, where blocks go."""
+        takes_blocks = self.blocks is not None or bool(self.target and "depth" in self.parts)
+        fitted, tuning = windows.apart(self.tuning_windows) if takes_blocks else (windows, None)
+        if len(fitted.ids) < 2:
+            return fitted, None, tuning
+        # Of all windows, so that stages that train afterwards keep the same ones out.
+        inside, outside = kept_out(len(windows.ids), HELD_OUT, seed)
+        inside, outside = inside[inside < len(fitted.ids)], outside[outside < len(fitted.ids)]
+        if not len(outside):
+            inside, outside = inside[:-1], inside[-1:]
+        return fitted.rows(inside), fitted.rows(outside), tuning
 
     def apply(self, context: StageContext) -> StageOutcome:
         return PruneRun(self, context).blocks()
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A block that stays: its number in the source, and in the result."""
-
-    before: int
-    after: int
 
 
 class PruneRun:
@@ -206,13 +194,14 @@ class PruneRun:
     def __init__(self, stage: StructuredPrune, context: StageContext) -> None:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
         self.stage, self.context, self.source, self.output = stage, context, context.source, context.output
-        self.windows, self.tuning = stage.split(context.windows)
+        self.windows, held_out, self.tuning = stage.split(context.windows, context.seed)
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
         self.architecture = self.skeleton.architecture
         self.dimensions = dimensions_of(self.skeleton.config)
         self.batches: list[Batch] = self.windows.batches(context.tokens_at_once, BATCHES)
-        self.fitted = len(self.batches) - max(1, len(self.batches) // HELD_OUT) if len(self.batches) > 1 else 1
-        """Batches that steps towards the source are computed from; the rest say how far to go."""
+        self.fitted = len(self.batches)
+        """Batches that weights are fitted to; those after them say how far to follow the source."""
+        self.batches += held_out.batches(context.tokens_at_once) if held_out else []
         self.counts = stage.counts(self.skeleton, context.stored.itemsize)
         model = Model.of(self.source.config, self.dimensions, self.skeleton.parameter_shapes())
         self.model = model
@@ -233,7 +222,7 @@ class PruneRun:
             self.source.config, self.skeleton.config, self.architecture, self.dimensions, self.counts, staying
         )
         self.output.write_outer(self.source, config=config)
-        places = {before: _Place(before, after) for after, before in enumerate(staying)}
+        places = {before: Place(before, after) for after, before in enumerate(staying)}
         events = self._token_events()
         blocks: list[dict[str, Any]] = []
         shares: list[dict[str, Any]] = []
@@ -271,7 +260,7 @@ class PruneRun:
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
 
     def _block(
-        self, place: _Place, states: list[Tensor], reference: list[Tensor] | None
+        self, place: Place, states: list[Tensor], reference: list[Tensor] | None
     ) -> tuple[list[Tensor], list[Tensor] | None, dict[str, Any]]:
         """Prune one block and write it, or take up what was written before a kill; both streams after it."""
         record = self.output.block_record(place.after)
@@ -286,7 +275,7 @@ class PruneRun:
                     if beside is not None:
                         beside.states = [forward(beside.block, at, hidden) for at, hidden in enumerate(beside.states)]
                 return states, beside.states if beside else None, record
-            work = _BlockWork(self, place, block)
+            work = BlockWork(self, place, block)
             stream = Stream(block, states)
             started, others = time.perf_counter(), sum(self.clock.seconds.values())
             run_block(stream, self.architecture.groups, forward, work.on_input, work.on_group, beside)
@@ -298,7 +287,7 @@ class PruneRun:
         self.context.after_block(place.after)
         return stream.states, beside.states if beside else None, record
 
-    def _lay_back(self, place: _Place, block: nn.Module, record: dict[str, Any]) -> None:
+    def _lay_back(self, place: Place, block: nn.Module, record: dict[str, Any]) -> None:
         """Give a block of the old size the weights that a finished one has, zero where pieces went."""
         cuts = [Cut(self.kinds[each["reader"]][0], torch.tensor(each["kept"])) for each in record["pruned"]]
         written, after = Checkpoint(self.output.folder), self.architecture.block_name(place.after)
@@ -346,141 +335,3 @@ class PruneRun:
                 {name: each[name] for name in ("block", "reader", "error", "error_without_refit")} for each in blocks
             ]
         return facts
-
-
-class _BlockWork:
-    """Statistics, choices and refits of one block while its forward passes are held."""
-
-    def __init__(self, run: PruneRun, place: _Place, block: nn.Module) -> None:
-        self.run, self.place, self.block = run, place, block
-        self.transposed = run.architecture.transposed_linears
-        self.prefix = run.architecture.block_name(place.before)
-        self.written: dict[str, Tensor] = {}
-        """New weights by name inside the block, of the old size."""
-        self.cuts: dict[str, Cut] = {}
-        self.pruned: list[dict[str, Any]] = []
-        self.events: list[Event] = []
-        self.shares: list[dict[str, Any]] = []
-        self._statistics: InputStatistics | None = None
-        self._held_out: InputStatistics | None = None
-
-    def _wanted(self, group: InputGroup) -> bool:
-        return group.linears[0] in self.run.kinds or self.run.stage.compensate
-
-    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
-        if not self._wanted(group):
-            return
-        with self.run.clock.timed("hessian"):
-            columns, device = here.inputs.shape[-1], here.inputs.device
-            if self._statistics is None:
-                self._statistics, self._held_out = InputStatistics(columns, device), InputStatistics(columns, device)
-            mask = self.run.batches[number].mask
-            if there is None or not self.run.can_shift(columns):
-                self._statistics.add(here.inputs, mask)
-                return
-            residual = None
-            if here.residual is not None and there.residual is not None:
-                residual = here.residual, there.residual
-            statistics = self._statistics if number < self.run.fitted else self._held_out
-            assert statistics is not None
-            statistics.add_pair(here.inputs, there.inputs, mask, residual)
-
-    def on_group(self, group: InputGroup) -> None:
-        if self._statistics is None:
-            return
-        statistics, held_out = self._statistics, self._held_out
-        self._statistics = self._held_out = None
-        assert held_out is not None
-        trim()
-        with self.run.clock.timed("refit"):
-            mismatch, judge = statistics.mismatch(), held_out.mismatch()
-            (hessian, _), shift = statistics.hessian(), None
-            if mismatch is not None and judge is not None:
-                shift = shift_of(mismatch, 1.0, 1.0, RIDGE)
-            if shift is None and self.run.stage.shifts:
-                why = "too few calibration tokens" if mismatch is None else "no factor of the damped Hessian"
-                self._event("target_shift_skipped", group.name, why)
-        for name in group.linears:
-            target = self._matrix(name)
-            if shift is not None and judge is not None:
-                with self.run.clock.timed("refit"):
-                    found = followed(target, shift, judge)
-                target = found.target
-                shares = {"input_share": found.input_share, "residual_share": found.residual_share}
-                self.shares.append({"name": f"{self.prefix}.{name}", **shares})
-            if name in self.run.kinds:
-                self._prune(name, target, hessian)
-            elif shift is not None:
-                self._put(name, target)
-
-    def _prune(self, name: str, target: Tensor, hessian: Tensor) -> None:
-        stage, clock = self.run.stage, self.run.clock
-        kind, keep = self.run.kinds[name]
-        with clock.timed("choose"):
-            kept = self._chosen(name, kind, keep, target, hessian)
-        self.cuts[name] = Cut(kind, kept.cpu())
-        columns = columns_of(kept, kind.width)
-        with clock.timed("refit"):
-            done = refitted(target, hessian, columns, stage.ridge) if stage.compensate else None
-            if stage.compensate and done is None:
-                self._event("refit_skipped", name, "the damped Hessian of the columns that stay has no factor")
-            whole = torch.zeros_like(target)
-            whole[:, columns] = target[:, columns] if done is None else done.weight
-            plain = output_error(target, None, hessian, columns) if done is None else done.plain_error
-        self._put(name, whole)
-        self.pruned.append(
-            {
-                "block": self.place.before,
-                "reader": name,
-                "kept": kept.tolist(),
-                "error": plain if done is None else done.error,
-                "error_without_refit": plain,
-            }
-        )
-
-    def _chosen(self, name: str, kind: Kind, keep: int, target: Tensor, hessian: Tensor) -> Tensor:
-        how = self.run.stage.importance
-        if how == "obs":
-            kept = kept_by_obs(target, hessian, kind.width, keep, self.run.stage.ridge)
-            if kept is not None:
-                return kept
-            self._event(
-                "importance_fallback", name, "the damped Hessian has no factor; pieces were chosen by activation"
-            )
-        if how == "magnitude":
-            state = dict(self.block.named_parameters())
-            return kept_by_magnitude(target, written_norms(state, kind, self.transposed), kind.width, keep)
-        return kept_by_activation(target, hessian, kind.width, keep)
-
-    def _matrix(self, name: str) -> Tensor:
-        weight = self.block.get_submodule(name).get_parameter("weight").data.float()
-        return weight.T.contiguous() if self.transposed else weight
-
-    def _put(self, name: str, matrix: Tensor) -> None:
-        """Replace a linear's weight (rows, columns), as the file will hold it."""
-        stored = self.run.source.header(f"{self.prefix}.{name}.weight")[0]
-        weight = (matrix.T if self.transposed else matrix).to(torch_dtype(stored)).contiguous()
-        self.written[f"{name}.weight"] = weight
-        compute = weight.to(self.run.context.compute)
-        self.block.get_submodule(name).weight = nn.Parameter(compute, requires_grad=False)
-
-    def _event(self, kind: str, where: str, message: str) -> None:
-        self.events.append(Event(kind, f"{self.prefix}.{where}", message))
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "modules": [],
-            "events": [event.to_json() for event in self.events],
-            "pruned": self.pruned,
-            "shares": self.shares,
-        }
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What the block becomes, by full name in the result."""
-        after, cuts = self.run.architecture.block_name(self.place.after), list(self.cuts.values())
-        found = {}
-        for full in self.run.source.module_tensors(self.prefix):
-            name = full.removeprefix(self.prefix + ".")
-            tensor = self.written[name] if name in self.written else self.run.source.read(full)
-            found[f"{after}.{name}"] = sliced(tensor.cpu(), name, cuts, self.transposed)
-        return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.calibration.windows import Windows
+from compress.calibration.windows import Windows, kept_out
 from compress.checkpoints.skeleton import Batch
 from compress.errors import RecipeError
 
@@ -55,10 +55,8 @@ class Material:
         return list(torch.split(self.training[order], self.windows_at_once))
 
 
-def material(windows: Windows, more: Windows | None, holdout: float, batch_tokens: int) -> Material:
-    """Keep the last fraction `holdout` of `windows` out; the others and all of `more` (of the same width) train.
-
-    The last ones, because stages that fit weights to the text (structured_prune) keep their hands off the last as well.
+def material(windows: Windows, more: Windows | None, holdout: float, batch_tokens: int, seed: int) -> Material:
+    """Keep a fraction `holdout` of `windows` out; the others and all of `more` (of the same width) train.
 
     Raises RecipeError for a single window, which cannot be split.
     """
@@ -68,14 +66,13 @@ def material(windows: Windows, more: Windows | None, holdout: float, batch_token
             "calibration.windows: training keeps some windows out to judge by, and the calibration text gave only "
             f"{count}; use a longer text or a smaller window_tokens"
         )
-    kept_out = min(count - 1, max(1, round(holdout * count)))
-    training = torch.arange(count - kept_out)
+    training, held_out = kept_out(count, holdout, seed)
     ids, mask = windows.ids, windows.mask
     if more is not None:
         training = torch.cat([training, torch.arange(count, count + len(more.ids))])
         ids = torch.cat([ids, more.ids])
         mask = None if mask is None else torch.cat([mask, torch.ones_like(more.ids)])
-    return Material(ids, mask, training, torch.arange(count - kept_out, count), max(1, batch_tokens // ids.shape[1]))
+    return Material(ids, mask, training, held_out, max(1, batch_tokens // ids.shape[1]))
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:

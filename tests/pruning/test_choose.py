@@ -98,6 +98,13 @@ def test_a_hessian_that_says_nothing_gives_none(value):
     assert kept_by_obs(torch.ones(2, 4), torch.full((4, 4), value, dtype=torch.float64), 1, 2, 0.01) is None
 
 
+def test_weights_that_are_no_numbers_give_none_and_end():
+    weight, hessian = problem(8)
+    weight[0, 3] = float("nan")
+
+    assert kept_by_obs(weight, hessian, 1, 4, RIDGE) is None
+
+
 def test_plain_scores():
     weight = torch.tensor([[1.0, 0.0, 3.0, 2.0], [0.0, 4.0, 0.0, 0.0]])
     hessian = torch.diag(torch.tensor([100.0, 1.0, 1.0, 0.0], dtype=torch.float64))

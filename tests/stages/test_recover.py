@@ -61,7 +61,7 @@ def divergence(source, candidate, windows):
 
 
 def held_out(windows, stage=STAGE):
-    rows = material(windows, None, stage.holdout, stage.batch_tokens).held_out
+    rows = material(windows, None, stage.holdout, stage.batch_tokens, seed=0).held_out
     return Windows(windows.ids[rows], None if windows.mask is None else windows.mask[rows], windows.ledger)
 
 
@@ -69,7 +69,7 @@ def test_training_brings_a_three_bit_model_closer_to_its_source(recovered):
     _, outcome = recovered
 
     assert outcome.facts["mode"] == "model" and outcome.events == []
-    assert outcome.facts["held_out_kl_after"] < 0.98 * outcome.facts["held_out_kl_before"]
+    assert outcome.facts["held_out_kl_after"] < 0.97 * outcome.facts["held_out_kl_before"]
 
 
 def test_what_was_measured_is_what_an_export_computes(glass, solved, recovered, text, tmp_path):
@@ -222,7 +222,7 @@ def test_bfloat16_arithmetic_trains_too(tmp_path):
             origin=model,
             compute=torch.bfloat16,
         )
-        assert outcome.facts["held_out_kl_after"] < 0.98 * outcome.facts["held_out_kl_before"]
+        assert outcome.facts["held_out_kl_after"] < 0.97 * outcome.facts["held_out_kl_before"]
 
 
 def test_padding_never_counts(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from compress.architecture import architecture_of
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import WindowSpec
+from compress.calibration.windows import HELD_OUT, Windows, WindowSpec
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
@@ -19,6 +19,7 @@ from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
 from compress.pruning.counts import Target
 from compress.stages import StageContext, StructuredPrune
+from compress.training.material import material
 from tests.tiny import CONFIGS, CPU, apply_stage, load_publicly, our_logits, random_model, random_windows, their_logits
 
 ABLE = [name for name in CONFIGS if name != "gpt2"]
@@ -267,3 +268,20 @@ def test_what_cannot_be_is_said_with_what_can(name, fields, sentence, tmp_path):
 def test_a_stage_that_says_nothing_is_refused():
     with pytest.raises(ValueError, match="say how much goes"):
         StructuredPrune()
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_the_windows_that_recover_keeps_out_are_kept_for_those_who_judge_afterwards(tmp_path, follow):
+    """An eighth of the text decides no weight, except how far the source is followed; `recover` judges by it."""
+    random_model("llama", tmp_path / "source")
+    windows, others = random_windows(40), random_windows(40, seed=11)
+    judging = material(windows, None, HELD_OUT, 24, seed=0).held_out
+    ids = windows.ids.clone()
+    ids[judging] = others.ids[judging]
+    found = []
+    for name, text in (("one", windows), ("other", Windows(ids, None, {}))):
+        stage = StructuredPrune(mlp_channels=64, follow_source=follow)
+        found.append(apply_stage(stage, tmp_path / "source", tmp_path / name, text)[0])
+
+    same = [torch.equal(found[0].read(name), found[1].read(name)) for name in found[0].names]
+    assert len(judging) == 5 and all(same) is not follow

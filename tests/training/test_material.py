@@ -12,7 +12,7 @@ from tests.tiny import random_windows
 
 
 def test_every_window_trains_once_an_epoch_or_is_kept_out():
-    text = material(random_windows(count=16), None, 0.25, 3 * 24)
+    text = material(random_windows(count=16), None, 0.25, 3 * 24, seed=0)
 
     for epoch in range(2):
         batches = text.epoch(epoch, seed=0)
@@ -25,7 +25,7 @@ def test_every_window_trains_once_an_epoch_or_is_kept_out():
 def test_windows_beside_the_calibration_text_train_and_never_judge():
     padded, more = random_windows(count=6, padded=True), random_windows(count=10, seed=1)
 
-    text = material(padded, more, 0.5, 24)
+    text = material(padded, more, 0.5, 24, seed=0)
 
     assert len(text.held_out) == 3 and int(text.held_out.max()) < 6
     assert len(text.training) == 13
@@ -34,11 +34,11 @@ def test_windows_beside_the_calibration_text_train_and_never_judge():
 
 def test_positions_whose_next_token_is_padding_do_not_count():
     ids = torch.arange(8).view(2, 4)
-    text = material(Windows(ids, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), {}), None, 0.5, 4)
+    text = material(Windows(ids, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), {}), None, 0.5, 4, seed=0)
 
     assert text.counts(torch.arange(2)).tolist() == [[True, True, False, False], [True, True, True, False]]
 
 
 def test_a_single_window_cannot_be_split():
     with pytest.raises(RecipeError, match="keeps some windows out to judge by"):
-        material(random_windows(count=1), None, 0.1, 24)
+        material(random_windows(count=1), None, 0.1, 24, seed=0)

@@ -34,6 +34,7 @@ EVENT_KINDS: dict[str, str] = {
     "blocks_resumed": "finished blocks of an interrupted run were reused",
     "baseline_reused": "the source measurements came from the cache",
     "read_through_loader": "weights of a format compress does not read were taken from what its own loader computes",
+    "tokenizer_left_out": "the format cannot express the tokenizer; the artifact takes token ids only",
     "tokenizer_borrowed": "the judged model brings no tokenizer; the source's was used",
     "calibration_unknown": "what the judged model was calibrated on is not known, so overlap could not be checked",
     "task_skipped": "a task that needs generated text was not asked: the whole model does not fit in memory",

@@ -98,10 +98,16 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             )
         with store.staging(recipe.name) as staged:
             with clock.step("export"), sampler.phase("export"):
-                last = folded[-1].checkpoint
-                export(last, staged / "model", recipe.export.format, planned.stored, recipe.export.max_shard_bytes)
+                (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+                written = export(
+                    folded[-1].checkpoint,
+                    staged / "model",
+                    recipe.export.format,
+                    planned.stored,
+                    recipe.export.max_shard_bytes,
+                )
             with clock.step("evaluation"), sampler.phase("evaluation"):
-                candidate = exported(staged / "model")
+                candidate = exported(staged / "model", written.bytes, progress)
                 evidence, states = measure_candidate(planned, candidate, source, baseline, texts, progress)
                 evidence = ask_candidate(planned, candidate, tasks, answers, evidence, progress)
                 talk = ask_candidate_prompts(planned, candidate, talk, progress)
@@ -111,12 +117,11 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             with clock.step("quantised alone"):
                 alone = quantised_alone(planned, source, baseline, texts, evidence, sampler, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
-            events += stage_events(folded)
+            events += [*stage_events(folded), *written.events]
             events += [*evidence.events, *(talk.events if talk else ())]
             inquiry = Inquiry(planned, source, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
             with clock.step("verdict"), sampler.phase("verdict"):
                 decision = decide(inquiry, evidence, events)
-            (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
             digest = model_digest(staged)
             with sampler.phase("publish"), store.reserve(recipe.name, rejected=decision.verdict != "passed") as slot:
                 artifact = ArtifactRef(path=str(slot.path), name=recipe.name, version=slot.label, digest=digest)

@@ -25,7 +25,7 @@ import typer.main
 
 from compress.architecture import architecture_of, known_model_types
 from compress.artifacts.manifest import Manifest
-from compress.checkpoints.export import FORMATS
+from compress.checkpoints.formats import FORMATS
 from compress.cli.app import app, guarded
 from compress.errors import CompressError, ExitCode
 from compress.evaluation.specs import EVALUATIONS

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from compress.architecture import architecture_of, dimensions_of, known_model_types
-from compress.checkpoints.export import FORMATS, export, stored_dtype
+from compress.checkpoints.export import export, stored_dtype
+from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.reader import Checkpoint
 from compress.errors import RecipeError
 from compress.stages import Gptq

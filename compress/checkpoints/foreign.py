@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress.checkpoints.compressed_tensors import FORMAT
 from compress.checkpoints.reader import Checkpoint, tokenizer_files
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import EnvironmentLacksError, RecipeError
@@ -38,6 +37,8 @@ def readable_as(checkpoint: Checkpoint) -> Literal["itself", "loaded"]:
     config = checkpoint.config.get("quantization_config")
     if not config:
         return "itself"
+    if checkpoint.is_understood:
+        return "itself"
     method = str(config.get("quant_method") or "unknown")
     groups = list((config.get("config_groups") or {}).values())
     quantises_inputs = config.get("load_in_8bit") or any(group.get("input_activations") for group in groups)
@@ -47,10 +48,7 @@ def readable_as(checkpoint: Checkpoint) -> Literal["itself", "loaded"]:
             f"{checkpoint.folder}: {what}, so its weights alone do not tell what it computes. Weight-only formats can "
             f"be judged: {', '.join(WEIGHTS_ONLY)}."
         )
-    packed = [group.get("format") or config.get("format") for group in groups]
-    reorders = any(name.endswith(".weight_g_idx") for name in checkpoint.names)
-    ours = method == "compressed-tensors" and set(packed) == {FORMAT} and not reorders
-    return "itself" if ours else "loaded"
+    return "loaded"
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
     plain               Hugging Face safetensors, one file or shards with an index
     working             what stages write (see `working`): <module>.codes / .scale / .zero_point beside plain tensors
-    compressed-tensors  pack-quantized: <module>.weight_packed / .weight_scale / .weight_zero_point / .weight_shape
+    packed              what `formats` can read back: compressed-tensors, GPTQ's layout, bitsandbytes
 
-All three answer the same questions: which tensors, which module has which scheme, the dense tensors of a block.
+All answer the same questions: which tensors, which module has which scheme, the dense tensors of a block.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +22,13 @@ from torch import Tensor
 from compress.architecture import Architecture, architecture_of
 from compress.errors import CompressError, RecipeError, UnhealthySourceError
 from compress.files import digest_of_json, sha256_of
-from compress.quantization.grid import Grid, dequantize
+from compress.quantization.grid import Grid, Nested, dequantize
 from compress.quantization.scheme import Scheme
 
 SCHEMES_KEY = "compress.schemes"
 PLAN_FILE = "precision.json"
+NESTED = ("codes", "absmax", "table", "offset")
+"""Parts of nested scales, in the order of `grid.Nested`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -35,6 +37,16 @@ class DamagedCheckpointError(CompressError):
     """A model folder that cannot be read: truncated, missing tensors, not safetensors."""
 
     exit_code = UnhealthySourceError.exit_code
+
+
+class Layout(Protocol):
+    """How a public format keeps quantised linears; `formats.layout_of` finds it."""
+
+    def schemes_in(self, checkpoint: Checkpoint) -> dict[str, Scheme]:
+        """Scheme of each linear that the format packs, by module name."""
+
+    def codes_of(self, checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[Tensor, Grid]:
+        """Codes int8 (rows, columns) and grid of one of them."""
 
 
 class Checkpoint:
@@ -51,7 +63,9 @@ class Checkpoint:
         for path in _weight_files(folder):
             self._index(path)
         self._missing_prefix = self._detect_missing_prefix()
-        self._read_packed_schemes()
+        self._layout = self._find_layout()
+        if self._layout:
+            self.schemes.update(self._layout.schemes_in(self))
 
     def _index(self, path: Path) -> None:
         try:
@@ -76,14 +90,13 @@ class Checkpoint:
             return ""
         return prefix if any(name.startswith(bare + ".") for name in self._files) else ""
 
-    def _read_packed_schemes(self) -> None:
-        config = self.config.get("quantization_config") or {}
-        if config.get("quant_method") != "compressed-tensors":
-            return
-        from compress.checkpoints.compressed_tensors import schemes_in
+    def _find_layout(self) -> Layout | None:
+        config = self.config.get("quantization_config")
+        if not config:
+            return None
+        from compress.checkpoints.formats.layouts import layout_of
 
-        packed = [name.removesuffix(".weight_packed") for name in self._files if name.endswith(".weight_packed")]
-        self.schemes.update(schemes_in(config, packed))
+        return layout_of(config, self.names)
 
     def _stored_name(self, name: str) -> str:
         if self._missing_prefix and name not in self._files and name.startswith(self._missing_prefix):
@@ -99,6 +112,28 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Tensor names as the model class spells them, sorted."""
         return tuple(sorted(self._model_name(name) for name in self._files))
+
+    @cached_property
+    def block_count(self) -> int:
+        """Blocks whose tensors are here."""
+        indices = [self.architecture.block_index(name) for name in self.names]
+        return 1 + max(index for index in indices if index is not None)
+
+    def quantised_owner(self, name: str) -> str | None:
+        """The quantised linear that a stored tensor is a part of; None for plain tensors and for biases."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and module in self.schemes:
+            return None
+        while module:
+            if module in self.schemes:
+                return module
+            module = module.rpartition(".")[0]
+        return None
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether quantised linears are read here, rather than through their own loader."""
+        return self._layout is not None
 
     @property
     def precision_plan(self) -> dict[str, Scheme] | None:
@@ -155,12 +190,24 @@ class Checkpoint:
     def codes(self, module: str) -> tuple[Tensor, Grid]:
         """Codes int8 (rows, columns) and grid of a quantised linear."""
         scheme = self.schemes[module]
-        if self.has(f"{module}.codes"):
-            zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
-            return self.read(f"{module}.codes"), Grid(scheme, self.read(f"{module}.scale"), zero)
-        from compress.checkpoints.compressed_tensors import unpack
+        if self._layout:
+            return self._layout.codes_of(self, module, scheme)
+        zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
+        nested = None
+        if scheme.nested:
+            codes, absmax, table, offset = (self.read(f"{module}.nested_{leaf}") for leaf in NESTED)
+            nested = Nested(codes, absmax, table, offset)
+        return self.read(f"{module}.codes"), Grid(scheme, self.read(f"{module}.scale"), zero, nested)
 
-        return unpack(self, module, scheme)
+    def matrix_shape(self, module: str) -> tuple[int, int]:
+        """(rows, columns) of a linear, from headers where they tell."""
+        if module in self.schemes and self.has(f"{module}.codes"):
+            first, second = self.header(f"{module}.codes")[1]
+            return first, second
+        if module in self.schemes:
+            return tuple(self.codes(module)[0].shape)  # type: ignore[return-value]
+        first, second = self.header(f"{module}.weight")[1]
+        return (second, first) if self.architecture.transposed_linears else (first, second)
 
     def module_tensors(self, prefix: str) -> list[str]:
         """Names of the stored tensors under a module."""

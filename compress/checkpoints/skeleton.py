@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.architecture import Architecture, architecture_of, logit_softcap
 from compress.checkpoints.reader import Checkpoint
+from compress.quantization.inputs import SERVED, IntegerLinear, run_as_before, run_on_integers
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Skeleton:
         self.config.use_cache = False
         self.architecture: Architecture = architecture_of(self.config)
         self.device, self.dtype = device, dtype
+        self.input_range = SERVED
+        """Of inputs that are integers (`quantization.inputs`): that of the kernels which serve such a model."""
         with init_empty_weights(include_buffers=False):
             # transformers chooses the attention: fused where it can, eager for Gemma 2, whose soft caps no kernel has.
             self.model: nn.Module = AutoModelForCausalLM.from_config(self.config)
@@ -111,10 +114,22 @@ class Skeleton:
         """The module at `path` with its weights, on the device, in the compute dtype; back to meta afterwards."""
         module = self.model.get_submodule(path)
         load_module(module, checkpoint.dense_state(path), self.device, self.dtype)
+        self._run_on_integers(module, checkpoint, path)
         try:
             yield module
         finally:
+            run_as_before(module)
             unload_module(module)
+
+    def _run_on_integers(self, module: nn.Module, checkpoint: Checkpoint, path: str) -> None:
+        """Linears whose inputs are integers compute as their runtime does."""
+        for name, scheme in checkpoint.schemes.items():
+            if scheme.inputs and name.startswith(path + "."):
+                codes, grid = checkpoint.codes(name)
+                forward = IntegerLinear(
+                    codes.to(self.device), grid.scale.to(self.device), scheme.outliers, self.input_range
+                )
+                run_on_integers(module.get_submodule(name.removeprefix(path + ".")), forward)
 
     @torch.no_grad()
     def embed(self, checkpoint: Checkpoint, batches: list[Batch]) -> list[Tensor]:

@@ -177,21 +177,30 @@ def _hub_errors(spec: ModelSpec) -> Iterator[None]:
 
 def _from_gguf(path: Path, spec: ModelSpec, progress: Progress) -> Source:
     digest = sha256_of(path)
-    folder = cache_folder() / "sources" / f"gguf-{digest[:24]}"
+    folder = converted_gguf(path, digest, progress)
     facts = {
         "kind": "package" if spec.package else "gguf",
         "path": str(path),
         "package": f"{spec.package}=={metadata.version(spec.package)}" if spec.package else None,
         "gguf_sha256": digest,
     }
-    if not (folder / "source.json").is_file():
-        from compress.checkpoints.gguf import convert
-
-        with _building(folder) as staged, progress.task("dequantising the GGUF file (once)", 1) as advance:
-            write_json(staged / "source.json", {"previous_quantization": convert(path, staged)})
-            advance("")
     notes = json.loads((folder / "source.json").read_text(encoding="utf-8"))
     return Source(folder, {**facts, **notes})
+
+
+def converted_gguf(path: Path, digest: str, progress: Progress) -> Path:
+    """The model of a .gguf file (`digest`: its sha256) as a folder of the cache. Where the file is one of ours, the
+    config and the tokenizer beside it are the model's."""
+    own = (path.parent / "config.json").is_file() and (path.parent.parent / "recipe.yaml").is_file()
+    folder = cache_folder() / "sources" / (f"gguf-own-{digest[:24]}" if own else f"gguf-{digest[:24]}")
+    if not (folder / "source.json").is_file():
+        from compress.checkpoints.from_gguf import convert
+
+        with _building(folder) as staged, progress.task("dequantising the GGUF file (once)", 1) as advance:
+            previous = convert(path, staged, path.parent if own else None)
+            write_json(staged / "source.json", {"previous_quantization": previous})
+            advance("")
+    return folder
 
 
 def _rescaled(source: Source, how: Rescale, progress: Progress) -> Source:

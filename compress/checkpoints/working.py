@@ -1,8 +1,8 @@
 """The layout stages write: one file a block, so that a finished block is a resume point.
 
     block-00003.safetensors   tensors of block 3; for a quantised linear <module>.codes (int8, one code a byte),
-                              <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only); the schemes
-                              are in the file's metadata
+                              <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only),
+                              <module>.nested_* (nested scales only); the schemes are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks
     precision.json            the scheme that later stages should give each linear, where one chose them
@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoints.reader import PLAN_FILE, SCHEMES_KEY, Checkpoint, companion_files
+from compress.checkpoints.reader import NESTED, PLAN_FILE, SCHEMES_KEY, Checkpoint, companion_files
 from compress.checkpoints.stream import Entry, write_safetensors
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
@@ -74,9 +74,7 @@ class WorkingCheckpoint:
         schemes = {name: scheme for name, scheme in source.schemes.items() if name.startswith(prefix + ".")}
         for name in source.module_tensors(prefix):
             module, _, leaf = name.rpartition(".")
-            if module in quantised and leaf != "bias":
-                continue
-            if module in schemes and leaf != "bias":
+            if source.quantised_owner(name) or (module in quantised and leaf != "bias"):
                 continue
             new = None if replaced is None else replaced.get(name)
             tensors[name] = source.read(name) if new is None else new.cpu().contiguous()
@@ -87,6 +85,9 @@ class WorkingCheckpoint:
             tensors[f"{module}.scale"] = grid.scale.cpu().contiguous()
             if grid.zero is not None:
                 tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
+            if grid.nested is not None:
+                for leaf in NESTED:
+                    tensors[f"{module}.nested_{leaf}"] = getattr(grid.nested, leaf).cpu().contiguous()
         self.write_tensors(index, tensors, record, schemes)
 
     def write_tensors(

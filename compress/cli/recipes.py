@@ -112,7 +112,7 @@ def kinds(
 
 def _catalogue() -> dict[str, dict[str, Any]]:
     from compress.calibration.texts import known_descriptors, load_descriptor
-    from compress.checkpoints.export import FORMATS
+    from compress.checkpoints.formats import FORMATS
     from compress.evaluation.specs import EVALUATIONS
     from compress.events import EVENT_KINDS
     from compress.gates import GATES

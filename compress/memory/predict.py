@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 from compress.architecture import Dimensions
 from compress.quantization.scheme import Scheme
@@ -24,29 +25,51 @@ LM_EVAL = 100 * 2**20
 """What importing lm-eval and building a task's prompts adds."""
 
 
+class Format(Protocol):
+    """What a format of artifacts says of sizes (`checkpoints.formats`)."""
+
+    def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
+        """Bytes of a quantised linear's weight."""
+
+    def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
+        """Bytes of any other tensor."""
+
+
+class Unpacked:
+    """Every tensor in the stored dtype."""
+
+    def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
+        return rows * columns * dtype_bytes
+
+    def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
+        return math.prod(shape) * dtype_bytes
+
+
 def stored_bytes(
     parameters: dict[str, tuple[int, ...]],
     matrices: dict[str, tuple[int, int]],
     schemes: dict[str, Scheme],
     dtype_bytes: int,
-    packs: bool,
+    format_: Format,
 ) -> int:
     """Tensor bytes of the export. `parameters`: shape of each stored one; `matrices`: (rows, columns) of linears."""
     total = 0
     for name, shape in parameters.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and module in schemes and packs:
-            total += schemes[module].stored_bytes(*matrices[module], scale_bytes=dtype_bytes)
+        if leaf == "weight" and module in schemes:
+            total += format_.stored_bytes(schemes[module], *matrices[module], dtype_bytes)
         else:
-            total += math.prod(shape) * dtype_bytes
+            total += format_.other_bytes(shape, dtype_bytes)
     return total
 
 
-def effective_bits(matrices: dict[str, tuple[int, int]], schemes: dict[str, Scheme], dtype_bytes: int) -> float | None:
+def effective_bits(
+    matrices: dict[str, tuple[int, int]], schemes: dict[str, Scheme], dtype_bytes: int, format_: Format
+) -> float | None:
     """8 x stored bytes of the quantised linears, with scales, zero points and shapes / their parameters."""
     if not schemes:
         return None
-    stored = sum(scheme.stored_bytes(*matrices[name], scale_bytes=dtype_bytes) for name, scheme in schemes.items())
+    stored = sum(format_.stored_bytes(scheme, *matrices[name], dtype_bytes) for name, scheme in schemes.items())
     return 8 * stored / sum(math.prod(matrices[name]) for name in schemes)
 
 

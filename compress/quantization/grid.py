@@ -16,21 +16,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.quantization.scheme import Scheme
+from compress.quantization.scheme import GridName, Scheme
 
 SMALLEST_SCALE = 2.0**-24
 """Below the smallest normal scale a group is all zeros for every purpose; keeps scales finite and invertible."""
 
 
+FLOATING_GRIDS: dict[GridName, Tensor] = {
+    "nf4": torch.tensor(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+            *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+        ]
+    ),
+    "fp4": torch.tensor(
+        [
+            *(0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12),
+            *(0.0, -0.0625 / 12, -8 / 12, -1.0, -4 / 12, -6 / 12, -2 / 12, -3 / 12),
+        ]
+    ),
+}
+"""Value of each code, for a scale of 1. nf4: Dettmers et al., "QLoRA" (arXiv 2305.14314), appendix E; fp4: sign, two
+bits of exponent, one of mantissa, over their largest value, as bitsandbytes tabulates them."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Scales in 8 bits: scale_i = table[codes_i] * absmax[i // run] + offset. codes uint8 (n,); absmax (n / run,),
+    table (256,) and offset (1,) float32."""
+
+    codes: Tensor
+    absmax: Tensor
+    table: Tensor
+    offset: Tensor
+    run: int = 256
+
+    def scales(self) -> Tensor:
+        """float32 (n,)."""
+        return self.table[self.codes.long()] * self.absmax.repeat_interleave(self.run)[: len(self.codes)] + self.offset
+
+
 @dataclass(frozen=True)
 class Grid:
-    """scale (rows, groups) in the stored dtype; zero (rows, groups) int8 or None for symmetric schemes."""
+    """scale (rows, groups) in the stored dtype, or float32 for floating grids; zero (rows, groups) int8 or None for
+    symmetric schemes."""
 
     scheme: Scheme
     scale: Tensor
     zero: Tensor | None
+    nested: Nested | None = None
+    """Where the scales are rounded too: what `scale` was made from."""
 
     def rows(self, start: int, stop: int) -> Grid:
+        """The part of the grid for some rows; not for nested scales, whose runs cross rows."""
         return Grid(self.scheme, self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
 
 
@@ -46,6 +86,9 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """Values (rows, columns) in the stored dtype: the product is rounded to it, as loaders do."""
+    if grid.scheme.grid != "int":
+        table = FLOATING_GRIDS[grid.scheme.grid].to(codes.device)
+        return (_grouped(table[codes.long()], grid.scale.shape[1]) * grid.scale.unsqueeze(-1)).flatten(1)
     grouped = _grouped(codes, grid.scale.shape[1]).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)

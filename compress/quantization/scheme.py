@@ -1,4 +1,4 @@
-"""A weight-only scheme: how many bits, what grid, how many columns share a scale.
+"""How one linear is stored: what grid its weights lie on, how many columns share a scale, what becomes of its inputs.
 
     codes   int8, (rows, columns), in [lowest, highest] = [-2^(b-1), 2^(b-1) - 1]
     scale   (rows, groups), stored dtype; may be negative (the grid is one longer below zero, so a negative scale
@@ -7,15 +7,20 @@
     value   = (code - zero) * scale, rounded to the stored dtype: what every loader computes
 
 Example, 4 bits symmetric: weights [0.7, -0.8, 0.05, 0.31] with scale 0.1 have codes [7, -8, 0 or 1, 3].
+
+The floating 4-bit grids of bitsandbytes, nf4 and fp4, have codes 0 to 15 that index a table, and scale float32: value =
+table[code] * scale. `inputs: 8` says that inputs are quantised too while the linear runs, one scale a token
+(`quantization.inputs`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 BITS = (2, 3, 4, 5, 6, 8)
+GridName = Literal["int", "nf4", "fp4"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,21 @@ class Scheme:
     bits: int
     symmetric: bool = True
     group_size: int | None = 64
+    inputs: int | None = None
+    """Bits that inputs are rounded to, symmetrically, a scale for each token; None where they are left alone."""
+    outliers: float | None = None
+    """With `inputs`: columns in which an input reaches this size stay in 16 bits, as in LLM.int8."""
+    grid: GridName = "int"
+    nested: bool = False
+    """Floating grids only: scales are themselves rounded to 8 bits (double quantisation)."""
 
     @property
     def lowest(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -(1 << (self.bits - 1)) if self.grid == "int" else 0
 
     @property
     def highest(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1 if self.grid == "int" else (1 << self.bits) - 1
 
     def groups(self, columns: int) -> int:
         """Number of scales in a row of `columns` weights. `divides(columns)` must hold."""
@@ -46,7 +58,8 @@ class Scheme:
         return self.group_size is None or columns % self.group_size == 0
 
     def stored_bytes(self, rows: int, columns: int, scale_bytes: int = 2) -> int:
-        """Bytes of one linear in compressed-tensors pack-quantized: packed codes, scales, zero points, shape."""
+        """Bytes of one linear as it is usually packed: codes in 32-bit words, scales, zero points, shape. Each format
+        has its own exact count; this is what stages compare schemes by."""
         packed = rows * math.ceil(columns * self.bits / 32) * 4
         groups = self.groups(columns)
         zeros = 0 if self.symmetric else math.ceil(rows * self.bits / 32) * 4 * groups
@@ -56,14 +69,24 @@ class Scheme:
     def label(self) -> str:
         """In words, as reports print it: 'int4 symmetric group 64'."""
         span = "channel" if self.group_size is None else f"group {self.group_size}"
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {span}"
+        if self.grid != "int":
+            return f"{self.grid} {span}" + (", double quantised" if self.nested else "")
+        inputs = f", int{self.inputs} inputs" if self.inputs else ""
+        below = f" below {self.outliers:g}" if self.outliers else ""
+        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {span}{inputs}{below}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; of what most schemes do not have, only what this one has."""
+        always = ("bits", "symmetric", "group_size")
+        return {
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name in always or getattr(self, each.name) != each.default
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scheme:
-        return cls(int(data["bits"]), bool(data["symmetric"]), data["group_size"])
+        return cls(**data)
 
 
 def usable_group_sizes(columns: int, nearby: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.calibration.texts import SelfGenerated, missing
 from compress.calibration.windows import WindowSpec
-from compress.checkpoints.export import FORMATS
+from compress.checkpoints.formats import FORMATS
 from compress.errors import CompressError, nearest
 from compress.evaluation.latency.spec import Latency
 from compress.evaluation.prompts.spec import Prompts, read_prompts

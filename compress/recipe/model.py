@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from compress.calibration.windows import WindowSpec
-from compress.checkpoints.export import FormatName
+from compress.checkpoints.formats import FormatName
 from compress.checkpoints.sources import ModelSpec
 from compress.evaluation.latency.spec import Latency
 from compress.evaluation.prompts.spec import Prompts

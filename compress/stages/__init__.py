@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from compress.stages.base import Stage, StageContext, StageOutcome
+from compress.stages.bitsandbytes import BitsAndBytesStage
 from compress.stages.gptq import Gptq
 from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
@@ -16,7 +17,7 @@ from compress.stages.sparsify import Sparsify
 from compress.stages.structured_prune import StructuredPrune
 
 AnyStage = Annotated[
-    StructuredPrune | Sparsify | RoundToNearest | Gptq | Recover | Sensitivity | MixedPrecision,
+    StructuredPrune | Sparsify | RoundToNearest | Gptq | BitsAndBytesStage | Recover | Sensitivity | MixedPrecision,
     Field(discriminator="kind"),
 ]
 
@@ -25,6 +26,7 @@ STAGES: dict[str, type[Stage]] = {
     "sparsify": Sparsify,
     "round_to_nearest": RoundToNearest,
     "gptq": Gptq,
+    "bitsandbytes": BitsAndBytesStage,
     "recover": Recover,
     "sensitivity": Sensitivity,
     "mixed_precision": MixedPrecision,
@@ -33,6 +35,7 @@ STAGES: dict[str, type[Stage]] = {
 __all__ = [
     "STAGES",
     "AnyStage",
+    "BitsAndBytesStage",
     "Gptq",
     "MixedPrecision",
     "Recover",

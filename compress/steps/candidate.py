@@ -12,10 +12,13 @@ from compress.artifacts.store import Store
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import WindowSpec, build_windows
 from compress.checkpoints.foreign import readable_as, write_dense
+from compress.checkpoints.formats.gguf import FILE as GGUF_FILE
+from compress.checkpoints.formats.gguf import effective_bits
 from compress.checkpoints.reader import Checkpoint, tokenizer_files
-from compress.checkpoints.sources import ModelSpec, cached_source, resolve
+from compress.checkpoints.sources import ModelSpec, cached_source, converted_gguf, resolve
 from compress.errors import CompressError, RecipeError, nearest
 from compress.events import OF_MAKING, Event, Progress, count_by_kind
+from compress.files import sha256_of
 from compress.recipe import Recipe, load_recipe
 from compress.reports.report import ArtifactRef
 from compress.steps.source import OpenedSource, check_complete, load_tokenizer
@@ -64,6 +67,8 @@ class Candidate:
     """What it was calibrated on, where that is known."""
     calibration_digest: str | None = None
     """Of the windows it was calibrated on, as its manifest recorded it."""
+    effective_bits: float | None = None
+    """Of a .gguf, whose tensors are not looked at here."""
     events: tuple[Event, ...] = field(default=())
 
     @property
@@ -89,8 +94,14 @@ class Candidate:
         return judging | {kind: count + self.recorded.get(kind, 0) for kind, count in made.items()}
 
 
-def exported(folder: Path) -> Candidate:
-    """A run's own export. Its digest is taken when it is published."""
+def exported(folder: Path, stored_bytes: int, progress: Progress) -> Candidate:
+    """A run's own export, `stored_bytes` of tensors. Its digest is taken when it is published."""
+    if (folder / GGUF_FILE).is_file():
+        path = folder / GGUF_FILE
+        read = converted_gguf(path, sha256_of(path), progress)
+        return Candidate(
+            "export", read, Checkpoint(read), None, stored_bytes, "", recorded={}, effective_bits=effective_bits(path)
+        )
     checkpoint = Checkpoint(folder)
     return Candidate("export", folder, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={})
 
@@ -125,7 +136,8 @@ def _artifact(text: str, folder: Path) -> Found:
         raise CompressError(
             f"{folder}: the model's files are not those that were published; `compress verify {folder}` tells which."
         )
-    return Found(text, ModelSpec(path=folder / manifest.MODEL_FOLDER), folder)
+    model = folder / manifest.MODEL_FOLDER
+    return Found(text, ModelSpec(path=model / GGUF_FILE if (model / GGUF_FILE).is_file() else model), folder)
 
 
 def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidate:
@@ -150,6 +162,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
         checkpoint=measured,
         files=None if is_gguf else files,
         stored_bytes=Path(source.facts["path"]).stat().st_size if is_gguf else files.weight_bytes,
+        effective_bits=effective_bits(Path(source.facts["path"])) if is_gguf else None,
         digest=source.facts.get("gguf_sha256") or (published.model_digest if published else files.digest()),
         tokenizer=load_tokenizer(source.folder) if own else tokenizer,
         name=published.name if published else source.folder.name if not is_gguf else Path(found.text).name,

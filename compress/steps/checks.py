@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from compress.architecture import Architecture, Dimensions
-from compress.checkpoints.compressed_tensors import cannot_load
-from compress.checkpoints.export import FORMATS
+from compress.checkpoints.formats import FORMATS, able
 from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
@@ -12,7 +11,7 @@ from compress.recipe import Recipe
 from compress.stages import Sparsify
 from compress.steps.power import Power
 from compress.steps.precision import out_of_order
-from compress.steps.shapes import Shapes
+from compress.steps.shapes import Shape, Shapes
 from compress.steps.training import nothing_to_train
 
 
@@ -25,24 +24,11 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
     ]
     found += out_of_order(recipe)
     found += nothing_to_train(recipe, shapes)
-    format_ = FORMATS[recipe.export.format]
-    if architecture.transposed_linears and not format_.transposed_linears:
-        able = [name for name, other in FORMATS.items() if other.transposed_linears]
-        found.append(
-            f"export.format: {format_.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: "
-            f"loaders quantise nn.Linear only. Formats that can: {', '.join(able)}"
-        )
-    schemes = {
-        scheme
-        for stage, shape in zip(recipe.stages, shapes.before, strict=True)
-        for scheme in stage.schemes(shape.matrices).values()
-    }
-    if format_.packs and cannot_load(schemes):
-        labels = ", ".join(sorted(scheme.label for scheme in schemes))
-        found.append(
-            f"export.format: transformers cannot load an asymmetric scheme beside another one from {format_.name} "
-            f"({labels}). Use one scheme for all modules, symmetric ones, or format: plain"
-        )
+    if not any(stage.plans_precision for stage in recipe.stages):
+        schemes: dict[str, Scheme] = {}
+        for stage, shape in zip(recipe.stages, shapes.before, strict=True):
+            schemes |= stage.schemes(shape.matrices)
+        found += format_mistakes(recipe, shapes.last, schemes)
     if dimensions.max_context:
         texts = [("calibration", recipe.calibration)] if recipe.calibration else []
         texts += [
@@ -54,6 +40,21 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
             if spec is not None and spec.window_tokens > dimensions.max_context
         ]
     return found
+
+
+def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> list[str]:
+    """What the export's format cannot hold of the result, with the formats that can."""
+    schemes = {module: scheme for module, scheme in schemes.items() if module in last.matrices}
+    format_ = FORMATS[recipe.export.format]
+    # Groups that divide no row are said by the stage, and no format can size them.
+    if any(not scheme.divides(last.matrices[module][1]) for module, scheme in schemes.items()):
+        return []
+    found = format_.mistakes(schemes, last.matrices, last.architecture) + format_.refuses_config(last.config)
+    if not found:
+        return []
+    others = able(schemes, last.matrices, last.architecture)
+    can = f"Formats that can: {', '.join(others)}" if others else "No format can"
+    return [f"export.format: {sentence}. {can}" for sentence in found]
 
 
 def warnings_of(

@@ -184,9 +184,9 @@ def packed_bytes(checkpoint: Checkpoint, stored: torch.dtype) -> int:
     """Tensor bytes a working checkpoint will have once packed (codes are a byte each while stages run)."""
     total = 0
     for name in checkpoint.names:
-        module, _, leaf = name.rpartition(".")
-        if module in checkpoint.schemes and leaf != "bias":
-            if leaf == "codes":
+        module = checkpoint.quantised_owner(name)
+        if module:
+            if name == f"{module}.codes":
                 rows, columns = checkpoint.header(name)[1]
                 total += checkpoint.schemes[module].stored_bytes(rows, columns, stored.itemsize)
         else:

@@ -201,7 +201,7 @@ def _effective_bits(candidate: Candidate, matrices: dict[str, tuple[int, int]]) 
     """8 x bytes of the quantised linears as they lie in the files / their parameters; None where none is quantised."""
     found = candidate.files
     if found is None:
-        return None
+        return candidate.effective_bits
     stored = parameters = 0
     for module, (rows, columns) in matrices.items():
         names = [name for name in found.module_tensors(module) if name != f"{module}.bias"]

@@ -11,8 +11,8 @@ import torch
 
 from compress import parallel
 from compress.architecture import Architecture, Dimensions, architecture_of
-from compress.checkpoints.compressed_tensors import unpacks_while_loading
-from compress.checkpoints.export import FORMATS, stored_dtype
+from compress.checkpoints.export import stored_dtype
+from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.sources import ModelSpec, cache_folder, read_config
 from compress.errors import RecipeError, ResourceError
 from compress.evaluation.tasks import harness
@@ -22,7 +22,7 @@ from compress.memory import predict
 from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.steps.checks import mistakes_of, warnings_of, weak_gates
+from compress.steps.checks import format_mistakes, mistakes_of, warnings_of, weak_gates
 from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
@@ -121,9 +121,12 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     schemes, mistakes, budgets = expected_schemes(recipe, shapes, stored.itemsize, source_bytes)
     if mistakes:
         raise RecipeError(mistakes)
-    export_bytes = predict.stored_bytes(
-        last.tensors, last.matrices, schemes, stored.itemsize, packs=FORMATS[recipe.export.format].packs
-    )
+    mistakes = format_mistakes(recipe, last, schemes)
+    if mistakes:
+        raise RecipeError(mistakes)
+    format_ = FORMATS[recipe.export.format]
+    export_bytes = predict.stored_bytes(last.tensors, last.matrices, schemes, stored.itemsize, format_)
+    stays = format_.stays_packed(schemes.values())
     asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
     load = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine)
     trainings = trainings_of(recipe, shapes, schemes, machine)
@@ -150,7 +153,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
             last.matrices,
             schemes,
             stored.itemsize,
-            packs=FORMATS[recipe.export.format].packs and not unpacks_while_loading(list(set(schemes.values()))),
+            format_ if stays else predict.Unpacked(),
         ),
         kv_cache_bytes=predict.kv_cache_bytes(
             last.dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
@@ -159,7 +162,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
-        effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize),
+        effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
         warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),

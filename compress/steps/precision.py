@@ -41,7 +41,7 @@ def out_of_order(recipe: Recipe) -> list[str]:
                 found.append(where + "sensitivity is read by a mixed_precision stage right after it, and there is none")
             if coded:
                 found.append(where + "linears were quantised before it; choose schemes before quantising")
-        coded = coded or stage.kind in ("gptq", "round_to_nearest")
+        coded = coded or stage.kind in ("gptq", "round_to_nearest", "bitsandbytes")
     return found
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from compress.checkpoints.export import FORMATS
+from compress.checkpoints.formats import FORMATS
 from compress.evaluation.measure import score, summarise, walk_states
 from compress.events import Progress
 from compress.memory import predict
@@ -42,7 +42,7 @@ class Uniform:
     def of(cls, scheme: Scheme, shape: Shape, scale_bytes: int) -> Uniform:
         undivided = tuple(name for name, (_, columns) in shape.matrices.items() if not scheme.divides(columns))
         schemes = dict.fromkeys(shape.matrices, scheme) | dict.fromkeys(undivided, _a_scale_a_row(scheme))
-        size = predict.stored_bytes(shape.tensors, shape.matrices, schemes, scale_bytes, packs=True)
+        size = predict.stored_bytes(shape.tensors, shape.matrices, schemes, scale_bytes, FORMATS["compressed-tensors"])
         return cls(scheme, undivided, size)
 
     @property

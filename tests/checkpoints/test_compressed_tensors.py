@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpoints.compressed_tensors import quantization_config, schemes_in
 from compress.checkpoints.export import export
+from compress.checkpoints.formats.compressed_tensors import quantization_config, schemes_by_target
 from compress.checkpoints.reader import Checkpoint
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import BITS, Scheme
@@ -168,4 +168,4 @@ def test_patterns_fold_blocks_and_find_each_module_again():
     targets = [target for group in config["config_groups"].values() for target in group["targets"]]
     assert r"re:^model\.layers\.(0|1|10)\.mlp\.down_proj$" in targets
     assert config["ignore"] == ["lm_head"]
-    assert schemes_in(config, list(schemes)) == schemes
+    assert schemes_by_target(config, schemes) == schemes

@@ -8,6 +8,7 @@ import time
 import torch
 
 from compress.architecture import Dimensions
+from compress.checkpoints.formats import FORMATS
 from compress.memory.measure import PeakSampler, available_bytes, release, rss_anon
 from compress.memory.predict import effective_bits, kv_cache_bytes, stored_bytes
 from compress.quantization.scheme import Scheme
@@ -80,7 +81,7 @@ def test_stored_bytes_are_packed_codes_scales_and_everything_else_in_sixteen_bit
     matrices, schemes = {"a": (64, 128)}, {"a": Scheme(4, True, 64)}
 
     packed = 64 * 128 // 2 + 64 * 2 * 2 + 16
-    assert stored_bytes(shapes, matrices, schemes, 2, packs=True) == packed + 2 * (64 + 128)
-    assert stored_bytes(shapes, matrices, schemes, 2, packs=False) == 2 * (64 * 128 + 64 + 128)
-    assert effective_bits(matrices, schemes, 2) == 8 * packed / (64 * 128)
-    assert effective_bits(matrices, {}, 2) is None
+    assert stored_bytes(shapes, matrices, schemes, 2, FORMATS["compressed-tensors"]) == packed + 2 * (64 + 128)
+    assert stored_bytes(shapes, matrices, schemes, 2, FORMATS["plain"]) == 2 * (64 * 128 + 64 + 128)
+    assert effective_bits(matrices, schemes, 2, FORMATS["compressed-tensors"]) == 8 * packed / (64 * 128)
+    assert effective_bits(matrices, {}, 2, FORMATS["plain"]) is None

@@ -10,7 +10,7 @@ import torch
 from compress.allocation.budget import Budget, Sizes, activation_bytes
 from compress.architecture import dimensions_of
 from compress.checkpoints.candidates import Assigned
-from compress.checkpoints.compressed_tensors import quantization_config
+from compress.checkpoints.formats.compressed_tensors import quantization_config
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.working import WorkingCheckpoint

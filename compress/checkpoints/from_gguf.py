@@ -6,16 +6,23 @@ parameters), so the caller keeps the result.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from compress.checkpoints.reader import companion_files
 from compress.errors import EnvironmentLacksError, RecipeError
 
 
-def convert(path: Path, folder: Path) -> str:
-    """Write the model in `path` to `folder`; returns the previous quantisation, e.g. 'Q4_1 x210, Q8_0 x1'."""
+def convert(path: Path, folder: Path, beside: Path | None = None) -> str:
+    """Write the model in `path` to `folder`; returns the previous quantisation, e.g. 'Q4_1 x210, Q8_0 x1'.
+
+    `beside`: a folder whose config and tokenizer are the model's, and say more than the .gguf can; else what the file
+    itself says of both.
+    """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     except ImportError as error:
@@ -27,6 +34,7 @@ def convert(path: Path, folder: Path) -> str:
             gguf_file=path.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
+            **_own_config(beside),
         )
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise RecipeError(f"{path}: cannot be read as a GGUF model ({error}).") from error
@@ -34,8 +42,22 @@ def convert(path: Path, folder: Path) -> str:
         model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+    if beside is None:
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+    else:
+        for companion in companion_files(beside):
+            shutil.copyfile(companion, folder / companion.name)
     return tensor_types
+
+
+def _own_config(beside: Path | None) -> dict[str, Any]:
+    """The config that the reader takes in place of the file's, where it knows that model type by that name."""
+    if beside is None:
+        return {}
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(beside)
+    return {} if config.model_type == "mistral" else {"config": config}
 
 
 def _tensor_types(path: Path) -> str:

@@ -1,0 +1,157 @@
+"""What a format of artifacts is: what it can hold, and how it is written. One file a format, listed in `formats`."""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from compress.architecture import Architecture
+from compress.checkpoints.reader import Checkpoint, tokenizer_files
+from compress.checkpoints.stream import Entry, write_sharded
+from compress.errors import RecipeError
+from compress.events import Event
+from compress.files import write_json
+from compress.quantization.scheme import Scheme
+
+Shapes = Mapping[str, tuple[int, int]]
+"""(rows, columns) of linears, by full module name."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Tensor bytes of an export, and what the format had to leave out."""
+
+    bytes: int
+    events: tuple[Event, ...] = ()
+
+
+class Format(ABC):
+    """A layout of model files. Subclasses say what they can express before work starts, and write it."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    packs: ClassVar[bool]
+    """Whether quantised linears stay packed, so that the files are smaller."""
+    transposed_linears: ClassVar[bool] = False
+    """Whether GPT-2's Conv1D can be quantised in it."""
+
+    @abstractmethod
+    def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
+        """Why a linear with that scheme and shape cannot be expressed, as the end of a sentence; None if it can."""
+
+    def mistakes(self, schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
+        """Sentences about what the format cannot hold of a whole model: linears by reason, and what `refuses` says."""
+        found = []
+        if architecture.transposed_linears and not self.transposed_linears:
+            found.append(
+                f"{self.name} cannot hold the transposed linears (Conv1D) of {architecture.model_type}: loaders "
+                "quantise nn.Linear only"
+            )
+        reasons: dict[str, list[str]] = {}
+        for module, scheme in schemes.items():
+            reason = self.refusal(scheme, *shapes[module])
+            if reason:
+                reasons.setdefault(f"{scheme.label}: {reason}", []).append(module)
+        for reason, modules in reasons.items():
+            more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
+            found.append(f"{self.name} cannot hold {modules[0]}{more} in {reason}")
+        return found + self.refuses(schemes, shapes, architecture)
+
+    def refuses(self, schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
+        """What is wrong with the model as a whole, though each linear could be expressed."""
+        del schemes, shapes, architecture
+        return []
+
+    @abstractmethod
+    def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
+        """Bytes that the weight of one quantised linear takes in the files, without its bias."""
+
+    def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
+        """Bytes of a tensor that is not quantised."""
+        return int(torch.Size(shape).numel()) * dtype_bytes
+
+    def stays_packed(self, schemes: Iterable[Scheme]) -> bool:
+        """Whether transformers keeps such linears packed once it has loaded them."""
+        del schemes
+        return self.packs
+
+    def refuses_config(self, config: Mapping[str, Any]) -> list[str]:
+        """What is wrong with a model that its config tells and its architecture does not."""
+        del config
+        return []
+
+    @abstractmethod
+    def write(self, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> Written:
+        """Write a working or plain checkpoint as public files into an empty folder.
+
+        Floating tensors outside quantised linears are cast to `dtype`; a value that does not fit raises RecipeError.
+        """
+
+
+def write_folder(
+    source: Checkpoint,
+    folder: Path,
+    entries: Iterable[Entry],
+    dtype: torch.dtype,
+    shard_bytes: int,
+    quantization: Mapping[str, Any] | None,
+) -> Written:
+    """A Hugging Face model folder: safetensors, config.json with its section on quantisation, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    total = write_sharded(folder, entries, shard_bytes)
+    config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "quantization_config")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if quantization:
+        config["quantization_config"] = dict(quantization)
+    write_json(folder / "config.json", config)
+    for path in tokenizer_files(source.folder):
+        shutil.copyfile(path, folder / path.name)
+    return Written(total)
+
+
+def entries_of(
+    source: Checkpoint, dtype: torch.dtype, quantised: Callable[[str, Scheme], list[Entry]]
+) -> Iterable[Entry]:
+    """Every tensor in the order of names: `quantised(module, scheme)` gives those of a quantised linear, the rest is
+    cast to `dtype`."""
+    done: set[str] = set()
+    for name in source.names:
+        module = source.quantised_owner(name)
+        if module is None:
+            yield dense_entry(source, name, dtype)
+        elif module not in done:
+            done.add(module)
+            yield from quantised(module, source.schemes[module])
+
+
+def dense_entry(source: Checkpoint, name: str, dtype: torch.dtype) -> Entry:
+    """A tensor as it is, or cast where it is floating."""
+    stored, shape = source.header(name)
+    if stored not in ("F64", "F32", "F16", "BF16"):
+        sample = source.read(name)
+        return Entry(name, sample.dtype, shape, lambda: source.read(name))
+    return Entry(name, dtype, shape, lambda: cast(source.read(name), dtype, name))
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """`tensor` in `dtype`. Raises RecipeError naming the tensor where finite values leave the dtype's range."""
+    value = tensor.to(dtype)
+    if not bool(torch.isfinite(value).all()) and bool(torch.isfinite(tensor).all()):
+        raise RecipeError(
+            f"export.dtype: {name} holds values up to {float(tensor.abs().max()):.3g}, outside the range of "
+            f"{str(dtype).removeprefix('torch.')}. Use export.dtype: bfloat16."
+        )
+    return value
+
+
+def dense_linears(source: Checkpoint) -> list[str]:
+    """nn.Linear modules that stay dense: unquantised ones in blocks, and the head."""
+    arch = source.architecture
+    linears = [f"{arch.block_name(index)}.{name}" for index in range(source.block_count) for name in arch.linears]
+    return [arch.head, *(name for name in linears if name not in source.schemes)]

@@ -1,0 +1,139 @@
+"""bitsandbytes' own quantisers as stages: NF4 and FP4 (QLoRA's, data-free), and LLM.int8.
+
+The codes are those of the library, and the artifact (`export.format: bitsandbytes`) holds them in the form that the
+library saves. What is measured is what the library computes: for LLM.int8 with integer inputs, and with columns that
+reach the threshold in 16 bits. Sources: Dettmers et al., arXiv 2305.14314 (NF4) and 2208.07339 (LLM.int8).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from compress.architecture import Architecture
+from compress.checkpoints.formats.bitsandbytes import RANGE, nested_scales, require
+from compress.checkpoints.formats.bitsandbytes import unpack as unpacked
+from compress.events import Event
+from compress.quantization.gptq import relative_error
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.scheme import Scheme
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
+from compress.stages.quantize import checked_pattern, groups_that_do_not_divide, matches, patterns_that_match_nothing
+
+
+class BitsAndBytesStage(Stage):
+    """Quantise with bitsandbytes: NF4, FP4 or LLM.int8. Data-free."""
+
+    kind: Literal["bitsandbytes"] = "bitsandbytes"
+    type: Literal["nf4", "fp4", "int8"] = Field(default="nf4", description="4-bit grid, or LLM.int8")
+    double_quant: bool = Field(default=True, description="nf4 and fp4: round the scales too, to 8 bits")
+    group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="nf4 and fp4: weights that share a scale; transformers builds its linears for 64"
+    )
+    threshold: float = Field(default=6.0, gt=0, description="int8: inputs from this size on stay in 16 bits")
+    ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
+
+    @field_validator("ignore")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(checked_pattern(pattern) for pattern in value)
+
+    @property
+    def needs_weights(self) -> bool:
+        return True
+
+    @property
+    def scheme(self) -> Scheme:
+        """The one scheme of the stage."""
+        if self.type == "int8":
+            return Scheme(8, True, None, inputs=8, outliers=self.threshold)
+        return Scheme(4, True, self.group_size, grid=self.type, nested=self.double_quant)
+
+    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        require()
+        return [
+            *patterns_that_match_nothing(self.ignore, [], shapes),
+            *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+        ]
+
+    def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
+        return {module: self.scheme for module in shapes if not self._ignores(module)}
+
+    def _ignores(self, module: str) -> bool:
+        return any(matches(pattern, module) for pattern in self.ignore)
+
+    def apply(self, context: StageContext) -> StageOutcome:
+        source, output = context.source, context.output
+        modules: list[dict[str, Any]] = []
+        events: list[Event] = []
+        seconds = {"solve": 0.0, "write": 0.0}
+        output.write_outer(source)
+        with context.progress.task("bitsandbytes", source.block_count) as advance:
+            for index in range(source.block_count):
+                record = output.block_record(index)
+                if record is None:
+                    record = self._block(context, index, seconds)
+                    context.after_block(index)
+                done, happened = restore(record)
+                modules += done
+                events += happened
+                advance(f"block {index + 1}/{source.block_count}")
+        return StageOutcome(modules, events, seconds)
+
+    def _block(self, context: StageContext, index: int, seconds: dict[str, float]) -> dict[str, Any]:
+        source = context.source
+        prefix = source.architecture.block_name(index)
+        names = [f"{prefix}.{name}" for name in source.architecture.linears]
+        quantised, records = {}, []
+        for module in names:
+            if self._ignores(module):
+                continue
+            started = time.perf_counter()
+            weight = source.matrix(module).to(context.device).float()
+            codes, grid = quantised[module] = quantise(weight, self.scheme)
+            error = relative_error(weight, dequantize(codes, grid), None)
+            spent = time.perf_counter() - started
+            seconds["solve"] += spent
+            records.append(_record(module, index, self.scheme, weight.shape, error, spent))
+        kept = [Event("module_kept", module, "left in its source precision: the recipe ignores it") for module in names]
+        events = [event.to_json() for event in kept if event.where not in quantised]
+        started = time.perf_counter()
+        record = {"modules": records, "events": events}
+        context.output.write_block(source, index, quantised, record)
+        seconds["write"] += time.perf_counter() - started
+        return record
+
+
+def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
+    """Codes int8 and grid of weight (rows, columns) float32, by bitsandbytes' own functions, on the host."""
+    functional = require()
+    rows, columns = weight.shape
+    if scheme.grid == "int":
+        codes, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        return codes.cpu(), Grid(scheme, (absmax.float() / RANGE).view(rows, 1).cpu(), None)
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(), blocksize=scheme.group_size, quant_type=scheme.grid, compress_statistics=False
+    )
+    absmax = state.absmax.float()
+    nested = nested_scales(absmax) if scheme.nested else None
+    scale = nested.scales() if nested else absmax.cpu()
+    return unpacked(packed.cpu(), rows, columns), Grid(scheme, scale.view(rows, -1), None, nested)
+
+
+def _record(module: str, index: int, scheme: Scheme, shape: torch.Size, error: float, spent: float) -> dict[str, Any]:
+    rows, columns = shape
+    return {
+        "name": module,
+        "block": index,
+        "scheme": scheme.label,
+        "error": error,
+        "rounding_error": None,
+        "damping": None,
+        "seconds": spent,
+        "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
+        "events": [],
+    }

@@ -82,6 +82,10 @@ class Windows:
         """The first `count` windows, for a quick look."""
         return Windows(self.ids[:count], None if self.mask is None else self.mask[:count], self.ledger)
 
+    def shortened(self, tokens: int) -> Windows:
+        """Every window, its first `tokens` tokens."""
+        return Windows(self.ids[:, :tokens], None if self.mask is None else self.mask[:, :tokens], self.ledger)
+
     def part(self, start: int, stop: int) -> Windows:
         """Windows start..stop-1, with a ledger and a digest of their own; events stay with the whole."""
         ids, mask = self.ids[start:stop], None if self.mask is None else self.mask[start:stop]

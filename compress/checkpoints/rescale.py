@@ -2,10 +2,7 @@
 
 Weights read from a 4-bit file take 16 values a group, and any 4-bit method looks lossless on them. Random factors
 s = exp(U(-a, a)) per channel break the grid and cancel exactly wherever one tensor writes a channel and others read
-it: a norm's weight times s and its readers' columns over s; an up projection's rows times s and the down projection's
-columns over s; a value head's rows times s and the output projection's columns over s.
-
-Example with one channel: norm weight 0.5, reader column 0.8, s = 1.25: 0.625 and 0.64, product 0.4 as before.
+it (`couplings`).
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Coupling, Dimensions, dimensions_of
+from compress.checkpoints.couplings import to_columns, written
 from compress.checkpoints.reader import Checkpoint, companion_files
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
@@ -58,9 +56,9 @@ class _Factors:
         value = tensor.double()
         for number, coupling in enumerate(arch.couplings):
             if module == coupling.writer:
-                value = self._write(value, coupling, self._draw(block, number, coupling))
+                value = written(value, coupling, self._draw(block, number, coupling), arch.norm_offset)
             elif module in coupling.readers and leaf == "weight":
-                value = value / self._read_factors(coupling, self._draw(block, number, coupling))
+                value = value / to_columns(coupling, self._draw(block, number, coupling), self.dimensions)
         return value.to(tensor.dtype)
 
     def _draw(self, block: int, number: int, coupling: Coupling) -> Tensor:
@@ -70,16 +68,3 @@ class _Factors:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block * 101 + number)
         uniform = torch.rand(size, generator=generator, dtype=torch.float64)
         return torch.exp((uniform * 2 - 1) * self.amplitude)
-
-    def _write(self, value: Tensor, coupling: Coupling, factors: Tensor) -> Tensor:
-        if coupling.kind == "norm":
-            offset = self.source.architecture.norm_offset
-            return (value + offset) * factors - offset
-        # A linear's rows, or its bias: either way the first dimension.
-        return value * factors.view(-1, *[1] * (value.dim() - 1))
-
-    def _read_factors(self, coupling: Coupling, factors: Tensor) -> Tensor:
-        if coupling.kind != "value_heads":
-            return factors
-        heads = factors.view(self.dimensions.kv_heads, -1)
-        return heads.repeat_interleave(self.dimensions.heads // self.dimensions.kv_heads, dim=0).flatten()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.architecture import Architecture, architecture_of, logit_softcap
 from compress.checkpoints.reader import Checkpoint
-from compress.quantization.inputs import SERVED, IntegerLinear, run_as_before, run_on_integers
+from compress.quantization.inputs import IntegerLinear, run_as_before, run_as_loaded, run_on_integers
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Skeleton:
         self.config.use_cache = False
         self.architecture: Architecture = architecture_of(self.config)
         self.device, self.dtype = device, dtype
-        self.input_range = SERVED
-        """Of inputs that are integers (`quantization.inputs`): that of the kernels which serve such a model."""
+        self.as_loaded = False
+        """Whether linears with integer inputs compute as transformers does, and not as the kernels that serve them."""
         with init_empty_weights(include_buffers=False):
             # transformers chooses the attention: fused where it can, eager for Gemma 2, whose soft caps no kernel has.
             self.model: nn.Module = AutoModelForCausalLM.from_config(self.config)
@@ -124,12 +124,15 @@ class Skeleton:
     def _run_on_integers(self, module: nn.Module, checkpoint: Checkpoint, path: str) -> None:
         """Linears whose inputs are integers compute as their runtime does."""
         for name, scheme in checkpoint.schemes.items():
-            if scheme.inputs and name.startswith(path + "."):
+            if not scheme.inputs or not name.startswith(path + "."):
+                continue
+            linear = module.get_submodule(name.removeprefix(path + "."))
+            if self.as_loaded and not scheme.outliers:
+                run_as_loaded(linear)
+            else:
                 codes, grid = checkpoint.codes(name)
-                forward = IntegerLinear(
-                    codes.to(self.device), grid.scale.to(self.device), scheme.outliers, self.input_range
-                )
-                run_on_integers(module.get_submodule(name.removeprefix(path + ".")), forward)
+                forward = IntegerLinear(codes.to(self.device), grid.scale.to(self.device), scheme.outliers)
+                run_on_integers(linear, forward)
 
     @torch.no_grad()
     def embed(self, checkpoint: Checkpoint, batches: list[Batch]) -> list[Tensor]:

@@ -66,9 +66,12 @@ def walk_states(
     tokens_at_once: int,
     progress: Progress,
     label: str,
+    as_loaded: bool = False,
 ) -> States:
-    """Final hidden states of a checkpoint on every set, in one walk over its blocks."""
+    """Final hidden states of a checkpoint on every set, in one walk over its blocks. `as_loaded`: linears with
+    integer inputs compute as transformers does, and not as the kernels that serve them."""
     skeleton = Skeleton(checkpoint.config, device, dtype)
+    skeleton.as_loaded = as_loaded
     batches, owners = [], []
     for name, windows in sets.items():
         for batch in windows.batches(tokens_at_once):

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 SERVED = 127.0
 """Range of the kernels that serve such models."""
-LIBRARY = 127.5
-"""Range of compressed-tensors' forward."""
+LOADED = 127.5
+"""Range of compressed-tensors' forward in transformers."""
 EXACT_COLUMNS = 1024
 """128 x 127 x 1024 < 2^24."""
 _LEAST_ROWS = 32
@@ -97,7 +97,14 @@ def run_on_integers(linear: nn.Module, forward: IntegerLinear) -> None:
     linear.forward = lambda inputs: forward(inputs, bias)
 
 
+def run_as_loaded(linear: nn.Module) -> None:
+    """Make a linear compute as compressed-tensors does in transformers, until `run_as_before`: with rounded inputs and
+    the weight's values, in floating point."""
+    before = linear.forward
+    linear.forward = lambda inputs: before(rounded_inputs(inputs, LOADED))
+
+
 def run_as_before(module: nn.Module) -> None:
-    """Undo `run_on_integers` in a module and all below it."""
+    """Undo either in a module and all below it."""
     for child in module.modules():
         child.__dict__.pop("forward", None)

@@ -13,17 +13,29 @@ from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.round_to_nearest import RoundToNearest
 from compress.stages.sensitivity import Sensitivity
+from compress.stages.smooth import Awq, SmoothQuant
 from compress.stages.sparsify import Sparsify
 from compress.stages.structured_prune import StructuredPrune
 
 AnyStage = Annotated[
-    StructuredPrune | Sparsify | RoundToNearest | Gptq | BitsAndBytesStage | Recover | Sensitivity | MixedPrecision,
+    StructuredPrune
+    | Sparsify
+    | SmoothQuant
+    | Awq
+    | RoundToNearest
+    | Gptq
+    | BitsAndBytesStage
+    | Recover
+    | Sensitivity
+    | MixedPrecision,
     Field(discriminator="kind"),
 ]
 
 STAGES: dict[str, type[Stage]] = {
     "structured_prune": StructuredPrune,
     "sparsify": Sparsify,
+    "smoothquant": SmoothQuant,
+    "awq": Awq,
     "round_to_nearest": RoundToNearest,
     "gptq": Gptq,
     "bitsandbytes": BitsAndBytesStage,
@@ -35,12 +47,14 @@ STAGES: dict[str, type[Stage]] = {
 __all__ = [
     "STAGES",
     "AnyStage",
+    "Awq",
     "BitsAndBytesStage",
     "Gptq",
     "MixedPrecision",
     "Recover",
     "RoundToNearest",
     "Sensitivity",
+    "SmoothQuant",
     "Sparsify",
     "Stage",
     "StageContext",

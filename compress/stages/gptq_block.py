@@ -15,6 +15,7 @@ from compress.events import Event
 from compress.memory.measure import trim
 from compress.quantization.gptq import Factor, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
+from compress.quantization.inputs import IntegerLinear, rounded_inputs, run_on_integers
 from compress.quantization.refine import Split
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import Mismatch, Shift, shift_of
@@ -37,6 +38,8 @@ class BlockWork:
         if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):
             return
         with self.run.clock.timed("hessian"):
+            if self._reads_integers(group):
+                here = Arrival(rounded_inputs(here.inputs), here.residual)
             if self._statistics is None:
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
             mask = self.run.batches[number].mask
@@ -126,6 +129,8 @@ class BlockWork:
         for linear, solution in zip(linears, solutions, strict=True):
             value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
             linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
+            if scheme.inputs:
+                run_on_integers(linear, IntegerLinear(solution.codes, solution.grid.scale))
         spent = time.perf_counter() - started
         self.run.clock.seconds["solve"] += spent
         rows = sum(weight.shape[0] for weight in weights)
@@ -136,6 +141,11 @@ class BlockWork:
                 self.events.append(Event("rounding_kept", module, "rounding was better than solving, and was kept"))
             share = spent * weight.shape[0] / rows
             self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
+
+    def _reads_integers(self, group: InputGroup) -> bool:
+        """Whether the group's inputs will be rounded when the model runs; the Hessian is then of rounded ones."""
+        schemes = [self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears]
+        return any(scheme.inputs for scheme in schemes if scheme)
 
     def _record(
         self, module: str, scheme: Scheme, solution: Solution, shape: torch.Size, spent: float, fell_back: bool

@@ -45,6 +45,7 @@ class Override(BaseModel):
     bits: Bits | None = None
     symmetric: bool | None = None
     group_size: GroupSize | None = None
+    inputs: Literal["int8", "none"] | None = None
 
     _pattern = field_validator("match")(checked_pattern)
     _size = field_validator("group_size")(lambda value: checked_size(value))
@@ -64,6 +65,11 @@ class QuantizeStage(Stage):
     )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
+    inputs: Literal["int8", "none"] = Field(
+        default="none",
+        description="int8: linears round their inputs as they run, a scale a token, and multiply integers (W8A8); goes "
+        "with bits: 8, symmetric, group_size: channel",
+    )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
 
@@ -76,7 +82,7 @@ class QuantizeStage(Stage):
 
     @model_validator(mode="after")
     def _plan_decides(self) -> QuantizeStage:
-        given = {"symmetric", "group_size", "ignore", "overrides"} & self.model_fields_set
+        given = {"symmetric", "group_size", "inputs", "ignore", "overrides"} & self.model_fields_set
         defaults = {name: type(self).model_fields[name].default for name in given}
         changed = sorted(name for name in given if getattr(self, name) != defaults[name])
         if self.follows_plan and changed:
@@ -114,13 +120,14 @@ class QuantizeStage(Stage):
         assert self.bits != "planned", "a stage that follows a plan is asked once the plan is in it"
         if any(matches(pattern, module) for pattern in self.ignore):
             return None
-        bits, symmetric, size = self.bits, self.symmetric, self.group_size
+        bits, symmetric, size, inputs = self.bits, self.symmetric, self.group_size, self.inputs
         for override in self.overrides:
             if matches(override.match, module):
                 bits = override.bits or bits
                 symmetric = symmetric if override.symmetric is None else override.symmetric
                 size = override.group_size or size
-        return Scheme(bits, symmetric, None if size == "channel" else size)
+                inputs = override.inputs or inputs
+        return Scheme(bits, symmetric, None if size == "channel" else size, 8 if inputs == "int8" else None)
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
         if self.follows_plan:
@@ -134,6 +141,7 @@ class QuantizeStage(Stage):
         return [
             *patterns_that_match_nothing(self.ignore, [override.match for override in self.overrides], shapes),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+            *integer_inputs_that_do_not_fit(self.schemes(shapes)),
             *self._fused_that_differ(shapes, architecture),
         ]
 
@@ -174,6 +182,19 @@ def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str
         f"Linears are named like {next(iter(shapes))}."
         for field, pattern in patterns
         if not any(matches(pattern, module) for module in shapes)
+    ]
+
+
+def integer_inputs_that_do_not_fit(schemes: dict[str, Scheme]) -> list[str]:
+    """One sentence for each scheme that asks for integer inputs beside weights that no kernel multiplies them with."""
+    found: dict[Scheme, list[str]] = {}
+    for module, scheme in schemes.items():
+        if scheme.inputs and (scheme.bits, scheme.symmetric, scheme.group_size) != (8, True, None):
+            found.setdefault(scheme, []).append(module)
+    return [
+        f"{modules[0]}: {scheme.label}: int8 inputs go with bits: 8, symmetric: true, group_size: channel; give those, "
+        "or inputs: none in an override"
+        for scheme, modules in found.items()
     ]
 
 

@@ -32,7 +32,7 @@ from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.noise import Noise, noise_floor
 from compress.steps.plan import Plan
-from compress.steps.round_trip import BOUND, COMPARED_WINDOWS, Reloaded, reload
+from compress.steps.round_trip import BOUND, COMPARED_TOKENS, COMPARED_WINDOWS, Reloaded, reload
 from compress.steps.source import OpenedSource, check_perplexity
 from compress.steps.texts import Texts
 
@@ -165,7 +165,10 @@ def round_trip(
         return replace(evidence, events=(Event("round_trip_skipped", "export", message),))
     name = next(iter(texts.evaluation))
     windows, ours = texts.evaluation[name].first(COMPARED_WINDOWS), states[name]
-    if plan.machine.compute is not torch.float32:
+    if any(scheme.inputs for scheme in candidate.checkpoint.schemes.values()):
+        windows = windows.shortened(COMPARED_TOKENS)
+        ours = _float32_states(plan, candidate.checkpoint, windows, progress, as_loaded=True)
+    elif plan.machine.compute is not torch.float32:
         ours = _float32_states(plan, candidate.checkpoint, windows, progress)
     with progress.task("reloading through the public loader", 1) as advance:
         reloaded = reload(candidate.folder, candidate.checkpoint, windows, ours, plan.machine)
@@ -181,11 +184,18 @@ def round_trip(
     return replace(evidence, reloaded=reloaded)
 
 
-def _float32_states(plan: Plan, checkpoint: Checkpoint, windows: Windows, progress: Progress) -> Tensor:
-    """Our states of a few windows once more, in float32, where the walk computes in 16 bits."""
+def _float32_states(
+    plan: Plan, checkpoint: Checkpoint, windows: Windows, progress: Progress, as_loaded: bool = False
+) -> Tensor:
+    """Our states of a few windows once more, in float32, where the walk computes in 16 bits.
+
+    `as_loaded`: linears that round their inputs do it as the public loader does, one window at a time, for the outliers
+    of LLM.int8 are those of a whole call.
+    """
     machine, sets = plan.machine, {"round trip": windows}
+    at_once = windows.ids.shape[1] if as_loaded else machine.tokens_at_once
     label = "reading the export in float32"
-    states = walk_states(checkpoint, sets, machine.device, torch.float32, machine.tokens_at_once, progress, label)
+    states = walk_states(checkpoint, sets, machine.device, torch.float32, at_once, progress, label, as_loaded)
     return states["round trip"]
 
 

@@ -7,7 +7,7 @@ from compress.calibration.windows import WindowSpec
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.stages import STAGES
+from compress.stages import STAGES, BitsAndBytesStage
 from compress.stages.base import Stage, Training
 from compress.stages.candidates import CandidateStage
 from compress.stages.quantize import QuantizeStage
@@ -38,6 +38,12 @@ def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
             found.append(
                 f"stages[{index}]: {stage.kind} works on linears that were quantised before it, and no stage before it "
                 f"quantises one; put a stage that does first ({makers})"
+            )
+        floating = [each.kind for each in recipe.stages[:index] if isinstance(each, BitsAndBytesStage)]
+        if stage.training and floating:
+            found.append(
+                f"stages[{index}]: {stage.kind} trains what belongs to integer grids, and {floating[0]} before it "
+                "makes none; leave one of them out"
             )
         blocks = shapes.source.dimensions.blocks, shapes.before[index].dimensions.blocks
         if stage.training and stage.training.mode == "block" and blocks[0] != blocks[1]:

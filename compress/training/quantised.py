@@ -10,7 +10,7 @@ dy^T x is summed over groups at once. What is kept between the passes is the inp
 cast of the product is the loaders' (`grid.dequantize`); the gradient passes it unchanged.
 
 Trained codes are round(c + f) within the scheme's range, f float32 and zero at first. The gradient passes the rounding
-unchanged (straight-through, arXiv 1308.3432): df = dy^T x s.
+unchanged (straight-through, arXiv 1308.3432): df = dy^T x s. It passes inputs that are rounded (W8A8) in the same way.
 
 Example: codes [7, -8], one group, s = 0.1, x = [1, 2], dy = 1: W = [0.7, -0.8], y = -0.9, ds = 1*7 + 2*(-8) = -9.
 """
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantization.grid import Grid, dequantize
+from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Scheme
 from compress.training.relative import Relative
 
@@ -108,6 +109,8 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs (..., columns) -> (..., rows), in the inputs' dtype."""
+        if self.scheme.inputs:
+            inputs = inputs + (rounded_inputs(inputs.detach()) - inputs.detach())
         product: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             inputs,
             self.scale(),

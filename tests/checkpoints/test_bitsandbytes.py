@@ -10,12 +10,10 @@ from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.bitsandbytes import pack, unpack
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.skeleton import Skeleton
 from compress.quantization.grid import FLOATING_GRIDS, dequantize
-from compress.quantization.inputs import SERVED
 from compress.quantization.scheme import Scheme
 from compress.stages.bitsandbytes import BitsAndBytesStage, quantise
-from tests.tiny import CPU, apply_stage, load_publicly, our_logits, random_model, random_windows, their_logits
+from tests.tiny import apply_stage, load_publicly, our_logits, random_model, random_windows, their_logits
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
@@ -142,7 +140,3 @@ def test_only_its_own_format_and_plain_can_hold_it():
         "bitsandbytes",
         "plain",
     ]
-
-
-def test_the_range_of_inputs_is_the_kernels():
-    assert Skeleton({"model_type": "llama", "num_hidden_layers": 1}, CPU, torch.float32).input_range == SERVED

@@ -33,9 +33,10 @@ from compress.steps import reporting
 from compress.steps.candidate import Asked, calibration_events, check_comparable, exported, open_candidate
 from compress.steps.deciding import Inquiry, decide
 from compress.steps.environment import versions
-from compress.steps.fold import fold, stage_events
 from compress.steps.judging import measure_candidate, measure_source, round_trip, with_noise
 from compress.steps.latency import time_both
+from compress.steps.made import compress, from_parent
+from compress.steps.parent import Parent
 from compress.steps.plan import Plan, make_plan, plan_evaluation
 from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
 from compress.steps.quantised_alone import quantised_alone
@@ -68,8 +69,11 @@ def plan(recipe: Recipe, store: Path, progress: Progress) -> Plan:
     return make_plan(recipe, store, progress)
 
 
-def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
-    """Take a plan to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise."""
+def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | None = None) -> Outcome:
+    """Take a plan to a published artifact, or to a kept and marked rejected run. Raises CompressError otherwise.
+
+    With a `parent` nothing is compressed: its integers are written in the format of the recipe, judged and published.
+    """
     large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
     recipe, store = planned.recipe, Store(store_folder)
@@ -85,22 +89,12 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
             answers = ask_source(planned, source, tasks, progress)
             talk = ask_source_prompts(planned, source, progress)
         with clock.step("stages"):
-            folded = fold(
-                recipe.stages,
-                source.checkpoint,
-                source.digest,
-                texts.calibration,
-                recipe.seed,
-                planned.machine,
-                planned.stored,
-                progress,
-                sampler,
-            )
+            made = from_parent(parent) if parent else compress(planned, source, texts, progress, sampler)
         with store.staging(recipe.name) as staged:
             with clock.step("export"), sampler.phase("export"):
                 (staged / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
                 written = export(
-                    folded[-1].checkpoint,
+                    made.checkpoint,
                     staged / "model",
                     recipe.export.format,
                     planned.stored,
@@ -115,9 +109,11 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                 evidence = round_trip(planned, candidate, texts, evidence, states, progress)
                 evidence = time_both(planned, source, candidate, evidence, progress)
             with clock.step("quantised alone"):
-                alone = quantised_alone(planned, source, baseline, texts, evidence, sampler, progress)
+                alone = None
+                if parent is None:
+                    alone = quantised_alone(planned, source, baseline, texts, evidence, sampler, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
-            events += [*stage_events(folded), *written.events]
+            events += [*made.events, *written.events]
             events += [*evidence.events, *(talk.events if talk else ())]
             inquiry = Inquiry(planned, source, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
             with clock.step("verdict"), sampler.phase("verdict"):
@@ -129,7 +125,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                     planned,
                     source,
                     texts,
-                    folded,
+                    made.stages,
                     decision,
                     talk,
                     sampler,
@@ -137,11 +133,12 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                     started,
                     artifact,
                     alone=alone,
+                    parent=parent.artifact if parent else None,
                 )
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
                 write_items(decision.evidence.tasks, staged / "reports" / "items")
-                folder = slot.publish(staged, decision.verdict, _facts(report))
+                folder = slot.publish(staged, decision.verdict, _facts(report, parent))
     return Outcome(folder, report, folder / "reports" / "report.html")
 
 
@@ -204,7 +201,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
     return Outcome(candidate.folder, report, out / "report.html" if out else None)
 
 
-def _facts(report: Report) -> dict[str, Any]:
+def _facts(report: Report, parent: Parent | None) -> dict[str, Any]:
     """What the manifest repeats of the report: digests of what went in, and the environment."""
     lineage = {
         "source": report.provenance["source"]["digest"],
@@ -212,7 +209,11 @@ def _facts(report: Report) -> dict[str, Any]:
     }
     if report.calibration.get("digest"):
         lineage["calibration"] = report.calibration["digest"]
-    return {"lineage": lineage, "environment": {**report.provenance["machine"], **versions()}}
+    facts: dict[str, Any] = {"lineage": lineage, "environment": {**report.provenance["machine"], **versions()}}
+    if parent:
+        lineage["parent"] = parent.digest
+        facts["parent"] = {"reference": parent.reference, "digest": parent.digest}
+    return facts
 
 
 class _Clock:

@@ -17,6 +17,7 @@ except ImportError:
 
 from compress import __version__, parallel
 from compress.cli import eval as judging
+from compress.cli import export as exporting
 from compress.cli import frontier as mapping
 from compress.cli import inspect, recipes, run
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
@@ -54,6 +55,7 @@ app.command("run")(run.run)
 app.command("plan")(run.plan)
 app.command("eval")(judging.eval_)
 app.command("frontier")(mapping.frontier)
+app.command("export")(exporting.export)
 app.command("init")(recipes.init)
 app.command("validate")(recipes.validate)
 app.command("kinds")(recipes.kinds)

@@ -251,6 +251,9 @@ class Report(Value):
     )
     seconds_by_step: dict[str, float] = Field(description="the run's steps in order: source, baseline, stage ...")
     artifact: ArtifactRef
+    parent: ArtifactRef | None = Field(
+        default=None, description="of `compress export`: the version whose integers these are, in another format"
+    )
     judged: JudgedRecord | None = Field(
         default=None, description="of `compress eval` only; nothing was compressed then"
     )

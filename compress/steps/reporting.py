@@ -33,7 +33,6 @@ from compress.reports.report import (
 from compress.steps.candidate import Asked, Candidate
 from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
-from compress.steps.fold import Folded
 from compress.steps.judging import Evidence, measured_kv_cache
 from compress.steps.plan import Plan
 from compress.steps.prompts import Conversation
@@ -46,7 +45,7 @@ def assemble(
     plan: Plan,
     source: OpenedSource,
     texts: Texts,
-    folded: list[Folded],
+    stages: list[StageRecord],
     decision: Decision,
     talk: Conversation | None,
     sampler: PeakSampler,
@@ -55,9 +54,10 @@ def assemble(
     artifact: ArtifactRef,
     of: JudgedRecord | None = None,
     alone: AlternativeRecord | None = None,
+    parent: ArtifactRef | None = None,
 ) -> Report:
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
-    a pruned model is compared with."""
+    a pruned model is compared with, `parent` the version whose codes these are in another format."""
     recipe, evidence, events = plan.recipe, decision.evidence, decision.events
     return Report(
         verdict=decision.verdict,
@@ -69,7 +69,7 @@ def assemble(
         ),
         memory=_memory(plan, source, evidence, sampler, predicted=of is None),
         quantised_alone=alone,
-        stages=[StageRecord(**folding.record) for folding in folded],
+        stages=stages,
         round_trip=_round_trip(evidence),
         events=events,
         event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
@@ -85,6 +85,7 @@ def assemble(
         provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None),
         seconds_by_step=seconds_by_step,
         artifact=artifact,
+        parent=parent,
         judged=of,
     )
 

@@ -17,7 +17,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3; do \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo-model glass quickstart test check lint types layers reference recipes unit format constraints clean
+.PHONY: help install demo-model glass quickstart test check lint types layers reference recipes unit loaders format constraints clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -80,6 +80,9 @@ recipes: demo-model  ## every shipped recipe is valid
 unit: demo-model glass  ## pytest, the whole suite
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 COMPRESS_GLASS="$(CURDIR)/$(GLASS)" \
 	  $(BIN)/pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+loaders: demo-model  ## what we write, loaded by GPTQModel, auto-gptq and llama.cpp (heavy: builds .loaders/)
+	$(BIN)/python scripts/loaders/run.py
 
 format: install  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

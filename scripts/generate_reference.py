@@ -3,7 +3,8 @@
     python scripts/generate_reference.py           write the pages
     python scripts/generate_reference.py --check   exit 1 with a diff if a page is not what the code says
 
-Nothing in docs/reference is edited by hand. Pages depend on the code alone: width is fixed and nothing is timed.
+Nothing in docs/reference is edited by hand, nor is the table in docs/formats.md. Pages depend on the code alone: width
+is fixed and nothing is timed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import typer.main
 from compress.architecture import architecture_of, known_model_types
 from compress.artifacts.manifest import Manifest
 from compress.checkpoints.formats import FORMATS
+from compress.checkpoints.formats.support import SUPPORT
 from compress.cli.app import app, guarded
 from compress.errors import CompressError, ExitCode
 from compress.evaluation.specs import EVALUATIONS
@@ -292,6 +294,21 @@ def printed(*arguments: str) -> str:
     return caught.getvalue()
 
 
+FORMATS_PAGE = ROOT / "docs" / "formats.md"
+BEGIN, END = "<!-- table: scripts/generate_reference.py -->\n", "<!-- end of table -->"
+
+
+def formats_page() -> str:
+    """docs/formats.md as it is, with the table that compress/checkpoints/formats/support.py has."""
+    columns = ["runtime", "format", "scheme", "groups", "mixed", "shapes", "limits", "source"]
+    rows = [
+        [row.runtime, f"`{row.format}`", row.what, row.groups, row.mixed, row.shapes, row.limits, row.source]
+        for row in SUPPORT
+    ]
+    before, _, rest = FORMATS_PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + table(columns, rows) + END + rest.partition(END)[2]
+
+
 # --- writing and checking --------------------------------------------------------------------------------------------
 
 
@@ -327,6 +344,9 @@ def main() -> int:
     made = pages()
     if arguments.check:
         found = differences(made)
+        name = str(FORMATS_PAGE.relative_to(ROOT))
+        there = FORMATS_PAGE.read_text(encoding="utf-8").splitlines()
+        found += difflib.unified_diff(there, formats_page().splitlines(), name, "what the code says", lineterm="")
         closing = "docs/reference is stale: run scripts/generate_reference.py" if found else "docs/reference is current"
         print("\n".join([*found[:MOST_LINES], closing]))
         return int(bool(found))
@@ -336,6 +356,7 @@ def main() -> int:
             path.unlink()
     for name, text in made.items():
         (REFERENCE / name).write_text(text, encoding="utf-8")
+    FORMATS_PAGE.write_text(formats_page(), encoding="utf-8")
     print(f"wrote {len(made)} pages to {REFERENCE.relative_to(ROOT)}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.architecture import Architecture, Dimensions
 from compress.checkpoints.formats import FORMATS, able
+from compress.checkpoints.formats.support import limits_of, unserved
 from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
@@ -58,7 +59,11 @@ def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> 
 
 
 def warnings_of(
-    recipe: Recipe, schemes: dict[str, Scheme], architecture: Architecture, dimensions: Dimensions
+    recipe: Recipe,
+    schemes: dict[str, Scheme],
+    shapes: dict[str, tuple[int, int]],
+    architecture: Architecture,
+    dimensions: Dimensions,
 ) -> list[str]:
     """Legal, but probably not what is wanted."""
     found = [
@@ -72,14 +77,8 @@ def warnings_of(
         found.append(
             "stages[0]: it trains a model against the source that it still is; put it behind a stage that changes it"
         )
-    sizes = {scheme.group_size for scheme in schemes.values()} - {None, 32, 64, 128}
-    if sizes:
-        found.append(
-            f"group sizes {sorted(size for size in sizes if size)} load in transformers, but vLLM's kernels take 32, "
-            "64, 128 or channel"
-        )
-    if any(not scheme.symmetric and scheme.bits not in (4, 8) for scheme in schemes.values()):
-        found.append("asymmetric schemes other than 4 and 8 bits load in transformers; vLLM does not serve them")
+    found += unserved("vLLM", recipe.export.format, schemes, shapes)
+    found += limits_of("vLLM", recipe.export.format, schemes)
     if dimensions.max_context and recipe.export.context > dimensions.max_context:
         found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")
     if not architecture.float16_safe and recipe.export.dtype == "float16":

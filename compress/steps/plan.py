@@ -163,7 +163,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
-        warnings=tuple(warnings_of(recipe, schemes, architecture, dimensions) + weak_gates(gate_powers)),
+        warnings=tuple(warnings_of(recipe, schemes, last.matrices, architecture, dimensions) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),
     )

@@ -1,0 +1,157 @@
+"""Serve an artifact with vLLM and hold it against our own reading: logprobs, throughput, memory.
+
+    python scripts/serve_vllm.py ARTIFACT [--out vllm.json] [--store artifacts] [--prompts 200] [--max-model-len 2048]
+
+Runs where vLLM is installed and a GPU is there; ARTIFACT is NAME@v0003 of the store, or a folder. Two processes, so that
+neither sees the other's memory: vLLM with the prompts' log-probabilities of every token, then transformers with the same
+files. Written: mean and largest difference of log-probabilities over the prompts' tokens, the share of positions with
+the same most likely token, tokens a second with all prompts at once, device memory in use, and the versions. Without
+--out it is kept in the store, beside the version, where `compress report` shows it. docs/guide/serving.md has the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT_TOKENS = 128
+GENERATED = 64
+
+
+def prompts_of(folder: Path, count: int) -> list[list[int]]:
+    """Token ids of `count` passages of Python's own help, `PROMPT_TOKENS` each: text that every machine has."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(topics[name] for name in sorted(topics)))["input_ids"]
+    longest = len(ids) // PROMPT_TOKENS
+    if longest < count:
+        raise SystemExit(f"the text has {longest} passages, {count} were asked for")
+    return [ids[start : start + PROMPT_TOKENS] for start in range(0, count * PROMPT_TOKENS, PROMPT_TOKENS)]
+
+
+def by_vllm(folder: Path, prompts: list[list[int]], max_len: int) -> dict[str, Any]:
+    """Log-probability of each prompt token after the first, most likely tokens, and what it took."""
+    import torch
+    import vllm
+
+    model = vllm.LLM(str(folder), max_model_len=max_len, enforce_eager=False)
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = model.generate(asked, vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1))
+    chosen, best = [], []
+    for prompt, output in zip(prompts, found, strict=True):
+        entries = output.prompt_logprobs[1:]
+        chosen.append([entry[token].logprob for entry, token in zip(entries, prompt[1:], strict=True)])
+        best.append([max(entry, key=lambda token, entry=entry: entry[token].logprob) for entry in entries])
+    started = time.perf_counter()
+    model.generate(asked, vllm.SamplingParams(max_tokens=GENERATED, temperature=0, ignore_eos=True))
+    seconds = time.perf_counter() - started
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "logprobs": chosen,
+        "best": best,
+        "output_tokens_per_second": len(prompts) * GENERATED / seconds,
+        "device": torch.cuda.get_device_name(),
+        "device_bytes_in_use": total - free,
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+    }
+
+
+def by_transformers(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """The same by transformers, from the same files."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+    chosen, best = [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=device)
+            scores = model(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            chosen.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
+            best.append(scores.argmax(-1).tolist())
+    return {"logprobs": chosen, "best": best, "device": device}
+
+
+def compare(served: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
+    """Differences over all tokens of all prompts."""
+    pairs = [
+        (a, b)
+        for one, other in zip(served["logprobs"], read["logprobs"], strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    same = [
+        a == b for one, other in zip(served["best"], read["best"], strict=True) for a, b in zip(one, other, strict=True)
+    ]
+    differences = [abs(a - b) for a, b in pairs]
+    losses = [-sum(side) / len(pairs) for side in zip(*pairs, strict=True)]
+    return {
+        "prompts": len(served["logprobs"]),
+        "tokens": len(pairs),
+        "mean_abs_logprob_difference": sum(differences) / len(differences),
+        "largest_logprob_difference": max(differences),
+        "same_most_likely_token": sum(same) / len(same),
+        "perplexity_ratio": math.exp(losses[0] - losses[1]),
+    }
+
+
+def found(artifact: str, store: Path) -> Path:
+    """The artifact's folder, or a model folder that is none."""
+    from compress.artifacts.store import Store
+
+    return Path(artifact) if Path(artifact).is_dir() else Store(store).find(artifact)
+
+
+def model_folder(artifact: Path) -> Path:
+    """Where an artifact's model files are."""
+    return artifact / "model" if (artifact / "model").is_dir() else artifact
+
+
+def kept_at(artifact: Path) -> Path:
+    """Beside the versions: an artifact itself never changes."""
+    return artifact.parent / "serving" / f"{artifact.name}.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifact")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--store", type=Path, default=Path("artifacts"))
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--side", choices=("vllm", "transformers"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    artifact = found(arguments.artifact, arguments.store)
+    folder, out = model_folder(artifact), arguments.out or kept_at(artifact)
+    if arguments.side:
+        prompts = prompts_of(folder, arguments.prompts)
+        side = by_vllm(folder, prompts, arguments.max_model_len) if arguments.side == "vllm" else None
+        out.write_text(json.dumps(side or by_transformers(folder, prompts)))
+        return 0
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sides = {}
+    for side_name in ("vllm", "transformers"):
+        part = out.with_suffix(f".{side_name}.json")
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", side_name, "--out", str(part)]
+        if subprocess.run(command, check=False).returncode:
+            print(f"{side_name} failed; see above", file=sys.stderr)
+            return 1
+        sides[side_name] = json.loads(part.read_text())
+        part.unlink()
+    served = {key: value for key, value in sides["vllm"].items() if key not in ("logprobs", "best")}
+    result = {"artifact": str(artifact), **compare(sides["vllm"], sides["transformers"]), **served}
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

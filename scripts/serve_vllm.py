@@ -2,10 +2,10 @@
 
     python scripts/serve_vllm.py ARTIFACT [--out vllm.json] [--store artifacts] [--prompts 200] [--max-model-len 2048]
 
-Runs where vLLM is installed and a GPU is there; ARTIFACT is NAME@v0003 of the store, or a folder. Two processes, so that
-neither sees the other's memory: vLLM with the prompts' log-probabilities of every token, then transformers with the same
-files. Written: mean and largest difference of log-probabilities over the prompts' tokens, the share of positions with
-the same most likely token, tokens a second with all prompts at once, device memory in use, and the versions. Without
+Runs where vLLM is installed and a GPU is there; ARTIFACT is NAME@v0003 of the store, or a folder. Two processes, so
+that neither sees the other's memory: vLLM with the prompts' log-probabilities of every token, then transformers with
+the same files. Written: mean and largest difference of log-probabilities over the prompts' tokens, the share of places
+with the same most likely token, tokens a second with all prompts at once, device memory in use, versions. Without
 --out it is kept in the store, beside the version, where `compress report` shows it. docs/guide/serving.md has the job.
 """
 

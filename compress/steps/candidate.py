@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.artifacts import manifest
 from compress.artifacts.store import Store
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import WindowSpec, build_windows
+from compress.checkpoints.export import stored_dtype
 from compress.checkpoints.foreign import readable_as, write_dense
+from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.gguf import FILE as GGUF_FILE
 from compress.checkpoints.formats.gguf import effective_bits
 from compress.checkpoints.reader import Checkpoint, tokenizer_files
@@ -67,6 +71,8 @@ class Candidate:
     """What it was calibrated on, where that is known."""
     calibration_digest: str | None = None
     """Of the windows it was calibrated on, as its manifest recorded it."""
+    loader_lacks: tuple[str, ...] = ()
+    """Packages without which its public loader cannot load it; `folder` is then a copy with the weights written out."""
     effective_bits: float | None = None
     """Of a .gguf, whose tensors are not looked at here."""
     events: tuple[Event, ...] = field(default=())
@@ -74,12 +80,13 @@ class Candidate:
     @property
     def is_read_directly(self) -> bool:
         """Whether our reading and its loader's can be held against each other to rounding."""
-        return self.checkpoint.folder == self.folder
+        return self.checkpoint.folder == self.folder and not self.loader_lacks
 
     @property
     def artifact(self) -> ArtifactRef:
         """How a report refers to it."""
-        return ArtifactRef(path=str(self.folder), name=self.name, version=self.version, digest=self.digest)
+        where = self.files.folder if self.files else self.folder
+        return ArtifactRef(path=str(where), name=self.name, version=self.version, digest=self.digest)
 
     def calibrated(self, recipe: Recipe) -> Recipe:
         """The recipe with the calibration text of this model, so that overlap is looked for where it could be."""
@@ -103,7 +110,29 @@ def exported(folder: Path, stored_bytes: int, progress: Progress) -> Candidate:
             "export", read, Checkpoint(read), None, stored_bytes, "", recorded={}, effective_bits=effective_bits(path)
         )
     checkpoint = Checkpoint(folder)
-    return Candidate("export", folder, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={})
+    lacks = _lacks(checkpoint)
+    runs = _written_out(checkpoint) if lacks else folder
+    return Candidate(
+        "export", runs, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={}, loader_lacks=lacks
+    )
+
+
+def _lacks(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What transformers would need to load a folder that is read here, and is not installed."""
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    format_ = FORMATS.get(str(method))
+    return format_.loader_lacks() if format_ is not None and checkpoint.is_understood else ()
+
+
+def _written_out(checkpoint: Checkpoint) -> Path:
+    """The same weights as a plain folder of the cache: what writes text where the format's own loader is not here."""
+    stored = stored_dtype(checkpoint.config, "auto", checkpoint.architecture.float16_safe)
+    name = f"written-{checkpoint.digest()[:24]}"
+    return cached_source(name, lambda target: _write_plain(checkpoint, target, stored))
+
+
+def _write_plain(checkpoint: Checkpoint, target: Path, stored: torch.dtype) -> None:
+    FORMATS["plain"].write(checkpoint, target, stored, 5 * 10**9)
 
 
 def find_model(text: str, store: Path) -> Found:
@@ -156,9 +185,11 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
     if unknown:
         events.append(Event("calibration_unknown", found.text, unknown))
     published = manifest.read(found.artifact) if found.artifact else None
+    lacks = () if is_gguf else _lacks(files)
     return Candidate(
         noun="judged model",
-        folder=source.folder,
+        folder=_written_out(files) if lacks else source.folder,
+        loader_lacks=lacks,
         checkpoint=measured,
         files=None if is_gguf else files,
         stored_bytes=Path(source.facts["path"]).stat().st_size if is_gguf else files.weight_bytes,

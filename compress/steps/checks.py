@@ -77,6 +77,12 @@ def warnings_of(
         found.append(
             "stages[0]: it trains a model against the source that it still is; put it behind a stage that changes it"
         )
+    lacks = FORMATS[recipe.export.format].loader_lacks()
+    if lacks:
+        found.append(
+            f"export.format {recipe.export.format}: its public loader needs {' and '.join(lacks)}, not installed here: "
+            "no round trip is made, and what is judged is our own reading of the files"
+        )
     found += unserved("vLLM", recipe.export.format, schemes, shapes)
     found += limits_of("vLLM", recipe.export.format, schemes)
     if dimensions.max_context and recipe.export.context > dimensions.max_context:

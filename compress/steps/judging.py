@@ -160,6 +160,9 @@ def round_trip(
     if candidate.files is None:
         message = "transformers has no loader that keeps a .gguf file packed; resident memory was not measured"
         return replace(evidence, events=(Event("round_trip_skipped", candidate.noun, message),))
+    if candidate.loader_lacks:
+        message = f"{' and '.join(candidate.loader_lacks)} are not installed here, and its public loader needs them"
+        return replace(evidence, events=(Event("round_trip_skipped", candidate.noun, message),))
     if not fits(plan.parameters, plan.reload_bytes, plan.machine):
         message = "the export does not fit in memory at once, so its public loader was not tried; run it where it fits"
         return replace(evidence, events=(Event("round_trip_skipped", "export", message),))

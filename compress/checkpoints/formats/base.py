@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +39,8 @@ class Format(ABC):
     description: ClassVar[str]
     packs: ClassVar[bool]
     """Whether quantised linears stay packed, so that the files are smaller."""
+    loader_needs: ClassVar[tuple[str, ...]] = ()
+    """Modules that transformers needs beside itself to load it."""
     transposed_linears: ClassVar[bool] = False
     """Whether GPT-2's Conv1D can be quantised in it."""
 
@@ -67,6 +70,10 @@ class Format(ABC):
         """What is wrong with the model as a whole, though each linear could be expressed."""
         del schemes, shapes, architecture
         return []
+
+    def loader_lacks(self) -> tuple[str, ...]:
+        """Those of `loader_needs` that are not installed here."""
+        return tuple(name for name in self.loader_needs if importlib.util.find_spec(name) is None)
 
     @abstractmethod
     def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:

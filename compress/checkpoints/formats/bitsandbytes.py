@@ -45,6 +45,7 @@ class BitsAndBytes(Format):
     name = "bitsandbytes"
     description = "NF4, FP4 or LLM.int8 as bitsandbytes saves them; loads in transformers, and in vLLM on GPUs"
     packs = True
+    loader_needs = ("bitsandbytes",)
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if scheme.grid == "int" and not scheme.outliers:

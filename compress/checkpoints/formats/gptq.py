@@ -46,6 +46,7 @@ class GptqLayout(Format):
     name = "gptq"
     description = "AutoGPTQ's layout, one scheme of 2, 3, 4 or 8 bits; loads in GPTQModel, transformers and vLLM"
     packs = True
+    loader_needs = ("optimum", "gptqmodel")
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if scheme.grid != "int" or scheme.inputs:

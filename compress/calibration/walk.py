@@ -169,7 +169,8 @@ def forward_of(skeleton: Skeleton, batches: list[Batch], index: int) -> Forward:
 
     def forward(block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         call = skeleton.call(batches[number], hidden, index)
-        output = block(hidden, *call.args, **call.kwargs)
+        cache = {} if skeleton.cache is None else {"past_key_values": skeleton.cache}
+        output = block(hidden, *call.args, **{**call.kwargs, **cache})
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
 

@@ -27,6 +27,8 @@ from compress.quantization.scheme import Scheme
 
 SCHEMES_KEY = "compress.schemes"
 PLAN_FILE = "precision.json"
+KV_SCALES = ("k_scale", "v_scale")
+"""Scales of a KV cache that is kept in fp8, tensors of a block's attention."""
 NESTED = ("codes", "absmax", "table", "offset")
 """Parts of nested scales, in the order of `grid.Nested`."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -129,6 +131,11 @@ class Checkpoint:
                 return module
             module = module.rpartition(".")[0]
         return None
+
+    @cached_property
+    def kv_scales(self) -> tuple[str, ...]:
+        """Names of the scales of an fp8 KV cache; empty where there are none."""
+        return tuple(name for name in self.names if name.endswith(KV_SCALES))
 
     @property
     def is_understood(self) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.architecture import Architecture, architecture_of, logit_softcap
 from compress.checkpoints.reader import Checkpoint
 from compress.quantization.inputs import IntegerLinear, run_as_before, run_as_loaded, run_on_integers
+from compress.quantization.kv_cache import RoundedCache, SeenCache
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Skeleton:
         self.config.use_cache = False
         self.architecture: Architecture = architecture_of(self.config)
         self.device, self.dtype = device, dtype
+        self.cache: RoundedCache | SeenCache | None = None
+        """What the block that is loaded is given as its KV cache."""
         self.as_loaded = False
         """Whether linears with integer inputs compute as transformers does, and not as the kernels that serve them."""
         with init_empty_weights(include_buffers=False):
@@ -115,11 +118,21 @@ class Skeleton:
         module = self.model.get_submodule(path)
         load_module(module, checkpoint.dense_state(path), self.device, self.dtype)
         self._run_on_integers(module, checkpoint, path)
+        self.cache = self._rounded_cache(checkpoint, path)
         try:
             yield module
         finally:
+            self.cache = None
             run_as_before(module)
             unload_module(module)
+
+    def _rounded_cache(self, checkpoint: Checkpoint, path: str) -> RoundedCache | None:
+        """The cache of a block whose keys and values a runtime will keep in fp8."""
+        names = [name for name in checkpoint.kv_scales if name.startswith(path + ".")]
+        if not names:
+            return None
+        key, value = (checkpoint.read(name).to(self.device) for name in sorted(names))
+        return RoundedCache(key, value)
 
     def _run_on_integers(self, module: nn.Module, checkpoint: Checkpoint, path: str) -> None:
         """Linears whose inputs are integers compute as their runtime does."""

@@ -64,13 +64,14 @@ class WorkingCheckpoint:
         quantised: dict[str, tuple[Tensor, Grid]],
         record: dict[str, Any],
         replaced: Mapping[str, Tensor] | None = None,
+        added: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write block `index`: new codes and grids for the modules in `quantised`, the rest as it is in `source`.
 
-        `replaced` gives new values to plain tensors of the block, by full name (norm weights).
+        `replaced` gives new values to plain tensors of the block, by full name (norm weights); `added` are new ones.
         """
         prefix = source.architecture.block_name(index)
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = dict(added or {})
         schemes = {name: scheme for name, scheme in source.schemes.items() if name.startswith(prefix + ".")}
         for name in source.module_tensors(prefix):
             module, _, leaf = name.rpartition(".")

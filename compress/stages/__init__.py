@@ -9,6 +9,7 @@ from pydantic import Field
 from compress.stages.base import Stage, StageContext, StageOutcome
 from compress.stages.bitsandbytes import BitsAndBytesStage
 from compress.stages.gptq import Gptq
+from compress.stages.kv_cache import KvCache
 from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.round_to_nearest import RoundToNearest
@@ -27,7 +28,8 @@ AnyStage = Annotated[
     | BitsAndBytesStage
     | Recover
     | Sensitivity
-    | MixedPrecision,
+    | MixedPrecision
+    | KvCache,
     Field(discriminator="kind"),
 ]
 
@@ -42,6 +44,7 @@ STAGES: dict[str, type[Stage]] = {
     "recover": Recover,
     "sensitivity": Sensitivity,
     "mixed_precision": MixedPrecision,
+    "kv_cache": KvCache,
 }
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "Awq",
     "BitsAndBytesStage",
     "Gptq",
+    "KvCache",
     "MixedPrecision",
     "Recover",
     "RoundToNearest",

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from compress.architecture import Architecture
+from compress.architecture import Architecture, Dimensions
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
@@ -128,6 +128,15 @@ class Stage(BaseModel):
     def refines(self) -> bool:
         """Whether some calibration text is held out to judge refinements: more matrices, more arithmetic."""
         return False
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes of an element of the KV cache that the stage prepares for; None where it leaves that alone."""
+        return None
+
+    def added_bytes(self, dimensions: Dimensions, stored_bytes: int) -> int:
+        """Bytes of tensors that the stage adds to the model."""
+        return 0
 
     def extra_disk_bytes(self, shapes: Shapes) -> int:
         """Bytes of the cache that the stage fills beside its output checkpoint."""

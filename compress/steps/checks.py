@@ -51,6 +51,9 @@ def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> 
     if any(not scheme.divides(last.matrices[module][1]) for module, scheme in schemes.items()):
         return []
     found = format_.mistakes(schemes, last.matrices, last.architecture) + format_.refuses_config(last.config)
+    if not format_.keeps_kv_scales and any(stage.kv_bytes for stage in recipe.stages):
+        able_ = [name for name, each in FORMATS.items() if each.keeps_kv_scales]
+        return [f"export.format: {format_.name} has no place for scales of a KV cache; {', '.join(able_)} has"]
     if not found:
         return []
     others = able(schemes, last.matrices, last.architecture)

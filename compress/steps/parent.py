@@ -16,7 +16,7 @@ from compress.memory import predict
 from compress.recipe import Recipe, load_recipe
 from compress.reports.report import ArtifactRef, StageRecord
 from compress.steps.checks import format_mistakes
-from compress.steps.plan import Plan, make_plan
+from compress.steps.plan import Plan, kv_bytes, make_plan
 from compress.steps.shapes import Shape
 
 
@@ -94,6 +94,8 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         schemes=schemes,
         stored_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, format_),
         resident_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, packed),
-        kv_cache_bytes=predict.kv_cache_bytes(shape.dimensions, recipe.export.context, recipe.export.concurrency, size),
+        kv_cache_bytes=predict.kv_cache_bytes(
+            shape.dimensions, recipe.export.context, recipe.export.concurrency, kv_bytes(recipe, plan.stored)
+        ),
         effective_bits=predict.effective_bits(shape.matrices, schemes, size, format_),
     )

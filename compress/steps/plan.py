@@ -126,6 +126,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         raise RecipeError(mistakes)
     format_ = FORMATS[recipe.export.format]
     export_bytes = predict.stored_bytes(last.tensors, last.matrices, schemes, stored.itemsize, format_)
+    export_bytes += sum(stage.added_bytes(last.dimensions, stored.itemsize) for stage in recipe.stages)
     stays = format_.stays_packed(schemes.values())
     asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
     load = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine)
@@ -156,7 +157,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
             format_ if stays else predict.Unpacked(),
         ),
         kv_cache_bytes=predict.kv_cache_bytes(
-            last.dimensions, recipe.export.context, recipe.export.concurrency, stored.itemsize
+            last.dimensions, recipe.export.context, recipe.export.concurrency, kv_bytes(recipe, stored)
         ),
         peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
@@ -170,6 +171,12 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
     _check_resources(plan, store, plan.peak_host_bytes + beside)
     return plan
+
+
+def kv_bytes(recipe: Recipe, stored: torch.dtype) -> int:
+    """Bytes of an element of the KV cache: of the stored dtype, where no stage prepares for less."""
+    prepared = [stage.kv_bytes for stage in recipe.stages if stage.kv_bytes is not None]
+    return prepared[-1] if prepared else stored.itemsize
 
 
 def _counts(before: Dimensions, after: Dimensions) -> dict[str, tuple[int, int]]:

@@ -26,6 +26,8 @@ def out_of_order(recipe: Recipe) -> list[str]:
                 where
                 + f"{stage.kind} changes weights that a mixed_precision stage before it has measured; put it first"
             )
+        if stage.kv_bytes and after:
+            found.append(where + f"{stage.kind} calibrates the cache of the finished model; put it last")
         if isinstance(stage, MixedPrecision):
             planned = True
             before = recipe.stages[index - 1] if index else None

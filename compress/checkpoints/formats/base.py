@@ -41,6 +41,8 @@ class Format(ABC):
     """Whether quantised linears stay packed, so that the files are smaller."""
     loader_needs: ClassVar[tuple[str, ...]] = ()
     """Modules that transformers needs beside itself to load it."""
+    keeps_kv_scales: ClassVar[bool] = False
+    """Whether scales of an fp8 KV cache have a place in it."""
     transposed_linears: ClassVar[bool] = False
     """Whether GPT-2's Conv1D can be quantised in it."""
 

@@ -36,6 +36,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     description = "packed integers, 2-8 bits, per-module mixes, int8 inputs; loads in transformers and vLLM"
     packs = True
+    keeps_kv_scales = True
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if scheme.grid != "int":
@@ -67,7 +68,10 @@ class CompressedTensors(Format):
         def quantised(module: str, scheme: Scheme) -> list[Entry]:
             return _entries(module, scheme, source, dtype)
 
-        section = quantization_config(source.schemes, dense_linears(source)) if source.schemes else None
+        cache = _cache_scheme(source)
+        section = None
+        if source.schemes or cache:
+            section = {**quantization_config(source.schemes, dense_linears(source)), "kv_cache_scheme": cache}
         return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, section)
 
 
@@ -160,7 +164,7 @@ def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) ->
     return {
         **({"dequantize": True} if unpacks_while_loading(list(ordered)) else {}),
         "quant_method": "compressed-tensors",
-        "format": kinds.pop() if len(kinds) == 1 else MIXED,
+        "format": MIXED if len(kinds) > 1 else kinds.pop() if kinds else "dense",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": sorted(other_linears),
@@ -211,6 +215,24 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
         "dynamic": True,
         "actorder": None,
         "observer": None,
+        "observer_kwargs": {},
+    }
+
+
+def _cache_scheme(source: Checkpoint) -> dict[str, Any] | None:
+    """How keys and values are kept, where the checkpoint has scales for them."""
+    if not source.kv_scales:
+        return None
+    heads = source.header(source.kv_scales[0])[1][0]
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "attn_head" if len(source.header(source.kv_scales[0])[1]) == 3 and heads else "tensor",
+        "group_size": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
         "observer_kwargs": {},
     }
 

@@ -152,8 +152,14 @@ def _check_model(model: Path, regular: list[str]) -> tuple[list[str], int]:
     """Problems of the weights, with paths below the artifact; and the number of tensors seen."""
     prefix = f"{MODEL_FOLDER}/"
     names = [path for path in regular if path.startswith(prefix) and path.endswith(".safetensors")]
+    others = [path for path in regular if path.startswith(prefix) and path.endswith(".gguf")]
+    if others and not names:
+        from compress.artifacts.verify_gguf import scan
+
+        scans = [scan(model.parent / name, name) for name in others]
+        return [problem for _, found in scans for problem in found], sum(count for count, _ in scans)
     if not names:
-        return [f"{prefix}: holds no safetensors file"], 0
+        return [f"{prefix}: holds no safetensors file and no .gguf file"], 0
     problems: list[str] = []
     tensors: dict[str, set[str]] = {}
     for name in names:

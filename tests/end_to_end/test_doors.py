@@ -1,0 +1,194 @@
+"""Every door out, by the command: runs that publish in a format, and `compress export` from a version that is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compress.checkpoints.reader import Checkpoint
+from tests.helpers import changed, write_recipe
+
+KEPT = {"kind": "gptq", "bits": 4, "group_size": 32, "ignore": ["*.down_proj"]}
+W8A8 = {"kind": "round_to_nearest", "bits": 8, "group_size": "channel", "inputs": "int8"}
+
+
+def run(here, recipe, folder: Path, stages, format_: str, code: int = 0, **more):
+    folder.mkdir(exist_ok=True)
+    path = write_recipe(
+        folder / "recipe.yaml", changed(recipe, stages=stages, export={"format": format_, "context": 128}, **more)
+    )
+    ended = here("run", path, "--store", folder / "store", "--json")
+    assert ended.code == code, ended.err
+    return json.loads(ended.out)
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("doors")
+
+
+@pytest.fixture
+def published(module_folder, glass_recipe, here):
+    """A store with one version in compressed-tensors, whose groups every format could take."""
+    if not (module_folder / "store").exists():
+        run(here, glass_recipe, module_folder, [KEPT], "compressed-tensors")
+    return module_folder / "store"
+
+
+def newest(store: Path) -> Path:
+    return sorted((store / "glass-int4").glob("v*"))[-1]
+
+
+def test_an_export_is_a_new_version_with_the_same_measurements_that_names_its_parent(published, here):
+    parent = json.loads((published / "glass-int4" / "v0001" / "manifest.json").read_text())
+    made = json.loads((published / "glass-int4" / "v0001" / "reports" / "report.json").read_text())
+
+    ended = here("export", "glass-int4@v0001", "--format", "gguf", "--store", published, "--json")
+
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    folder = newest(published)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert report["parent"]["version"] == "v0001" and report["artifact"]["version"] == folder.name
+    assert manifest["lineage"]["parent"] == parent["digest"]
+    kl = "divergence.held-out.mean_kl"
+    found, before = report["measurements"]["compressed"], made["measurements"]["compressed"]
+    assert found[kl] == pytest.approx(before[kl], rel=0.05)
+    assert found["effective_bits"] == 4.5
+    assert report["memory"]["stored"]["predicted"] == report["memory"]["stored"]["measured"]
+    assert report["stages"] == made["stages"]
+    assert report["event_counts"]["module_kept"] == 4 and report["event_counts"]["tokenizer_left_out"] == 1
+    assert (folder / "model" / "model.gguf").is_file() and not list((folder / "model").glob("*.safetensors"))
+    assert here("verify", f"glass-int4@{folder.name}", "--store", published).code == 0
+    judged = here(
+        "eval", f"glass-int4@{folder.name}", "--recipe", folder / "recipe.yaml", "--store", published, "--json"
+    )
+    assert json.loads(judged.out)["measurements"]["compressed"][kl] == found[kl]
+
+
+def test_a_flipped_bit_in_a_gguf_is_named(published, here, tmp_path):
+    import shutil
+
+    here("export", "glass-int4@v0001", "--format", "gguf", "--store", published)
+    copy = shutil.copytree(newest(published), tmp_path / "copy")
+    path = copy / "model" / "model.gguf"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(bytes(content))
+
+    ended = here("verify", copy)
+
+    assert ended.code == 1 and "model/model.gguf" in ended.err
+
+
+def test_a_version_without_integers_is_no_parent(published, here):
+    assert here("export", "glass-int4@v0001", "--format", "plain", "--store", published).code == 0
+    version = newest(published).name
+
+    ended = here("export", f"glass-int4@{version}", "--format", "gguf", "--store", published)
+
+    assert ended.code == 2
+    assert "is in the format plain, from which integers are not read back" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--format", "ggfu"), 'Did you mean "gguf"?'),
+        (("--format", "compressed-tensors"), "is in the format compressed-tensors already"),
+        (("--format", "gptq"), "341 rows and 128 columns must both divide by 32"),
+        (("--format", "bitsandbytes"), "it holds what a bitsandbytes stage makes"),
+        (("--format", "gguf", "--set", "seed=3"), "only values under export can change"),
+    ],
+)
+def test_exports_that_cannot_be_say_why(published, here, arguments, sentence):
+    ended = here("export", "glass-int4@v0001", "--store", published, *arguments)
+
+    assert ended.code == 2 and sentence in ended.err
+
+
+def test_w8a8_is_published_with_a_round_trip_and_read_back(glass_recipe, here, tmp_path):
+    report = run(here, glass_recipe, tmp_path, [{"kind": "smoothquant"}, W8A8], "compressed-tensors")
+    folder = newest(tmp_path / "store")
+
+    assert report["round_trip"]["passed"]
+    assert report["memory"]["stored"]["predicted"] == report["memory"]["stored"]["measured"]
+    assert {scheme.inputs for scheme in Checkpoint(folder / "model").schemes.values()} == {8}
+    judged = here("eval", "glass-int4", "--recipe", folder / "recipe.yaml", "--store", tmp_path / "store", "--json")
+    kl = "divergence.held-out.mean_kl"
+    assert json.loads(judged.out)["measurements"]["compressed"][kl] == report["measurements"]["compressed"][kl]
+    planned = here("plan", tmp_path / "recipe.yaml")
+    assert "not on Blackwell" in planned.out
+
+
+@pytest.mark.parametrize("type_", ["nf4", "int8"])
+def test_bitsandbytes_is_published_and_comes_back_equal(glass_recipe, here, tmp_path, type_):
+    pytest.importorskip("bitsandbytes")
+    stages = [{"kind": "bitsandbytes", "type": type_, "ignore": ["*.down_proj"]}]
+    report = run(here, glass_recipe, tmp_path, stages, "bitsandbytes")
+
+    assert report["round_trip"]["passed"] and report["round_trip"]["mean_kl"] < 1e-4
+    predicted, measured = (report["memory"]["stored"][side] for side in ("predicted", "measured"))
+    assert predicted == pytest.approx(measured, rel=1e-3)
+
+
+def test_an_fp8_cache_is_judged_and_halves_what_the_report_says_of_it(glass_recipe, here, tmp_path):
+    plain = run(here, glass_recipe, tmp_path / "a", [KEPT], "compressed-tensors")
+    cached = run(here, glass_recipe, tmp_path / "b", [KEPT, {"kind": "kv_cache"}], "compressed-tensors")
+    kl = "divergence.held-out.mean_kl"
+
+    assert cached["round_trip"]["passed"]
+    assert cached["memory"]["kv_cache"]["predicted"] == plain["memory"]["kv_cache"]["predicted"] / 2
+    assert cached["measurements"]["compressed"][kl] != plain["measurements"]["compressed"][kl]
+    assert cached["memory"]["stored"]["predicted"] == cached["memory"]["stored"]["measured"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "format_", "sentence"),
+    [
+        ([{"kind": "kv_cache"}, KEPT], "compressed-tensors", "calibrates the cache of the finished model; put it last"),
+        ([KEPT, {"kind": "kv_cache"}], "gguf", "gguf has no place for scales of a KV cache; compressed-tensors has"),
+        ([{"kind": "bitsandbytes", "type": "int8"}, {"kind": "awq"}], "plain", "works on plain weights"),
+        ([{**KEPT, "inputs": "int8"}], "compressed-tensors", "int8 inputs go with bits: 8"),
+        ([W8A8], "gptq", "its inputs are not. Formats that can: compressed-tensors, plain"),
+        ([KEPT, {"kind": "smoothquant"}], "compressed-tensors", "works on plain weights"),
+    ],
+)
+def test_stages_and_formats_that_do_not_go_together_are_refused(
+    glass_recipe, here, tmp_path, stages, format_, sentence
+):
+    export = {"format": format_, "context": 128}
+    path = write_recipe(tmp_path / "recipe.yaml", changed(glass_recipe, stages=stages, export=export))
+
+    ended = here("plan", path, "--store", tmp_path / "store")
+
+    assert ended.code == 2 and sentence in ended.err
+
+
+def test_a_format_whose_loader_is_not_here_is_judged_and_that_is_said(glass_recipe, here, tmp_path, monkeypatch):
+    from compress.checkpoints.formats import FORMATS
+    from tests.tiny import random_model
+
+    monkeypatch.setattr(type(FORMATS["gptq"]), "loader_needs", ("no_such_module",))
+    model = tmp_path / "model"
+    random_model("llama", model, attention_bias=False, mlp_bias=False, vocab_size=1024)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((Path(glass_recipe["model"]["path"]) / name).read_bytes())
+    recipe = changed(glass_recipe, model={"path": str(model), "max_perplexity": 1e9}, calibration=None)
+    stages = [{"kind": "round_to_nearest", "bits": 8, "group_size": 32}]
+    for evaluation in recipe["evaluation"]:
+        evaluation["window_tokens"] = 64
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "a", "prompt": "Alice was"}\n')
+    evaluation = [*recipe["evaluation"], {"kind": "prompts", "file": str(prompts), "max_new_tokens": 4}]
+
+    report = run(here, recipe, tmp_path, stages, "gptq", evaluation=evaluation)
+
+    assert report["event_counts"]["round_trip_skipped"] == 1 and report["round_trip"] is None
+    assert len(report["answers"]["pairs"]) == 1
+    assert report["measurements"]["compressed"]["divergence.held-out.mean_kl"] < 0.1
+    planned = here("plan", tmp_path / "recipe.yaml")
+    assert "its public loader needs no_such_module, not installed here" in planned.out

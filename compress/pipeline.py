@@ -37,6 +37,7 @@ from compress.steps.fold import fold, stage_events
 from compress.steps.judging import measure_candidate, measure_source, round_trip, with_noise
 from compress.steps.latency import time_both
 from compress.steps.plan import Plan, make_plan, plan_evaluation
+from compress.steps.previous import against_previous
 from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
 from compress.steps.quantised_alone import quantised_alone
 from compress.steps.source import open_source
@@ -133,6 +134,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress) -> Outcome:
                     artifact,
                     alone=alone,
                 )
+                report = against_previous(report, store)
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
                 write_items(decision.evidence.tasks, staged / "reports" / "items")

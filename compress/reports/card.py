@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.reports import markdown, pruning, tables, task_tables, words
+from compress.reports.limits import limits
 from compress.reports.report import Report, StageRecord
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -140,6 +141,6 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         calibration=_Ready(calibration),
         tables=quality,
         gates=_Ready(markdown.table_text(tables.gates_table(report))),
-        limits=words.limits(report),
+        limits=limits(report),
         licence=_licence(source),
     )

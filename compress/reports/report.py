@@ -45,6 +45,14 @@ class PredictedMeasured(Value):
     note: str = ""
 
 
+class ServingPoint(Value):
+    """The KV cache of one load, as predicted."""
+
+    context: int = Field(description="tokens of each sequence")
+    concurrency: int = Field(description="sequences at once")
+    kv_cache_bytes: int
+
+
 class Memory(Value):
     """All in bytes."""
 
@@ -56,6 +64,11 @@ class Memory(Value):
     peak_host: PredictedMeasured = Field(description="peak anonymous host memory of the run")
     peak_device: PredictedMeasured = Field(description="peak device memory of the run; missing without a GPU")
     source_stored: int = Field(description="tensor bytes of the source safetensors files")
+    serving: list[ServingPoint] = Field(
+        default_factory=list,
+        description="KV cache over contexts, up to the longest the model declares, and concurrency",
+    )
+    max_context: int | None = Field(default=None, description="longest context that the model's config declares")
 
 
 class ModuleRecord(Value):
@@ -211,6 +224,64 @@ class LookRecord(Value):
     most: int = Field(description="windows or items at the last that there could have been")
 
 
+class MeasureChange(Value):
+    """One measurement of the previous release and of this version."""
+
+    name: str
+    previous: float
+    current: float
+    interval_previous: tuple[float, float] | None = None
+    interval_current: tuple[float, float] | None = None
+    overlap: bool | None = Field(description="the 95 % intervals overlap; None where one of them is missing")
+
+
+class GateChange(Value):
+    """One gate in both reports; None where one of them has no such gate."""
+
+    kind: str
+    measure: str
+    previous: Verdict | None
+    current: Verdict | None
+    limit_previous: str | None
+    limit_current: str | None
+
+
+class RecipeChange(Value):
+    """One value that differs between the resolved recipes, as text; None where one of them has no such key."""
+
+    path: str = Field(description="as `--set` takes it, e.g. stages.0.bits")
+    previous: str | None
+    current: str | None
+
+
+class SchemeChange(Value):
+    """How many linears have a scheme in the end."""
+
+    scheme: str
+    previous: int
+    current: int
+
+
+class PreviousRecord(Value):
+    """The release before this version, and what differs from it."""
+
+    name: str
+    version: str
+    path: str
+    digest: str = Field(description="of its model, as its own report has it; empty if that could not be read")
+    chosen: str = Field(description="why this one: promoted to a channel, or the newest that passed")
+    problem: str = Field(default="", description="why its report could not be compared; nothing is below then")
+    comparable: bool = Field(default=True, description="both were measured against the same source on the same texts")
+    weight_bytes: tuple[float, float] | None = Field(
+        default=None, description="of the previous release, of this version"
+    )
+    measures: list[MeasureChange] = Field(default_factory=list)
+    gates: list[GateChange] = Field(default_factory=list)
+    recipe: list[RecipeChange] = Field(default_factory=list)
+    schemes: list[SchemeChange] = Field(default_factory=list, description="those whose counts differ")
+    linears_changed: int = Field(default=0, description="linears of both with another scheme, or in one of them only")
+
+
 class JudgedRecord(Value):
     """What `compress eval` judged, and what it was compared with."""
 
@@ -254,5 +325,9 @@ class Report(Value):
     judged: JudgedRecord | None = Field(
         default=None, description="of `compress eval` only; nothing was compressed then"
     )
+    previous: PreviousRecord | None = Field(
+        default=None, description="what changed against the release before; None where there was none"
+    )
+    limits: list[str] = Field(default_factory=list, description="what was not tested, a sentence each")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")

@@ -116,39 +116,6 @@ def about(report: Report) -> str:
     )
 
 
-def limits(report: Report) -> list[str]:
-    """What was not tested, one sentence each. A reader must not take silence for a good result."""
-    said: list[str] = []
-    if report.verdict != "passed":
-        said.append(f"The verdict is {report.verdict}: this model has not earned release.")
-    sets = [str(item.get("name", "?")) for item in report.evaluation]
-    said.append(
-        f"Quality was measured on {', '.join(sets)} only; other text, languages and longer contexts were not tried."
-        if sets
-        else "Quality was not measured on any text."
-    )
-    if report.tasks:
-        said.append(
-            f"Of abilities, only those that {', '.join(task.name for task in report.tasks)} ask for were tried."
-        )
-    elif not any(name.startswith("task.") for name in report.measurements.compressed):
-        said.append("No task benchmarks (questions, code, tool use) were run.")
-    timed = any(name.startswith("latency.") for name in report.measurements.compressed)
-    said.append(
-        "Speed was measured in transformers only, which unpacks weights; other runtimes have other kernels. Safety and "
-        "bias of the answers were not measured; compression can change both."
-        if timed
-        else "Speed when served, and safety or bias of the answers, were not measured; compression can change both."
-    )
-    if report.event_counts.get("calibration_unknown"):
-        said.append("What this model was calibrated on is not known; it may be the very text that it was judged on.")
-    if report.round_trip is None:
-        said.append("The exported files were not reloaded through their public loader.")
-    if report.event_counts.get("source_was_quantized"):
-        said.append("The source weights came from a quantized file; comparisons are with that source, not its origin.")
-    return said
-
-
 def _all(count: int) -> str:
     return "its only gate" if count == 1 else f"all {count} gates"
 

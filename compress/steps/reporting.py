@@ -11,7 +11,9 @@ from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import count_by_kind
 from compress.gates import Judgement
 from compress.memory.measure import PeakSampler, device_peak_bytes
+from compress.memory.predict import kv_cache_bytes
 from compress.recipe import Recipe
+from compress.reports.limits import limits
 from compress.reports.report import (
     AlternativeRecord,
     AnswerPair,
@@ -27,6 +29,7 @@ from compress.reports.report import (
     PredictedMeasured,
     Report,
     RoundTrip,
+    ServingPoint,
     StageRecord,
     TaskRecord,
 )
@@ -40,6 +43,9 @@ from compress.steps.prompts import Conversation
 from compress.steps.round_trip import BOUND
 from compress.steps.source import OpenedSource
 from compress.steps.texts import Texts, calibration_facts
+
+CONCURRENCIES = (1, 4, 16, 64)
+"""Sequences at once that the KV cache is predicted for, beside those of the recipe."""
 
 
 def assemble(
@@ -59,7 +65,7 @@ def assemble(
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
     a pruned model is compared with."""
     recipe, evidence, events = plan.recipe, decision.evidence, decision.events
-    return Report(
+    report = Report(
         verdict=decision.verdict,
         gates=[_gate(judgement) for judgement in decision.judgements],
         measurements=Measurements(
@@ -87,6 +93,7 @@ def assemble(
         artifact=artifact,
         judged=of,
     )
+    return report.model_copy(update={"limits": limits(report)})
 
 
 def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSource) -> JudgedRecord:
@@ -153,7 +160,24 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
         ),
         peak_device=PredictedMeasured(measured=device_peak),
         source_stored=source.checkpoint.weight_bytes,
+        serving=_serving(plan),
+        max_context=plan.dimensions.max_context,
     )
+
+
+def _serving(plan: Plan) -> list[ServingPoint]:
+    """The KV cache at the export's load, and at contexts up to the longest the model declares, halved five times."""
+    export, longest = plan.recipe.export, plan.dimensions.max_context
+    contexts = sorted({export.context, *(longest >> step for step in range(6) if longest >> step)})
+    return [
+        ServingPoint(
+            context=context,
+            concurrency=many,
+            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, plan.stored.itemsize),
+        )
+        for context in contexts
+        for many in sorted({export.concurrency, *CONCURRENCIES})
+    ]
 
 
 def _round_trip(evidence: Evidence) -> RoundTrip | None:

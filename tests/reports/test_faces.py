@@ -15,10 +15,11 @@ from compress.events import EVENT_KINDS
 from compress.reports import tables, words
 from compress.reports.html import render_html
 from compress.reports.junit import render_junit
+from compress.reports.limits import limits
 from compress.reports.markdown import render_markdown
 from compress.reports.report import PredictedMeasured, Report, Verdict
 from compress.reports.task_tables import flips_tables, tasks_table
-from compress.reports.words import headline, limits
+from compress.reports.words import headline
 from compress.reports.write import write_report
 
 from .example import HOSTILE, RECIPE, example_report, hostile_report, memory, task

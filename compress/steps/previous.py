@@ -1,0 +1,48 @@
+"""The release before: what production leads to, else the newest version of the same name that passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from compress.artifacts.store import Store, Version
+from compress.reports.previous import compare
+from compress.reports.report import PreviousRecord, Report
+
+CHANNEL = "production"
+
+
+def against_previous(report: Report, store: Store) -> Report:
+    """The report with what changed against the release before; the report itself where there was none.
+
+    A release whose report cannot be read ends no run: what is wrong with it is said in the comparison's place.
+    """
+    version, chosen = previous_release(store, report.artifact.name, report.artifact.version)
+    if version is None:
+        return report
+    try:
+        record = compare(report, read_report(version.path), chosen)
+    except (OSError, ValidationError) as error:
+        problem = f"its report.json cannot be read ({type(error).__name__})"
+        record = PreviousRecord(
+            name=version.name, version=version.label, path=str(version.path), digest="", chosen=chosen, problem=problem
+        )
+    return report.model_copy(update={"previous": record})
+
+
+def previous_release(store: Store, name: str, label: str) -> tuple[Version | None, str]:
+    """(the release before version `label` of `name`, why that one). A version is never its own predecessor, and one
+    that was published later is none either."""
+    promoted = store.promoted(name, CHANNEL)
+    if promoted is not None and promoted.label != label:
+        return promoted, f"which {CHANNEL} leads to"
+    passed = [version for version in store.versions(name) if not version.rejected]
+    if not label.startswith("r"):
+        passed = [version for version in passed if version.label < label]
+    return (passed[-1], "the newest version that had passed") if passed else (None, "")
+
+
+def read_report(folder: Path) -> Report:
+    """The report of an artifact. Raises OSError and pydantic's ValidationError."""
+    return Report.model_validate_json((folder / "reports" / "report.json").read_bytes())

@@ -57,14 +57,12 @@ def _parts(gate: GateResult) -> list[str]:
     named = [part for part in parts if part.startswith(gate.measure)]
     if not named:
         return parts
-    observed = gate.observed
-    missed = [
-        part
-        for part in named
-        if observed is not None
-        and any(observed > float(number.replace(",", "")) for _, number, _ in _BOUND.findall(part))
-    ]
+    missed = [part for part in named if gate.observed is not None and gate.observed > _most(part)]
     return (missed if gate.verdict == "failed" and missed else named)[:1]
+
+
+def _most(part: str) -> float:
+    return min((float(number.replace(",", "")) for _, number, _ in _BOUND.findall(part)), default=math.inf)
 
 
 def strip(gate: GateResult) -> Markup | None:
@@ -82,7 +80,8 @@ def strip(gate: GateResult) -> Markup | None:
     left, right = left - margin, right + margin
 
     def x(value: float) -> float:
-        return round(EDGE + (WIDTH - 2 * EDGE) * (value - left) / (right - left), 1)
+        share: float = (value - left) / (right - left)
+        return round(EDGE + (WIDTH - 2 * EDGE) * share, 1)
 
     allowed = (x(left if low is None else low), x(right if high is None else high))
     shapes = [
@@ -101,7 +100,7 @@ def strip(gate: GateResult) -> Markup | None:
 
 
 def within(value: float, low: float | None, high: float | None) -> bool:
-    """Up to the six digits that the limit's words have."""
+    """low <= value <= high, missing bounds open, up to the six digits that the limit's words have."""
     slack = 1e-5 * max(abs(value), 1e-12)
     return (low is None or value >= low - slack) and (high is None or value <= high + slack)
 

@@ -66,7 +66,7 @@ class Memory(Value):
     source_stored: int = Field(description="tensor bytes of the source safetensors files")
     serving: list[ServingPoint] = Field(
         default_factory=list,
-        description="KV cache over contexts, up to the longest the model declares, and concurrency",
+        description="KV cache over contexts, up to the longest declared, and concurrency",
     )
     max_context: int | None = Field(default=None, description="longest context that the model's config declares")
 

@@ -30,7 +30,7 @@ from compress.reports.limits import limits
 from compress.reports.report import Report, StageRecord
 from compress.reports.standing import NOTHING, Standing
 
-_MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
+MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
 
 
 def pages() -> Environment:
@@ -53,7 +53,7 @@ def render_html(report: Report, standing: Standing = NOTHING) -> str:
         .get_template("report.html.j2")
         .render(
             report=report,
-            marks=_MARKS,
+            marks=MARKS,
             headline=words.headline(report),
             about=words.about(report),
             standing=standings.sentences(standing),

@@ -46,7 +46,8 @@ def _texts(report: Report) -> Iterator[str]:
             "beyond what they hold."
         )
     tokens = [
-        (name, _count(item, "tokens_obtained", "tokens")) for name, item in zip(names, report.evaluation, strict=False)
+        (str(item.get("set", item.get("name", "?"))), _count(item, "tokens_obtained", "tokens"))
+        for item in report.evaluation
     ]
     short = [f"{name} ({count:,} tokens)" for name, count in tokens if count is not None and count < _FEW_TOKENS]
     if short:
@@ -66,7 +67,7 @@ def text_names(report: Report) -> list[str]:
             measured[rest] = None
         elif family == "divergence":
             measured[rest.rpartition(".")[0]] = None
-    return list(measured) or [str(item.get("name", "?")) for item in report.evaluation]
+    return list(measured) or [str(item.get("set", item.get("name", "?"))) for item in report.evaluation]
 
 
 def _contexts(report: Report) -> Iterator[str]:

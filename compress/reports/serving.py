@@ -16,7 +16,7 @@ from compress.reports.words import size
 
 GPU_GB = (8, 12, 16, 24, 48, 80, 141)
 """Memory of common GPUs as they are sold; a GB of those is 2**30 bytes, or within two hundredths of it."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 66, 66, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 66, 76, 12, 40
 NOTE = (
     "Weights as loaded plus KV cache, as predicted, from the model's shape; activations and the runtime's own memory "
     "come on top."
@@ -81,7 +81,7 @@ def plot(memory: Memory) -> Markup:
     def y(total: float) -> float:
         return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * math.log(total / low) / math.log(high / low), 1)
 
-    levels = [_level(y(gpu << 30), f"{gpu} GB", LEFT + 4 + 44 * (at % 2)) for at, gpu in enumerate(gpus)]
+    levels = [_level(y(gpu << 30), f"{gpu} GB", LEFT + 4 + 62 * (at % 2)) for at, gpu in enumerate(gpus)]
     shapes = [_tick(x(context), context) for context in contexts]
     shapes += [_amount(y(amount), amount) for amount in _amounts(low, high)]
     shapes += levels

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compress.artifacts.store import Store, Version
+from compress.errors import CompressError
 from compress.reports.previous import compare
 from compress.reports.report import PreviousRecord, Report
 
@@ -41,6 +42,27 @@ def previous_release(store: Store, name: str, label: str) -> tuple[Version | Non
     if not label.startswith("r"):
         passed = [version for version in passed if version.label < label]
     return (passed[-1], "the newest version that had passed") if passed else (None, "")
+
+
+def read_artifact(folder: Path) -> Report:
+    """The report of an artifact, for whoever asks for it. Raises CompressError with a remedy."""
+    path = folder / "reports" / "report.json"
+    try:
+        return read_report(folder)
+    except OSError as error:
+        remedy = "`compress verify` tells what is missing"
+        raise CompressError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+    except ValidationError as error:
+        raise CompressError(
+            f"{path}: not a report that this version of compress knows ({_first(error)}); "
+            "`compress verify` tells whether it was changed"
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    mistake = error.errors()[0]
+    place = ".".join(map(str, mistake["loc"])) or "the file"
+    return f"{place}: {mistake['msg']}"
 
 
 def read_report(folder: Path) -> Report:

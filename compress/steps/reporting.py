@@ -254,7 +254,7 @@ def _evaluation(recipe: Recipe, texts: Texts, decision: Decision) -> list[dict[s
         )
         sets.append(
             {
-                "name": name,
+                "set": name,
                 "measures": kinds,
                 "protocol": protocol,
                 "overlap_with_calibration": texts.overlap[name],

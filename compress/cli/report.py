@@ -1,0 +1,92 @@
+"""`compress report`: the report of an artifact again, drawn today, with its channels and waivers as they are now."""
+
+from __future__ import annotations
+
+import json as json_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from compress.cli.options import DEFAULT_STORE, JsonOption, ReferenceArgument, StoreOption
+
+if TYPE_CHECKING:
+    from compress.reports.report import Report
+    from compress.reports.standing import Standing
+
+FORMATS: tuple[Literal["md", "html", "json"], ...] = ("md", "html", "json")
+_SUFFIXES = {".md": "md", ".markdown": "md", ".html": "html", ".htm": "html", ".json": "json"}
+
+
+def report(
+    reference: ReferenceArgument,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write to this file, whose ending tells the format. Default: stdout.")
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", metavar="[md|html|json]", help="Default: --out's ending, else md.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> int:
+    """Write the report of an artifact again, with the channels and waivers of today.
+
+    The report.json of the artifact is read and stays as it is; --json is --format json.
+    """
+    from compress import console
+    from compress.artifacts.store import Store
+    from compress.files import disk_errors, write_text
+    from compress.steps.previous import read_artifact
+    from compress.steps.standing import standing_of
+
+    chosen = _format("json" if json else format_, out)
+    opened = Store(store)
+    folder = opened.find(reference)
+    _check_out(out, folder, opened.root)
+    read = read_artifact(folder)
+    text = _drawn(read, standing_of(opened, read.artifact.name, read.artifact.version), chosen)
+    if out is None:
+        console.print_text(text)
+        return 0
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, text)
+    console.print_line(str(out))
+    return 0
+
+
+def _drawn(read: Report, standing: Standing, chosen: str) -> str:
+    from compress.reports.html import render_html
+    from compress.reports.markdown import render_markdown
+
+    if chosen == "html":
+        return render_html(read, standing)
+    if chosen == "md":
+        return render_markdown(read, standing)
+    document = {**read.model_dump(mode="json", by_alias=True), "standing": standing.to_json()}
+    return json_.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+
+def _format(asked: str | None, out: Path | None) -> Literal["md", "html", "json"]:
+    from compress.errors import RecipeError, nearest
+
+    chosen = asked or (_SUFFIXES.get(out.suffix.lower()) if out else "md")
+    for known in FORMATS:
+        if chosen == known:
+            return known
+    if chosen is None:
+        raise RecipeError(f"--out {out}: its ending is none of {', '.join(_SUFFIXES)}; add --format md, html or json")
+    raise RecipeError(f"--format {chosen}: give md, html or json.{nearest(chosen, FORMATS)}")
+
+
+def _check_out(out: Path | None, folder: Path, store: Path) -> None:
+    """Raises RecipeError for a folder, and for a place inside an artifact, whose files are pinned by its manifest."""
+    from compress.errors import RecipeError
+
+    if out is None:
+        return
+    place = out.expanduser().resolve()
+    if place.is_dir():
+        raise RecipeError(f"--out {out}: this is a folder; name a file")
+    if place.is_relative_to(folder.resolve()) or place.is_relative_to(store):
+        raise RecipeError(f"--out {out}: lies inside the store, whose artifacts never change; name a place outside it")

@@ -38,6 +38,7 @@ from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
 from compress.steps.fold import Folded
 from compress.steps.judging import Evidence, measured_kv_cache
+from compress.steps.origin import described
 from compress.steps.plan import Plan
 from compress.steps.prompts import Conversation
 from compress.steps.round_trip import BOUND
@@ -278,6 +279,7 @@ def _provenance(
             "architecture": source.checkpoint.architecture.model_type,
             **size,
             **facts,
+            **described(source.source),
         },
         "recipe_digest": plan.recipe.digest(),
         "machine": plan.machine.to_json(),

@@ -30,7 +30,7 @@ from compress.reports.limits import limits
 from compress.reports.report import Report, StageRecord
 from compress.reports.standing import NOTHING, Standing
 
-MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
+MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "damaged": "✗"}
 
 
 def pages() -> Environment:

@@ -13,10 +13,10 @@ from compress.reports.report import Report
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md, report.html, junit.xml, events.jsonl and records.jsonl into `folder`, made if missing.
+    """Write report.json, report.md, report.html, junit.xml, events.jsonl and records.jsonl into `folder`.
 
-    report.json is the report itself; the others are drawn from it. The same report gives the same bytes. Raises OSError
-    as the file system does.
+    The folder is made if missing. report.json is the report itself; the others are drawn from it. The same report gives
+    the same bytes. Raises OSError as the file system does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = report.model_dump_json(by_alias=True, indent=2) + "\n"

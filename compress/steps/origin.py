@@ -7,7 +7,7 @@ metadata (general.license, general.languages).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ _KEYS = ("license", "license_name", "license_link", "language")
 
 def described(source: Source) -> dict[str, Any]:
     """{licence, licence_name, licence_link, language (a list), described_by}; a key only where its value is known."""
-    for found, where in (
-        (_readme(source), "README.md"),
-        (_config(source), "config.json"),
-        (_gguf(source), "the .gguf"),
-    ):
+    places: tuple[tuple[Callable[[Source], Mapping[str, Any]], str], ...] = (
+        (_readme, "README.md"),
+        (_config, "config.json"),
+        (_gguf, "metadata of the .gguf"),
+    )
+    for read, where in places:
+        found = read(source)
         if any(found.get(key) for key in _KEYS):
             return {**_clean(found), "described_by": f"{where} of the source"}
     return {}
@@ -55,25 +57,25 @@ def _readme(source: Source) -> Mapping[str, Any]:
     return {}
 
 
-def _readmes(source: Source) -> list[Path]:
-    folders = [source.folder]
-    if isinstance(named := source.facts.get("path"), str):
-        folders.append(Path(named))
-    return [*(folder / "README.md" for folder in folders), *_from_hub(source)]
+def _readmes(source: Source) -> Iterator[Path]:
+    """Where one may be, the nearest first; the hub is asked only if none was good enough before."""
+    yield source.folder / "README.md"
+    named, repo = source.facts.get("path"), source.facts.get("id")
+    if isinstance(named, str):
+        yield Path(named) / "README.md"
+    if isinstance(repo, str):
+        yield from _from_hub(repo, source.facts.get("revision"))
 
 
-def _from_hub(source: Source) -> list[Path]:
-    """Fetched, or from the local cache; none where the hub has none or cannot be reached."""
+def _from_hub(repo: str, revision: str | None) -> Iterator[Path]:
+    """Fetched, or from the local cache; nothing where the hub has none or cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    repo, revision = source.facts.get("id"), source.facts.get("revision")
-    if not isinstance(repo, str):
-        return []
     try:
-        return [Path(hf_hub_download(repo, "README.md", revision=revision))]
+        yield Path(hf_hub_download(repo, "README.md", revision=revision))
     except (HfHubHTTPError, OSError, ValueError):
-        return []
+        return
 
 
 def _config(source: Source) -> Mapping[str, Any]:
@@ -92,6 +94,6 @@ def _gguf(source: Source) -> Mapping[str, Any]:
         "general.license": "license",
         "general.license.name": "license_name",
         "general.license.link": "license_link",
+        "general.languages": "language",
     }
-    names["general.languages"] = "language"
     return {ours: fields[theirs].contents() for theirs, ours in names.items() if theirs in fields}

@@ -48,7 +48,7 @@ def test_every_face_is_written_and_the_json_reads_back_equal(tmp_path: Path) -> 
     report = example_report()
     write_report(report, tmp_path / "reports")
     names = sorted(path.name for path in (tmp_path / "reports").iterdir())
-    assert names == ["events.jsonl", "junit.xml", "report.html", "report.json", "report.md"]
+    assert names == ["events.jsonl", "junit.xml", "records.jsonl", "report.html", "report.json", "report.md"]
     text = (tmp_path / "reports" / "report.json").read_text()
     assert Report.model_validate_json(text) == report
     assert json.loads(text)["schema"] == 1

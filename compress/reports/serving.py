@@ -16,7 +16,7 @@ from compress.reports.words import size
 
 GPU_GB = (8, 12, 16, 24, 48, 80, 141)
 """Memory of common GPUs as they are sold; a GB of those is 2**30 bytes, or within two hundredths of it."""
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 66, 76, 12, 40
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 80, 86, 12, 40
 NOTE = (
     "Weights as loaded plus KV cache, as predicted, from the model's shape; activations and the runtime's own memory "
     "come on top."

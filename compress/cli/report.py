@@ -39,10 +39,11 @@ def report(
     from compress.steps.previous import read_artifact
     from compress.steps.standing import standing_of
 
+    _check_kind(out)
     chosen = _format("json" if json else format_, out)
     opened = Store(store)
     folder = opened.find(reference)
-    _check_out(out, folder, opened.root)
+    _check_outside(out, folder, opened.root)
     read = read_artifact(folder)
     text = _drawn(read, standing_of(opened, read.artifact.name, read.artifact.version), chosen)
     if out is None:
@@ -79,14 +80,22 @@ def _format(asked: str | None, out: Path | None) -> Literal["md", "html", "json"
     raise RecipeError(f"--format {chosen}: give md, html or json.{nearest(chosen, FORMATS)}")
 
 
-def _check_out(out: Path | None, folder: Path, store: Path) -> None:
-    """Raises RecipeError for a folder, and for a place inside an artifact, whose files are pinned by its manifest."""
+def _check_kind(out: Path | None) -> None:
+    """Raises RecipeError for a folder, and for a place below a file."""
+    from compress.errors import RecipeError
+
+    if out is not None and out.is_dir():
+        raise RecipeError(f"--out {out}: this is a folder; name a file")
+    if out is not None and any(parent.exists() and not parent.is_dir() for parent in out.parents):
+        raise RecipeError(f"--out {out}: a part of this path is a file; name another place")
+
+
+def _check_outside(out: Path | None, folder: Path, store: Path) -> None:
+    """Raises RecipeError for a place inside an artifact, whose files are pinned by its manifest, or in the store."""
     from compress.errors import RecipeError
 
     if out is None:
         return
     place = out.expanduser().resolve()
-    if place.is_dir():
-        raise RecipeError(f"--out {out}: this is a folder; name a file")
     if place.is_relative_to(folder.resolve()) or place.is_relative_to(store):
         raise RecipeError(f"--out {out}: lies inside the store, whose artifacts never change; name a place outside it")

@@ -96,6 +96,8 @@ def check_place(out: Path, store: Store) -> None:
     place = out.expanduser().resolve()
     if place.is_relative_to(store.root) or store.root.is_relative_to(place):
         raise RecipeError(f"--out {out}: the store and the site may not lie in one another; name another folder")
+    if any(parent.exists() and not parent.is_dir() for parent in place.parents):
+        raise RecipeError(f"--out {out}: a part of this path is a file; name another folder")
     if not place.exists():
         return
     if not place.is_dir() or (any(place.iterdir()) and not (place / LISTING).is_file()):

@@ -38,12 +38,14 @@ _UNSHOWABLE = re.compile(
 
 
 def size(count: float | None) -> str:
-    """Bytes as MiB or GiB."""
+    """Bytes as MiB or GiB; less than a tenth of a MiB as KiB."""
     if count is None or not math.isfinite(count):
         return MISSING
     if abs(count) >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     mebibytes = count / (1 << 20)
+    if 0 < abs(mebibytes) < 0.1:
+        return f"{count / 1024:.1f} KiB"
     return f"{mebibytes:.1f} MiB" if abs(mebibytes) >= 10 else f"{mebibytes:.2f} MiB"
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 
 from compress.artifacts import manifest
@@ -75,7 +78,7 @@ def write_site(shelves: list[Shelf], title: str, out: Path) -> dict[str, Any]:
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(fresh, ignore_errors=True)
+        _sweep(out)
         try:
             for path, text in site(shelves, title).items():
                 place = fresh / path
@@ -89,6 +92,14 @@ def write_site(shelves: list[Shelf], title: str, out: Path) -> dict[str, Any]:
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
     return document
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes left beside `out`."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
+        found = re.fullmatch(r"\.(\d+)\.(new|old)", path.name.removeprefix(f".{out.name}"))
+        if found and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_place(out: Path, store: Store) -> None:

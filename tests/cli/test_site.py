@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_a_site_is_written_again_and_what_is_gone_is_gone(here, store, tmp_path)
     assert here("site", store, "--out", tmp_path / "site").code == 0
     assert not (tmp_path / "site" / "models" / "glass-int4" / "r0001").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["site", "store"]
+
+
+def test_what_a_killed_command_left_is_swept_and_what_a_living_one_writes_is_not(here, store, tmp_path):
+    dead, living = tmp_path / ".site.999999999.new", tmp_path / f".site.{os.getppid()}.new"
+    dead.mkdir()
+    living.mkdir()
+    assert here("site", store, "--out", tmp_path / "site").code == 0
+    assert not dead.exists() and living.exists()
 
 
 def test_another_folder_is_never_written_over(here, store, tmp_path):

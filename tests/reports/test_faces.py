@@ -169,6 +169,8 @@ def test_limits_name_what_was_not_tested() -> None:
     [
         (words.size(1536 * 1024), "1.50 MiB"),
         (words.size(3 << 30), "3.00 GiB"),
+        (words.size(4096), "4.0 KiB"),
+        (words.size(0), "0.00 MiB"),
         (words.size(None), words.MISSING),
         (words.number(0.000123456), "0.0001235"),
         (words.number(1_234_567.0), "1,234,567"),

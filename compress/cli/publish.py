@@ -30,12 +30,11 @@ def publish(
     from compress.artifacts import manifest
     from compress.artifacts.store import Store
     from compress.steps.publishing import prepare, upload
-    from compress.steps.standing import standing_of
+    from compress.steps.standing import standing_at
 
-    opened = Store(store)
-    folder = opened.find(reference)
+    folder = Store(store).find(reference)
     read = manifest.read(folder)
-    waivers = standing_of(opened, read.name, read.version).waivers
+    waivers = standing_at(folder, read.name, read.version).waivers
     planned = prepare(folder, repo_id, private, rejected_too, waivers)
     url = None if dry_run else upload(planned, console.StageProgress())
     if json:

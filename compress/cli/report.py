@@ -31,28 +31,31 @@ def report(
 ) -> int:
     """Write the report of an artifact again, with the channels and waivers of today.
 
-    The report.json of the artifact is read and stays as it is; --json is --format json.
+    The report.json of the artifact is read and stays as it is. --json prints it with `standing`, whatever --out gets.
     """
     from compress import console
     from compress.artifacts.store import Store
     from compress.files import disk_errors, write_text
     from compress.steps.previous import read_artifact
-    from compress.steps.standing import standing_of
+    from compress.steps.standing import standing_at
 
     _check_kind(out)
-    chosen = _format("json" if json else format_, out)
+    chosen = _format(format_ or ("json" if json and out is None else None), out)
     opened = Store(store)
     folder = opened.find(reference)
     _check_outside(out, folder, opened.root)
     read = read_artifact(folder)
-    text = _drawn(read, standing_of(opened, read.artifact.name, read.artifact.version), chosen)
+    standing = standing_at(folder, read.artifact.name, read.artifact.version)
+    text = _drawn(read, standing, chosen)
+    if json or out is None:
+        console.print_text(_drawn(read, standing, "json") if json else text)
     if out is None:
-        console.print_text(text)
         return 0
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, text)
-    console.print_line(str(out))
+    if not json:
+        console.print_line(str(out))
     return 0
 
 

@@ -19,6 +19,16 @@ def standing_of(store: Store, name: str, label: str, waivers: Sequence[Waiver] =
     return Standing(tuple(marks), tuple(waivers))
 
 
+def standing_at(folder: Path, name: str, label: str) -> Standing:
+    """The same for an artifact named by its folder; a copy that lies in no store stands nowhere."""
+    parents = folder.resolve().parents
+    home = parents[1] if label.startswith("r") else parents[0]
+    inside = folder.resolve().relative_to(home.parent).as_posix()
+    if inside != f"{name}/{f'rejected/{label}' if label.startswith('r') else label}":
+        return Standing()
+    return standing_of(Store(home.parent), name, label)
+
+
 def channels(store: Store, name: str) -> list[tuple[str, ChannelMark]]:
     """(version, channel that leads to it) of every channel of `name`, by the channel's name.
 

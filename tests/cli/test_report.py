@@ -69,9 +69,23 @@ def test_json_is_the_report_with_its_standing(here, store, asked):
     assert Report.model_validate(document).verdict == "passed"
 
 
+def test_with_json_and_out_stdout_has_the_document_and_nothing_else(here, store, tmp_path):
+    ended = here("report", "glass-int4", "--store", store, "--json", "--out", tmp_path / "r.html")
+    assert json.loads(ended.out)["verdict"] == "passed"
+    assert (tmp_path / "r.html").read_text(encoding="utf-8").lstrip().startswith("<!DOCTYPE html>")
+
+
 def test_a_channel_of_another_version_is_not_shown(here, store):
     promote(store, "v0002")
     assert "In channel" not in here("report", "glass-int4", "--store", store).out
+
+
+def test_an_artifact_named_by_its_folder_has_the_channels_of_its_own_store_and_a_copy_has_none(here, store, tmp_path):
+    promote(store, "v0001")
+    folder = store / "glass-int4" / "v0001"
+    assert "In channel production" in here("report", folder, "--store", tmp_path / "other").out
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert "In channel" not in here("report", copy, "--store", store).out
 
 
 def test_the_artifact_is_still_whole_and_nothing_is_written_into_the_store(here, store):

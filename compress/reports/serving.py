@@ -33,9 +33,9 @@ def cache_table(memory: Memory) -> Table:
     """KV cache: a row for each context, a column for each concurrency."""
     found = {(point.context, point.concurrency): point.kv_cache_bytes for point in memory.serving}
     contexts, columns = _axes(memory)
-    rows = [(f"{context:,} tokens", *(size(found.get((context, many))) for many in columns)) for context in contexts]
-    headers = ("Context", *(f"{many:,} at once" for many in columns))
-    return Table("KV cache, predicted", headers, "l" + "r" * len(columns), rows)
+    rows = [(f"{context:,}", *(size(found.get((context, many))) for many in columns)) for context in contexts]
+    headers = ("Context, tokens", *(f"{many:,} at once" for many in columns))
+    return Table("KV cache, predicted", headers, "r" + "r" * len(columns), rows)
 
 
 def _axes(memory: Memory) -> tuple[list[int], list[int]]:

@@ -31,19 +31,20 @@ FLAGS = [
 DARK = "--blink-settings=preferredColorScheme=0"
 MEASURE = """
 const page = document.querySelector('iframe').contentDocument, root = page.documentElement;
-const wide = root.clientWidth, out = [];
+const wide = root.clientWidth, out = [], style = page.defaultView.getComputedStyle(page.body);
+const edge = page.body.getBoundingClientRect().right - parseFloat(style.paddingRight);
 for (const each of page.body.querySelectorAll('*')) {
   const head = each.closest('thead');  // on narrow pages it is for screen readers only
   if (head && page.defaultView.getComputedStyle(head).position === 'absolute') continue;
   const box = each.getBoundingClientRect();
-  if (box.width > 1.5 && (box.right > wide + 1 || box.left < -1)) out.push(each.tagName + ' ' + each.className);
+  if (box.width > 1.5 && (box.right > edge + 1 || box.left < -1)) out.push(each.tagName + ' ' + each.className);
 }
 for (const text of page.querySelectorAll('svg text')) {
   const inside = text.getBoundingClientRect(), around = text.closest('svg').getBoundingClientRect();
   if (inside.right > around.right + 1 || inside.left < around.left - 1 || inside.bottom > around.bottom + 1)
     out.push('cut off: ' + text.textContent);
 }
-const ground = page.defaultView.getComputedStyle(page.body).backgroundColor;
+const ground = style.backgroundColor;
 const size = Math.min(...[...page.querySelectorAll('p, td, li, dd')].map(
   each => parseFloat(page.defaultView.getComputedStyle(each).fontSize)));
 document.title = JSON.stringify({content: root.scrollWidth, window: wide, out, ground, size});
@@ -79,7 +80,7 @@ def full_report() -> Report:
     served = [
         ServingPoint(context=context, concurrency=many, kv_cache_bytes=131_072 * context * many)
         for context in (4096, 8192, 16384, 32768, 65536, 131_072)
-        for many in (1, 4, 16, 64)
+        for many in (1, 4, 8, 16, 64)
     ]
     report = example_report(
         "failed", tasks=[task()], memory=memory().model_copy(update={"serving": served, "max_context": 131_072})
@@ -110,7 +111,7 @@ def write_pages(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
-@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("width", [400, 700, 1000, 1280])
 @pytest.mark.parametrize("kind", ["report", "hostile", "index", "model"])
 def test_nothing_overflows_and_text_is_large_enough(tmp_path: Path, kind: str, width: int) -> None:
     found = measured(write_pages(tmp_path)[kind], width)

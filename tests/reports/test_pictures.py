@@ -130,3 +130,10 @@ def test_numbers_on_shades_links_and_labels_can_be_read(theme: int) -> None:
     for text in ("solved", "failed"):  # links, and names of GPUs
         assert contrast(colours[text], colours["paper"]) >= 4.5, text
     assert contrast(colours["ink"], colours["passed-back"]) >= 4.5
+
+
+def test_layouts_of_narrow_screens_are_kept_from_paper() -> None:
+    """A sheet of paper is 700 to 800 pixels wide, but its text is small: tables stay tables there."""
+    style = (files("compress.reports") / "templates" / "style.css.j2").read_text()
+    narrow = re.findall(r"@media ([^{]*max-width[^{]*)", style)
+    assert narrow and all(each.startswith("screen and ") for each in narrow)

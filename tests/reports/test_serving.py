@@ -34,8 +34,8 @@ def served(weights: float, a_token: int, contexts: tuple[int, ...] = (1024, 2048
 
 def test_the_table_has_a_row_for_each_context_and_a_column_for_each_concurrency() -> None:
     table = cache_table(served(GIB, 1 << 20))
-    assert table.headers == ("Context", "1 at once", "8 at once")
-    assert table.rows[1] == ("2,048 tokens", "2.00 GiB", "16.00 GiB")
+    assert table.headers == ("Context, tokens", "1 at once", "8 at once")
+    assert table.rows[1] == ("2,048", "2.00 GiB", "16.00 GiB")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from compress.reports import (
     maps,
     pictures,
     precision,
-    previous,
+    previous_words,
     pruning,
     serving,
     tables,
@@ -82,9 +82,9 @@ def _previous(report: Report) -> dict[str, Any] | None:
     if record is None:
         return None
     return {
-        "title": previous.title(record),
-        "sentences": previous.sentences(record),
-        "tables": previous.tables(record),
+        "title": previous_words.title(record),
+        "sentences": previous_words.sentences(record),
+        "tables": previous_words.tables(record),
     }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.evaluation.prompts.differences import Piece
-from compress.reports import maps, precision, previous, pruning, serving
+from compress.reports import maps, precision, previous_words, pruning, serving
 from compress.reports import standing as standings
 from compress.reports.answers import UNCHANGED, introduction, shown
 from compress.reports.limits import limits
@@ -83,8 +83,8 @@ def _previous(report: Report) -> list[str]:
     record = report.previous
     if record is None:
         return []
-    said = "\n".join(f"- {escape(each)}" for each in previous.sentences(record))
-    return [f"## {escape(previous.title(record))}", said, *_titled(previous.tables(record), none="")]
+    said = "\n".join(f"- {escape(each)}" for each in previous_words.sentences(record))
+    return [f"## {escape(previous_words.title(record))}", said, *_titled(previous_words.tables(record), none="")]
 
 
 def _memory(report: Report) -> list[str]:

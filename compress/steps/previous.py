@@ -8,8 +8,9 @@ from pydantic import ValidationError
 
 from compress.artifacts.store import Store, Version
 from compress.errors import CompressError
+from compress.reports.changes import PreviousRecord
 from compress.reports.previous import compare
-from compress.reports.report import PreviousRecord, Report
+from compress.reports.report import Report
 
 CHANNEL = "production"
 
@@ -40,7 +41,7 @@ def previous_release(store: Store, name: str, label: str) -> tuple[Version | Non
         return promoted, f"which {CHANNEL} leads to"
     passed = [version for version in store.versions(name) if not version.rejected]
     if not label.startswith("r"):
-        passed = [version for version in passed if version.label < label]
+        passed = [version for version in passed if int(version.label[1:]) < int(label[1:])]
     return (passed[-1], "the newest version that had passed") if passed else (None, "")
 
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from compress.reports.changes import PreviousRecord
 from compress.reports.html import render_html
 from compress.reports.markdown import render_markdown
-from compress.reports.previous import compare, sentences, tables
-from compress.reports.report import ArtifactRef, Measurements, PreviousRecord, Report
+from compress.reports.previous import compare
+from compress.reports.previous_words import sentences, tables
+from compress.reports.report import ArtifactRef, Measurements, Report
 
 from .example import DIGEST, RECIPE, example_report, measurements, provenance, stages, task
 

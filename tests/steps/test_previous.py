@@ -33,7 +33,8 @@ def promote(store: Store, text: str, channel: str = "production") -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "wanted"), [("v0003", "v0002"), ("v0002", "v0001"), ("v0001", None), ("r0002", "v0002")]
+    ("label", "wanted"),
+    [("v0003", "v0002"), ("v10000", "v0002"), ("v0002", "v0001"), ("v0001", None), ("r0002", "v0002")],
 )
 def test_without_a_channel_it_is_the_newest_version_before_that_passed(store, label, wanted):
     version, chosen = previous_release(store, NAME, label)

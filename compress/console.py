@@ -62,6 +62,11 @@ def print_line(text: str = "") -> None:
     out.print(Text(text))
 
 
+def print_text(text: str) -> None:
+    """A document on stdout as it is, and nothing else there."""
+    sys.stdout.write(text)
+
+
 def note(text: str) -> None:
     """A message on stderr."""
     err.print(Text(text))

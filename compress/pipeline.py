@@ -38,6 +38,7 @@ from compress.steps.latency import time_both
 from compress.steps.made import compress, from_parent
 from compress.steps.parent import Parent
 from compress.steps.plan import Plan, make_plan, plan_evaluation
+from compress.steps.previous import against_previous
 from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
 from compress.steps.quantised_alone import quantised_alone
 from compress.steps.source import open_source
@@ -135,6 +136,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
                     alone=alone,
                     parent=parent.artifact if parent else None,
                 )
+                report = against_previous(report, store)
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
                 write_items(decision.evidence.tasks, staged / "reports" / "items")

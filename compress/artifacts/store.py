@@ -18,6 +18,7 @@ Why this is safe:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -184,6 +185,16 @@ class Store:
                 numbered = sorted((number, label) for label, number in _numbered(parent, rejected))
                 found += [Version(name, label, parent / label) for _, label in numbered]
         return [version for version in found if (version.path / MANIFEST_NAME).is_file()]
+
+    def promoted(self, name: str, channel: str) -> Version | None:
+        """The version that `channel` of `name` leads to: <store>/<name>/channels/<channel>.json names it. None where
+        nothing was promoted, and where what was is not there any more."""
+        try:
+            text = (self._folder(name) / "channels" / f"{channel}.json").read_text(encoding="utf-8")
+            label = json.loads(text)["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return next((version for version in self.versions(name) if version.label == label), None)
 
     def find(self, reference: str) -> Path:
         """The folder of NAME (its newest published version), NAME@v0003, NAME@r0001, or of a path to an artifact.

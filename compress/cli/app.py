@@ -19,7 +19,7 @@ from compress import __version__, parallel
 from compress.cli import eval as judging
 from compress.cli import export as exporting
 from compress.cli import frontier as mapping
-from compress.cli import inspect, recipes, run
+from compress.cli import inspect, publish, recipes, report, run, site
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
 
 app = typer.Typer(
@@ -64,6 +64,9 @@ app.command("list")(inspect.list_)
 app.command("show")(inspect.show)
 app.command("verify")(inspect.verify)
 app.command("gc")(inspect.gc)
+app.command("report")(report.report)
+app.command("publish")(publish.publish)
+app.command("site")(site.site)
 
 
 def main(arguments: list[str] | None = None) -> None:

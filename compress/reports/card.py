@@ -13,11 +13,14 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compress.reports import markdown, pruning, tables, task_tables, words
+from compress.reports import markdown, previous, pruning, tables, task_tables, words
+from compress.reports.limits import limits
 from compress.reports.report import Report, StageRecord
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _LICENCE_ID = re.compile(r"[A-Za-z0-9.+-]{1,40}")
+_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*", re.ASCII)
+_PLAIN = re.compile(r"[\w./:+#-]{1,200}", re.ASCII)
 
 
 class _Ready(str):
@@ -28,7 +31,7 @@ def model_card(report: Report) -> str:
     """README.md as text: YAML front matter, then use, making, measurements, gates and limits.
 
     From `report.provenance["source"]` it reads `base_model` or `id` (a hub id "owner/name" becomes metadata), `name`,
-    and `licence` or `license`; all may be missing.
+    `licence` or `license` with `licence_name` and `licence_link`, and `language`; all may be missing.
     """
     source = report.provenance.get("source")
     source = source if isinstance(source, Mapping) else {}
@@ -37,13 +40,15 @@ def model_card(report: Report) -> str:
 
 
 def _metadata(report: Report, source: Mapping[str, Any]) -> dict[str, Any]:
-    base, licence = _base_model(source), _licence(source)
+    base = _base_model(source)
     data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if base:
         data["base_model"] = base
-        data |= {"base_model_relation": "quantized"} if _quantized(report) else {}
-    if _LICENCE_ID.fullmatch(licence):
-        data["license"] = licence.lower()
+        data |= {"base_model_relation": relation} if (relation := _relation(report)) else {}
+    data |= _licence_data(source)
+    languages = source.get("language")
+    if isinstance(languages, list) and all(isinstance(each, str) and _LANGUAGE.fullmatch(each) for each in languages):
+        data["language"] = languages
     data["tags"] = _tags(report)
     results = list(_results(report))
     if results:
@@ -51,20 +56,43 @@ def _metadata(report: Report, source: Mapping[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _relation(report: Report) -> str:
+    """One of the hub's adapter, finetune, merge and quantized. It has none for pruned models: they are finetunes."""
+    if _quantized(report):
+        return "quantized"
+    return "finetune" if report.stages else ""
+
+
+def _licence_data(source: Mapping[str, Any]) -> dict[str, str]:
+    """As the source has it: an identifier, and for `other` its name and address."""
+    licence = _licence(source)
+    if not _LICENCE_ID.fullmatch(licence):
+        return {}
+    more = {f"license_{key}": source.get(f"licence_{key}") for key in ("name", "link")}
+    kept = {key: value for key, value in more.items() if isinstance(value, str) and _PLAIN.fullmatch(value)}
+    return {"license": licence.lower(), **kept}
+
+
 def _quantized(report: Report) -> bool:
     return any(module.effective_bits < 16 for stage in report.stages for module in stage.modules)
 
 
 def _tags(report: Report) -> list[str]:
-    schemes = [module.scheme.split()[0] for stage in report.stages for module in stage.modules if module.scheme.split()]
+    """What people look for on the hub: methods, number formats, bits, the format of the files."""
+    last = previous.schemes_of(report).values()
+    schemes = [scheme.split()[0] for scheme in last if scheme.split()]
+    bits = [f"{digits}-bit" for scheme in schemes if (digits := scheme.lstrip("abcdefghijklmnopqrstuvwxyz")).isdigit()]
+    export = previous.resolved_recipe(report).get("export")
+    named = export.get("format") if isinstance(export, Mapping) else None
     return list(
         dict.fromkeys(
             [
                 "compress",
                 *(["pruned"] if pruning.pruners(report) else []),
-                *(["quantized"] if _quantized(report) else []),
+                *(["quantized", *([named] if isinstance(named, str) else [])] if _quantized(report) else []),
                 *(stage.kind for stage in report.stages),
                 *schemes,
+                *bits,
             ]
         )
     )
@@ -140,6 +168,6 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         calibration=_Ready(calibration),
         tables=quality,
         gates=_Ready(markdown.table_text(tables.gates_table(report))),
-        limits=words.limits(report),
+        limits=limits(report),
         licence=_licence(source),
     )

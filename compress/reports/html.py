@@ -12,10 +12,25 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compress.events import EVENT_KINDS
-from compress.reports import answers, pictures, precision, pruning, tables, task_tables, words
+from compress.reports import (
+    answers,
+    gate_picture,
+    maps,
+    pictures,
+    precision,
+    previous_words,
+    pruning,
+    serving,
+    tables,
+    task_tables,
+    words,
+)
+from compress.reports import standing as standings
+from compress.reports.limits import limits
 from compress.reports.report import Report, StageRecord
+from compress.reports.standing import NOTHING, Standing
 
-_MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?"}
+MARKS = {"passed": "✓", "failed": "✗", "inconclusive": "?", "damaged": "✗"}
 
 
 def pages() -> Environment:
@@ -31,43 +46,100 @@ def pages() -> Environment:
     return environment
 
 
-def render_html(report: Report) -> str:
-    """The whole report as one HTML document."""
-    environment = pages()
-    rest, recipe = tables.split_recipe(report.provenance)
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        marks=_MARKS,
-        headline=words.headline(report),
-        about=words.about(report),
-        tiles=_tiles(report),
-        gates=tables.gates_table(report),
-        quality=[*tables.quality_tables(report), *([tables.noise_table(report)] if report.noise else [])],
-        tasks=task_tables.tasks_table(report),
-        flips=task_tables.flips_tables(report),
-        answers=answers.shown(report.answers) if report.answers else [],
-        answers_said=answers.introduction(report.answers) if report.answers else "",
-        answers_same=answers.UNCHANGED,
-        errors=[_errors(stage) for stage in report.stages if any(each.error is not None for each in stage.modules)],
-        pruned=pruning.shown(report),
-        plans=precision.shown(report),
-        memory=tables.memory_table(report),
-        stages=tables.stages_table(report),
-        splits=[_split(stage.kind, stage.seconds_by_part) for stage in report.stages if stage.seconds_by_part],
-        stage_facts=[(stage.kind, tables.facts(precision.listed(stage))) for stage in report.stages if stage.facts],
-        steps=_split("the whole run", report.seconds_by_step),
-        event_counts=tables.event_counts_table(report),
-        absent=[kind for kind in EVENT_KINDS if not report.event_counts.get(kind)],
-        events=tables.events_table(report),
-        round_trip=tables.round_trip_table(report),
-        limits=words.limits(report),
-        calibration=tables.facts(report.calibration),
-        evaluation=[tables.facts(item) for item in report.evaluation],
-        artifact=tables.facts({"artifact": report.artifact.model_dump()}),
-        provenance=tables.facts(rest),
-        recipe=recipe,
+def render_html(report: Report, standing: Standing = NOTHING) -> str:
+    """The whole report as one HTML document. `standing`: channels and waivers as they are today."""
+    page = (
+        pages()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            marks=MARKS,
+            headline=words.headline(report),
+            about=words.about(report),
+            standing=standings.sentences(standing),
+            waivers=standings.waivers_table(standing),
+            tiles=_tiles(report),
+            previous=_previous(report),
+            strips=gate_picture.strips(report),
+            gates=tables.gates_table(report),
+            limits=limits(report),
+            event_counts=tables.event_counts_table(report),
+            absent=[kind for kind in EVENT_KINDS if not report.event_counts.get(kind)],
+            events=tables.events_table(report),
+            round_trip=tables.round_trip_table(report),
+            **_quality(report),
+            **_making(report),
+            **_memory(report),
+            **_time(report),
+            **_origin(report),
+        )
     )
     return words.showable(page)
+
+
+def _previous(report: Report) -> dict[str, Any] | None:
+    record = report.previous
+    if record is None:
+        return None
+    return {
+        "title": previous_words.title(record),
+        "sentences": previous_words.sentences(record),
+        "tables": previous_words.tables(record),
+    }
+
+
+def _quality(report: Report) -> dict[str, Any]:
+    """Measurements, tasks with what flipped, answers to prompts."""
+    return {
+        "quality": [*tables.quality_tables(report), *([tables.noise_table(report)] if report.noise else [])],
+        "tasks": task_tables.tasks_table(report),
+        "flips": task_tables.flips_tables(report),
+        "answers": answers.shown(report.answers) if report.answers else [],
+        "answers_said": answers.introduction(report.answers) if report.answers else "",
+        "answers_same": answers.UNCHANGED,
+    }
+
+
+def _making(report: Report) -> dict[str, Any]:
+    """What stages did to the model."""
+    return {
+        "pruned": pruning.shown(report),
+        "plans": precision.shown(report),
+        "error_map": maps.pieces(maps.error_cells(report), "bits and error of each linear"),
+        "error_legend": maps.error_legend(report),
+        "errors": [_errors(stage) for stage in report.stages if any(each.error is not None for each in stage.modules)],
+        "stage_facts": [(stage.kind, tables.facts(precision.listed(stage))) for stage in report.stages if stage.facts],
+    }
+
+
+def _memory(report: Report) -> dict[str, Any]:
+    return {
+        "memory": tables.memory_table(report),
+        "serving_said": serving.sentence(report.memory),
+        "serving_note": serving.NOTE,
+        "cache": serving.cache_table(report.memory),
+        "serving": serving.plot(report.memory),
+    }
+
+
+def _time(report: Report) -> dict[str, Any]:
+    return {
+        "stages": tables.stages_table(report),
+        "steps": _split("the whole run", report.seconds_by_step),
+        "splits": [_split(stage.kind, stage.seconds_by_part) for stage in report.stages if stage.seconds_by_part],
+    }
+
+
+def _origin(report: Report) -> dict[str, Any]:
+    """What went in, and where it was made."""
+    rest, recipe = tables.split_recipe(report.provenance)
+    return {
+        "calibration": tables.facts(report.calibration),
+        "evaluation": [tables.facts(item) for item in report.evaluation],
+        "artifact": tables.facts({"artifact": report.artifact.model_dump()}),
+        "provenance": tables.facts(rest),
+        "recipe": recipe,
+    }
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:

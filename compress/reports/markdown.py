@@ -7,9 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.evaluation.prompts.differences import Piece
-from compress.reports import precision, pruning
+from compress.reports import maps, precision, previous_words, pruning, serving
+from compress.reports import standing as standings
 from compress.reports.answers import UNCHANGED, introduction, shown
+from compress.reports.limits import limits
 from compress.reports.report import AnswersRecord, Report
+from compress.reports.standing import NOTHING, Standing
 from compress.reports.tables import (
     Table,
     event_counts_table,
@@ -25,7 +28,7 @@ from compress.reports.tables import (
     worst_table,
 )
 from compress.reports.task_tables import flips_tables, tasks_table
-from compress.reports.words import MOST_EVENTS, about, duration, headline, limits, showable
+from compress.reports.words import MOST_EVENTS, about, duration, headline, showable
 
 
 def escape(text: object) -> str:
@@ -45,22 +48,56 @@ def fence(text: str, language: str = "") -> str:
 def table_text(table: Table) -> str:
     """One table in Markdown, without its title."""
     rule = " | ".join("---:" if letter == "r" else "---" for letter in table.align)
-    lines = [" | ".join(table.headers), rule, *(" | ".join(map(escape, row)) for row in table.rows)]
+    lines = [" | ".join(map(escape, table.headers)), rule, *(" | ".join(map(escape, row)) for row in table.rows)]
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def render_markdown(report: Report) -> str:
-    """The whole report as Markdown (GitHub tables)."""
-    rest, recipe = split_recipe(report.provenance)
-    trip = round_trip_table(report)
-    parts = [f"# {report.verdict.capitalize()}: {escape(headline(report))}"]
-    parts.append(escape(about(report)))
+def render_markdown(report: Report, standing: Standing = NOTHING) -> str:
+    """The whole report as Markdown (GitHub tables). `standing`: channels and waivers as they are today."""
+    parts = [f"# {report.verdict.capitalize()}: {escape(headline(report))}", escape(about(report))]
+    parts += [escape(each) for each in standings.sentences(standing)]
+    parts += _section("Waivers", [standings.waivers_table(standing)]) if standing.waivers else []
+    parts += _previous(report)
     parts += _section("Gates", [gates_table(report)])
-    parts += ["## Before and after", *_titled(quality_tables(report))]
-    parts += _titled([noise_table(report)], none="")
+    parts += ["## Before and after", *_titled(quality_tables(report)), *_titled([noise_table(report)], none="")]
     if report.tasks:
         parts += [*_section("Tasks", [tasks_table(report)]), *_titled(flips_tables(report), none="No item flipped.")]
     parts += _answers(report.answers) if report.answers else []
+    parts += _memory(report)
+    parts += _making(report)
+    parts += _section("Stages", [stages_table(report)])
+    for stage in (stage for stage in report.stages if stage.facts):
+        parts += [f"### What {escape(stage.kind)} did", _facts_text(precision.listed(stage))]
+    parts.append("Steps of the run: " + escape("; ".join(_steps(report))) + ".")
+    parts += _section("Events", [event_counts_table(report), events_table(report)])
+    if len(report.events) > MOST_EVENTS:
+        parts.append(f"The first {MOST_EVENTS} of {len(report.events):,} events; events.jsonl holds all.")
+    trip = round_trip_table(report)
+    parts += _section("Round trip", [trip] if trip else [])
+    parts += _origin(report)
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _previous(report: Report) -> list[str]:
+    """What changed against the release before; against the source, see the tables of measurements."""
+    record = report.previous
+    if record is None:
+        return []
+    said = "\n".join(f"- {escape(each)}" for each in previous_words.sentences(record))
+    return [f"## {escape(previous_words.title(record))}", said, *_titled(previous_words.tables(record), none="")]
+
+
+def _memory(report: Report) -> list[str]:
+    cache = serving.cache_table(report.memory)
+    parts = _section("Memory", [memory_table(report)])
+    if cache.rows:
+        parts += [f"### {cache.title}", escape(serving.sentence(report.memory)), serving.NOTE, table_text(cache)]
+    return parts
+
+
+def _making(report: Report) -> list[str]:
+    """What stages did to the model."""
+    parts = []
     for pruned in pruning.shown(report):
         parts += ["## Pruning", escape(pruned["sentence"]), *_titled(pruned["tables"])]
         if pruned["alone"]:
@@ -69,23 +106,18 @@ def render_markdown(report: Report) -> str:
         said = [escape(precision.sentence(plan.facts)), escape(precision.trust(plan.facts))]
         parts += ["## Bits by linear", *said]
         parts += _titled([precision.bought_table(plan.facts), precision.schemes_table(plan.facts)])
-    parts += ["## Error per block", *_titled(worst_table(stage) for stage in report.stages if stage.modules)]
-    parts += _section("Memory", [memory_table(report)])
-    parts += _section("Stages", [stages_table(report)])
-    for stage in (stage for stage in report.stages if stage.facts):
-        parts += [f"### What {escape(stage.kind)} did", _facts_text(precision.listed(stage))]
-    parts.append("Steps of the run: " + escape("; ".join(_steps(report))) + ".")
-    parts += _section("Events", [event_counts_table(report), events_table(report)])
-    if len(report.events) > MOST_EVENTS:
-        parts.append(f"The first {MOST_EVENTS} of {len(report.events):,} events; events.jsonl holds all.")
-    parts += _section("Round trip", [trip] if trip else [])
+    parts += ["## Error per block", *_titled([maps.error_table(report)], none="No stage quantised a linear.")]
+    return parts + _titled([worst_table(stage) for stage in report.stages if stage.modules], none="")
+
+
+def _origin(report: Report) -> list[str]:
+    """What went in and where it was made; then what was not tested, and the recipe."""
+    rest, recipe = split_recipe(report.provenance)
+    parts = ["## Provenance", _facts_text({"artifact": report.artifact.model_dump(), **rest})]
+    parts += ["### Calibration", _facts_text(report.calibration)]
+    parts += ["### Evaluation", *(_facts_text(item) for item in report.evaluation)]
     parts += ["## Limits", "\n".join(f"- {escape(limit)}" for limit in limits(report))]
-    parts += ["## Calibration", _facts_text(report.calibration)]
-    parts += ["## Evaluation", *(_facts_text(item) for item in report.evaluation)]
-    artifact = {"artifact": report.artifact.model_dump()}
-    parts += ["## Provenance", _facts_text({**artifact, **rest})]
-    parts += ["## Recipe", fence(recipe, "yaml")] if recipe else []
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return parts + (["## Recipe", fence(recipe, "yaml")] if recipe else [])
 
 
 def _answers(answers: AnswersRecord) -> list[str]:

@@ -8,15 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress.reports import pruning
+from compress.reports import maps, pruning
 from compress.reports.report import Report, StageRecord
 from compress.reports.tables import Table
 from compress.reports.words import number, size
 
 OWN = ("units", "uniform")
 """Facts that are shown here rather than listed."""
-CELL, ROW, LEFT, TOP = 22, 34, 150, 18
-"""Sizes of the map, in units of its view box: a cell's width, a row's height, the margins with words."""
 
 
 def planners(report: Report) -> list[StageRecord]:
@@ -92,43 +90,23 @@ def schemes_table(facts: Mapping[str, Any]) -> Table:
     return Table("Schemes by kind of linear", ("Scheme", *kinds), "l" + "r" * len(kinds), rows)
 
 
-def bits_map(units: Sequence[Mapping[str, Any]]) -> Markup:
-    """Blocks from left to right, kinds of linear from top to bottom: bits in each cell; the bar under it is the square
-    root of what the unit's smallest candidate would cost, as a share of the largest."""
-    kinds = list(dict.fromkeys(unit["kind"] for unit in units))
-    blocks = sorted({unit["block"] for unit in units})
+def bits_map(units: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """Bits in each cell; the bar under it is the square root of what the unit's smallest candidate would cost, as a
+    share of the largest."""
     most = max((float(unit["sensitivity"]) for unit in units), default=0.0) or 1.0
-    shapes = [
-        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-            LEFT + CELL * (at + 0.5), TOP - 6, block
+    cells = [
+        maps.Cell(
+            kind=unit["kind"],
+            block=unit["block"],
+            style=f"bits{unit['bits']}",
+            text=str(unit["bits"]),
+            title=f"{unit['name']}: {unit['scheme']}, predicted to cost {number(unit['cost'])} nats, "
+            f"{number(unit['sensitivity'])} at its smallest candidate",
+            bar=(float(unit["sensitivity"]) / most) ** 0.5,
         )
-        for at, block in enumerate(blocks)
-        if len(blocks) <= 40 or block % 5 == 0
+        for unit in units
     ]
-    for row, kind in enumerate(kinds):
-        y = TOP + ROW * row
-        shapes.append(
-            Markup('<text class="tick" x="{}" y="{}" text-anchor="end">{}</text>').format(LEFT - 8, y + 15, kind)
-        )
-        for unit in (unit for unit in units if unit["kind"] == kind):
-            shapes.append(_cell(unit, LEFT + CELL * blocks.index(unit["block"]), y, float(unit["sensitivity"]) / most))
-    width, height = LEFT + CELL * len(blocks) + 4, TOP + ROW * len(kinds)
-    return Markup('<svg class="bits" width="{0}" viewBox="0 0 {0} {1}" role="img" aria-label="{2}">{3}</svg>').format(
-        width, height, "bits of each linear by block, and how sensitive it is", Markup("").join(shapes)
-    )
-
-
-def _cell(unit: Mapping[str, Any], x: float, y: float, share: float) -> Markup:
-    title = (
-        f"{unit['name']}: {unit['scheme']}, predicted to cost {number(unit['cost'])} nats, "
-        f"{number(unit['sensitivity'])} at its smallest candidate"
-    )
-    inside = CELL - 2
-    return Markup(
-        '<g><title>{}</title><rect class="bits{}" x="{}" y="{}" width="{}" height="20"/>'
-        '<text class="bit" x="{}" y="{}" text-anchor="middle">{}</text>'
-        '<rect class="sensitive" x="{}" y="{}" width="{:.1f}" height="4"/></g>'
-    ).format(title, unit["bits"], x, y, inside, x + inside / 2, y + 14, unit["bits"], x, y + 22, inside * share**0.5)
+    return maps.pieces(cells, "bits of each linear by block, and how sensitive it is")
 
 
 def shown(report: Report) -> list[dict[str, Any]]:
@@ -137,7 +115,7 @@ def shown(report: Report) -> list[dict[str, Any]]:
         {
             "sentence": sentence(stage.facts),
             "trust": trust(stage.facts),
-            "picture": bits_map(stage.facts["units"]),
+            "pictures": bits_map(stage.facts["units"]),
             "tables": [bought_table(stage.facts), schemes_table(stage.facts)],
         }
         for stage in planners(report)

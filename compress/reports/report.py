@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from compress.events import Event
+from compress.reports.changes import PreviousRecord
+from compress.reports.value import Value as Value
+from compress.reports.value import Verdict as Verdict
 
-Verdict = Literal["passed", "failed", "inconclusive"]
 SCHEMA_VERSION = 1
-
-
-class Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class GateResult(Value):
@@ -45,6 +43,14 @@ class PredictedMeasured(Value):
     note: str = ""
 
 
+class ServingPoint(Value):
+    """The KV cache of one load, as predicted."""
+
+    context: int = Field(description="tokens of each sequence")
+    concurrency: int = Field(description="sequences at once")
+    kv_cache_bytes: int
+
+
 class Memory(Value):
     """All in bytes."""
 
@@ -56,6 +62,11 @@ class Memory(Value):
     peak_host: PredictedMeasured = Field(description="peak anonymous host memory of the run")
     peak_device: PredictedMeasured = Field(description="peak device memory of the run; missing without a GPU")
     source_stored: int = Field(description="tensor bytes of the source safetensors files")
+    serving: list[ServingPoint] = Field(
+        default_factory=list,
+        description="KV cache over contexts, up to the longest declared, and concurrency",
+    )
+    max_context: int | None = Field(default=None, description="longest context that the model's config declares")
 
 
 class ModuleRecord(Value):
@@ -257,5 +268,9 @@ class Report(Value):
     judged: JudgedRecord | None = Field(
         default=None, description="of `compress eval` only; nothing was compressed then"
     )
+    previous: PreviousRecord | None = Field(
+        default=None, description="what changed against the release before; None where there was none"
+    )
+    limits: list[str] = Field(default_factory=list, description="what was not tested, a sentence each")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="strings")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.events import EVENT_KINDS
-from compress.reports.report import PredictedMeasured, Report, StageRecord
+from compress.reports.report import GateResult, PredictedMeasured, Report, StageRecord
 from compress.reports.words import (
     MEASURES,
     MISSING,
@@ -39,10 +39,8 @@ def gates_table(report: Report) -> Table:
             gate.verdict,
             gate.tier,
             gate.measure,
-            _observed(gate.kind, gate.measure, gate.observed),
-            MISSING
-            if gate.interval is None
-            else " to ".join(_observed(gate.kind, gate.measure, end) for end in gate.interval),
+            observed_text(gate, gate.observed),
+            MISSING if gate.interval is None else " to ".join(observed_text(gate, end) for end in gate.interval),
             gate.limit,
             gate.sentence,
         )
@@ -52,8 +50,9 @@ def gates_table(report: Report) -> Table:
     return Table("Gates", headers, "lllrrll", rows)
 
 
-def _observed(kind: str, measure: str, value: float | None) -> str:
+def observed_text(gate: GateResult, value: float | None) -> str:
     """In the unit of the limit. Relative gates observe a ratio, whatever unit the measure has; it is shown bare."""
+    kind, measure = gate.kind, gate.measure
     if value is None:
         return "not measured"
     if kind == "non_inferiority" and not measure.startswith("divergence."):
@@ -110,6 +109,12 @@ def label(what: str) -> str:
     return MEASURES.get(what, what.replace("_", " "))
 
 
+def label_of(name: str) -> str:
+    """A flat name in words, with its set or task: `perplexity.docs` is "docs: Perplexity"."""
+    group = _group(name)
+    return f"{group}: {label(_what(name))}" if group else label(_what(name))
+
+
 def _group(name: str) -> str:
     """`perplexity.<set>` and `divergence.<set>.<what>` belong to <set>; set names may hold dots."""
     family, _, rest = name.partition(".")
@@ -131,12 +136,12 @@ def _quality_row(report: Report, name: str) -> tuple[str, ...]:
         label(_what(name)),
         measured(name, before),
         measured(name, after),
-        _change(name, before, after),
+        change_text(name, before, after),
         interval_text(name, report.measurements.intervals.get(name)),
     )
 
 
-def _change(name: str, before: float | None, after: float | None) -> str:
+def change_text(name: str, before: float | None, after: float | None) -> str:
     if not before or after is None or not math.isfinite(after / before):
         return MISSING
     if name.endswith(("accuracy", "accuracy_norm", "top1_agreement")):

@@ -38,12 +38,14 @@ _UNSHOWABLE = re.compile(
 
 
 def size(count: float | None) -> str:
-    """Bytes as MiB or GiB."""
+    """Bytes as MiB or GiB; less than a tenth of a MiB as KiB."""
     if count is None or not math.isfinite(count):
         return MISSING
     if abs(count) >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     mebibytes = count / (1 << 20)
+    if 0 < abs(mebibytes) < 0.1:
+        return f"{count / 1024:.1f} KiB"
     return f"{mebibytes:.1f} MiB" if abs(mebibytes) >= 10 else f"{mebibytes:.2f} MiB"
 
 
@@ -114,39 +116,6 @@ def about(report: Report) -> str:
         f"This is an evaluation: {judged.model} was judged by the gates of a recipe, and nothing was compressed. "
         f"Wherever this report says source, it means {judged.reference}."
     )
-
-
-def limits(report: Report) -> list[str]:
-    """What was not tested, one sentence each. A reader must not take silence for a good result."""
-    said: list[str] = []
-    if report.verdict != "passed":
-        said.append(f"The verdict is {report.verdict}: this model has not earned release.")
-    sets = [str(item.get("name", "?")) for item in report.evaluation]
-    said.append(
-        f"Quality was measured on {', '.join(sets)} only; other text, languages and longer contexts were not tried."
-        if sets
-        else "Quality was not measured on any text."
-    )
-    if report.tasks:
-        said.append(
-            f"Of abilities, only those that {', '.join(task.name for task in report.tasks)} ask for were tried."
-        )
-    elif not any(name.startswith("task.") for name in report.measurements.compressed):
-        said.append("No task benchmarks (questions, code, tool use) were run.")
-    timed = any(name.startswith("latency.") for name in report.measurements.compressed)
-    said.append(
-        "Speed was measured in transformers only, which unpacks weights; other runtimes have other kernels. Safety and "
-        "bias of the answers were not measured; compression can change both."
-        if timed
-        else "Speed when served, and safety or bias of the answers, were not measured; compression can change both."
-    )
-    if report.event_counts.get("calibration_unknown"):
-        said.append("What this model was calibrated on is not known; it may be the very text that it was judged on.")
-    if report.round_trip is None:
-        said.append("The exported files were not reloaded through their public loader.")
-    if report.event_counts.get("source_was_quantized"):
-        said.append("The source weights came from a quantized file; comparisons are with that source, not its origin.")
-    return said
 
 
 def _all(count: int) -> str:

@@ -8,14 +8,15 @@ from pathlib import Path
 from compress.reports.html import render_html
 from compress.reports.junit import render_junit
 from compress.reports.markdown import render_markdown
+from compress.reports.records import records
 from compress.reports.report import Report
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write report.json, report.md, report.html, junit.xml and events.jsonl into `folder`, made if missing.
+    """Write report.json, report.md, report.html, junit.xml, events.jsonl and records.jsonl into `folder`.
 
-    report.json is the report itself; the others are drawn from it. The same report gives the same bytes. Raises OSError
-    as the file system does.
+    The folder is made if missing. report.json is the report itself; the others are drawn from it. The same report gives
+    the same bytes. Raises OSError as the file system does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = report.model_dump_json(by_alias=True, indent=2) + "\n"
@@ -26,6 +27,7 @@ def write_report(report: Report, folder: Path) -> None:
         "junit.xml": render_junit(report),
         # From the serialised report, where numbers that JSON does not know (NaN) are strings already.
         "events.jsonl": "".join(json.dumps(event) + "\n" for event in json.loads(text)["events"]),
+        "records.jsonl": "".join(json.dumps(record) + "\n" for record in records(report)),
     }
     for name, content in faces.items():
         (folder / name).write_text(content, encoding="utf-8", newline="\n")

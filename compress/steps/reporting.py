@@ -11,7 +11,9 @@ from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import count_by_kind
 from compress.gates import Judgement
 from compress.memory.measure import PeakSampler, device_peak_bytes
+from compress.memory.predict import kv_cache_bytes
 from compress.recipe import Recipe
+from compress.reports.limits import limits
 from compress.reports.report import (
     AlternativeRecord,
     AnswerPair,
@@ -27,6 +29,7 @@ from compress.reports.report import (
     PredictedMeasured,
     Report,
     RoundTrip,
+    ServingPoint,
     StageRecord,
     TaskRecord,
 )
@@ -34,11 +37,15 @@ from compress.steps.candidate import Asked, Candidate
 from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
 from compress.steps.judging import Evidence, measured_kv_cache
+from compress.steps.origin import described
 from compress.steps.plan import Plan
 from compress.steps.prompts import Conversation
 from compress.steps.round_trip import BOUND
 from compress.steps.source import OpenedSource
 from compress.steps.texts import Texts, calibration_facts
+
+CONCURRENCIES = (1, 4, 16, 64)
+"""Sequences at once that the KV cache is predicted for, beside those of the recipe."""
 
 
 def assemble(
@@ -59,7 +66,7 @@ def assemble(
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
     a pruned model is compared with, `parent` the version whose codes these are in another format."""
     recipe, evidence, events = plan.recipe, decision.evidence, decision.events
-    return Report(
+    report = Report(
         verdict=decision.verdict,
         gates=[_gate(judgement) for judgement in decision.judgements],
         measurements=Measurements(
@@ -88,6 +95,7 @@ def assemble(
         parent=parent,
         judged=of,
     )
+    return report.model_copy(update={"limits": limits(report)})
 
 
 def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSource) -> JudgedRecord:
@@ -154,7 +162,24 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
         ),
         peak_device=PredictedMeasured(measured=device_peak),
         source_stored=source.checkpoint.weight_bytes,
+        serving=_serving(plan),
+        max_context=plan.dimensions.max_context,
     )
+
+
+def _serving(plan: Plan) -> list[ServingPoint]:
+    """The KV cache at the export's load, and at contexts up to the longest the model declares, halved five times."""
+    export, longest = plan.recipe.export, plan.dimensions.max_context
+    contexts = sorted({export.context, *(longest >> step for step in range(6) if longest >> step)})
+    return [
+        ServingPoint(
+            context=context,
+            concurrency=many,
+            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, plan.stored.itemsize),
+        )
+        for context in contexts
+        for many in sorted({export.concurrency, *CONCURRENCIES})
+    ]
 
 
 def _round_trip(evidence: Evidence) -> RoundTrip | None:
@@ -231,7 +256,7 @@ def _evaluation(recipe: Recipe, texts: Texts, decision: Decision) -> list[dict[s
         )
         sets.append(
             {
-                "name": name,
+                "set": name,
                 "measures": kinds,
                 "protocol": protocol,
                 "overlap_with_calibration": texts.overlap[name],
@@ -255,6 +280,7 @@ def _provenance(
             "architecture": source.checkpoint.architecture.model_type,
             **size,
             **facts,
+            **described(source.source),
         },
         "recipe_digest": plan.recipe.digest(),
         "machine": plan.machine.to_json(),

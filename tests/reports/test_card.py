@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from compress.reports.card import model_card
 from compress.reports.report import Measurements, Report
 
-from .example import example_report, hostile_report, measurements, provenance
+from .example import example_report, hostile_report, measurements, provenance, task
 
 
 def front_matter(report: Report) -> dict[str, Any]:
@@ -36,6 +37,57 @@ def test_the_hub_reads_every_measurement() -> None:
     assert read["python-docs", "perplexity"] == wanted["perplexity.python-docs"]
     assert read["rfc.text-2024", "kl_p999"] == wanted["divergence.rfc.text-2024.kl_p999"]
     assert len(read) == 12
+
+
+def test_the_hubs_own_classes_read_and_write_the_metadata(tmp_path: Path) -> None:
+    """What is read back, written by the hub's library and read again is the same: nothing in it is odd to the hub."""
+    path = tmp_path / "README.md"
+    path.write_text(model_card(example_report(tasks=[task()])), encoding="utf-8")
+    loaded = metadata_load(path)
+    data: Any = ModelCardData(**{key: value for key, value in (loaded or {}).items() if key != "model-index"})
+    card: Any = ModelCard(path.read_text(encoding="utf-8")).data
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert all(isinstance(result, EvalResult) for result in card.eval_results)
+    assert len({result.unique_identifier for result in card.eval_results}) == len(
+        {(result.dataset_name) for result in card.eval_results}
+    )
+    again: Any = ModelCardData(model_name=card.model_name, eval_results=card.eval_results, **data.to_dict())
+    assert yaml.safe_load(again.to_yaml())["model-index"] == (loaded or {})["model-index"]
+
+
+def pruned(report: Report) -> Report:
+    stage = report.stages[0].model_copy(update={"kind": "sparsify", "modules": []})
+    return report.model_copy(update={"stages": [stage]})
+
+
+@pytest.mark.parametrize(
+    ("report", "relation"),
+    [
+        (example_report(), "quantized"),
+        (pruned(example_report()), "finetune"),
+        (example_report(stages=[]), None),
+    ],
+)
+def test_the_relation_to_the_base_model_is_one_the_hub_knows(report: Report, relation: str | None) -> None:
+    assert front_matter(report).get("base_model_relation") == relation
+
+
+def test_licence_and_languages_are_carried_over_from_the_source() -> None:
+    data = front_matter(
+        with_source(
+            licence="other", licence_name="own-1.0", licence_link="https://example.org/own", language=["en", "pt-BR"]
+        )
+    )
+    assert (data["license"], data["license_name"]) == ("other", "own-1.0")
+    assert data["license_link"] == "https://example.org/own" and data["language"] == ["en", "pt-BR"]
+    assert "language" not in front_matter(with_source(language=["<script>"]))
+    assert "license_name" not in front_matter(with_source(licence="other", licence_name="a\nb: c"))
+
+
+def test_tags_are_what_people_look_for() -> None:
+    assert {"compress", "quantized", "compressed-tensors", "gptq", "int4", "4-bit"} <= set(
+        front_matter(example_report())["tags"]
+    )
 
 
 @pytest.mark.parametrize("source", [{}, {"id": "/models/local"}, {"id": "a/b/c"}, {"id": "<x>/y"}, {"id": 3}])

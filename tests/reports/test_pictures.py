@@ -105,3 +105,35 @@ def test_text_and_lines_stand_out_from_their_ground(theme: int) -> None:
         assert contrast(colours["ink"], colours[f"{verdict}-back"]) >= 4.5, verdict
     for line in ("solved", "rounding", *(f"part{index}" for index in range(6))):
         assert contrast(colours[line], colours["paper"]) >= 3, line
+
+
+def mixed(one: str, other: str, share: int) -> str:
+    """`color-mix(in srgb, one share%, other)`."""
+    pairs = [(int(one[at : at + 2], 16), int(other[at : at + 2], 16)) for at in (1, 3, 5)]
+    return "#" + "".join(f"{round(a * share / 100 + b * (1 - share / 100)):02x}" for a, b in pairs)
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_numbers_on_shades_links_and_labels_can_be_read(theme: int) -> None:
+    style = (files("compress.reports") / "templates" / "style.css.j2").read_text()
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[theme]
+    colours = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+)", block))
+    colours = {
+        name: value if len(value) == 7 else "#" + "".join(2 * x for x in value[1:]) for name, value in colours.items()
+    }
+    bits = [int(share) for share in re.findall(r"\(\d+, (\d+)\)", re.search(r"in \[(\(2.*?)\] %", style)[1])]  # type: ignore[index]
+    errors = [int(share) for share in re.search(r"for share in \[([\d, ]+)\]", style)[1].split(", ")]  # type: ignore[index]
+    assert len(bits) == 6 and len(errors) == 5
+    for name, shares in (("solved", bits), ("heat", errors)):
+        for share in shares:
+            assert contrast(colours["ink"], mixed(colours[name], colours["panel"], share)) >= 4.5, (name, share)
+    for text in ("solved", "failed"):  # links, and names of GPUs
+        assert contrast(colours[text], colours["paper"]) >= 4.5, text
+    assert contrast(colours["ink"], colours["passed-back"]) >= 4.5
+
+
+def test_layouts_of_narrow_screens_are_kept_from_paper() -> None:
+    """A sheet of paper is 700 to 800 pixels wide, but its text is small: tables stay tables there."""
+    style = (files("compress.reports") / "templates" / "style.css.j2").read_text()
+    narrow = re.findall(r"@media ([^{]*max-width[^{]*)", style)
+    assert narrow and all(each.startswith("screen and ") for each in narrow)

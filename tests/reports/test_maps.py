@@ -1,0 +1,67 @@
+"""The map of bits and errors: every linear as the last stage left it, cut into pieces that stay readable."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from compress.reports.maps import PIECE, bits_text, error_cells, error_legend, error_levels, error_table, pieces
+from compress.reports.report import ModuleRecord, StageRecord
+
+from .example import DIGEST, example_report, stages
+
+
+def record(name: str, block: int, scheme: str, error: float | None, bits: float = 4.25) -> ModuleRecord:
+    return ModuleRecord(name=name, block=block, scheme=scheme, error=error, seconds=1, effective_bits=bits)
+
+
+def stage(*modules: ModuleRecord) -> StageRecord:
+    return stages()[0].model_copy(update={"modules": list(modules), "fingerprint": DIGEST})
+
+
+def test_thirty_blocks_are_three_pieces_of_equal_width_with_every_linear() -> None:
+    found = pieces(error_cells(example_report()), "bits")
+    roots = [ElementTree.fromstring(piece) for piece in found]
+    assert len(found) == 30 / PIECE == 3
+    assert len({root.get("viewBox") for root in roots}) == 1
+    assert sum(len(root.findall("g")) for root in roots) == 210
+
+
+def test_the_last_stages_word_counts() -> None:
+    first = stage(record("0.a", 0, "int8 channel", 0.1), record("0.b", 0, "int8 channel", 0.2))
+    last = stage(record("0.b", 0, "int3 group 32", 0.4))
+    cells = error_cells(example_report(stages=[first, last]))
+    assert [(cell.kind, cell.text) for cell in cells] == [("a", "8"), ("b", "3")]
+
+
+def test_the_worst_of_many_experts_is_shown() -> None:
+    experts = [record(f"0.experts.{at}.up", 0, f"int{at + 2} channel", 0.1 * at) for at in range(3)]
+    assert [cell.text for cell in error_cells(example_report(stages=[stage(*experts)]))] == ["4"]
+
+
+def test_shades_go_from_the_least_to_the_largest_error_and_missing_ones_have_their_own() -> None:
+    errors = [0.001, 0.01, 0.1, 1.0, None, float("nan"), 0.0]
+    modules = [record(f"{at}.up", at, "int4 channel", error) for at, error in enumerate(errors)]
+    report = example_report(stages=[stage(*modules)])
+    styles = [cell.style for cell in error_cells(report)]
+    assert styles[0] == "error0" and styles[3] == "error4" and styles == [*sorted(styles[:4]), *styles[4:]]
+    assert styles[4:] == ["errornone", "errornone", "error0"]
+    assert error_levels(errors)[-1] == pytest.approx(1.0) and len(error_legend(report)) == 5
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits", "wanted"), [("int4 symmetric group 64", 4.25, "4"), ("nf4", 4.5, "4"), ("plain", 16.0, "16")]
+)
+def test_bits_are_those_of_the_scheme_without_its_scales(scheme: str, bits: float, wanted: str) -> None:
+    assert bits_text(record("0.a", 0, scheme, None, bits)) == wanted
+
+
+def test_the_same_in_words_for_faces_without_pictures() -> None:
+    table = error_table(example_report())
+    assert table.headers[:2] == ("Block", "q_proj") and len(table.rows) == 30
+    assert table.rows[0][1].startswith("4 b, 0.00")
+
+
+def test_without_linears_there_is_no_map() -> None:
+    assert pieces(error_cells(example_report(stages=[])), "") == []

@@ -84,6 +84,29 @@ def test_it_is_kept_beside_the_version_which_never_changes(script, tmp_path):
     assert json.dumps(script.compare({"logprobs": [[0.0]], "best": [[1]]}, {"logprobs": [[-1.0]], "best": [[2]]}))
 
 
+def test_the_report_says_how_it_was_served(script, tmp_path):
+    from compress.artifacts.store import Store
+    from compress.errors import CompressError
+    from compress.reports.standing import sentences
+    from compress.steps.standing import standing_of
+
+    path = script.kept_at(tmp_path / "name" / "v0003")
+    path.parent.mkdir(parents=True)
+    sides = {"logprobs": [[-1.0, -2.0]], "best": [[1, 2]]}, {"logprobs": [[-1.0, -2.02]], "best": [[1, 3]]}
+    beside = {"output_tokens_per_second": 1234.5, "device": "H100", "device_bytes_in_use": 2**31}
+    path.write_text(json.dumps({**script.compare(*sides), **beside, "versions": {"vllm": "0.20"}}))
+
+    (sentence,) = sentences(standing_of(Store(tmp_path), "name", "v0003"))
+
+    assert sentence.startswith("Served with vLLM 0.20 on H100: over 1 prompts log-probabilities differ")
+    assert "by 0.01 nats a token (0.02 at most)" in sentence and "the same in 50.0 % of places" in sentence
+    assert "1,234 tokens a second, 2.0 GiB" in sentence
+    assert sentences(standing_of(Store(tmp_path), "name", "v0004")) == []
+    path.write_text("{}")
+    with pytest.raises(CompressError, match="not what serving was measured as"):
+        standing_of(Store(tmp_path), "name", "v0003")
+
+
 def test_too_short_a_text_is_an_error(script, glass):
     with pytest.raises(SystemExit, match="passages"):
         script.prompts_of(glass, 10**6)

@@ -1,6 +1,6 @@
-"""Where a version stands today: channels that lead to it, and waivers of its gates.
+"""Where a version stands today: channels that lead to it, waivers of its gates, and how a runtime served it.
 
-Neither is in report.json, which never changes once it is published: whoever shows a report reads them anew.
+None is in report.json, which never changes once it is published: whoever shows a report reads them anew.
 """
 
 from __future__ import annotations
@@ -33,11 +33,28 @@ class Waiver:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What scripts/serve_vllm.py found: a runtime's log-probabilities against those of transformers on the same files,
+    in nats a token, over `prompts`; tokens a second with all of them at once."""
+
+    runtime: str
+    device: str
+    prompts: int
+    mean_difference: float
+    largest_difference: float
+    same_token: float
+    perplexity_ratio: float
+    tokens_per_second: float
+    device_bytes: int
+
+
+@dataclass(frozen=True)
 class Standing:
-    """Both, as they are when a report is shown."""
+    """All of it, as it is when a report is shown."""
 
     channels: tuple[ChannelMark, ...] = ()
     waivers: tuple[Waiver, ...] = ()
+    served: Served | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,7 +73,19 @@ def sentences(standing: Standing) -> list[str]:
     if standing.waivers:
         gates = dict.fromkeys(gate for waiver in standing.waivers for gate in waiver.gates)
         said.append(f"Waived, not passed: {', '.join(gates) or 'no gate by name'}.")
+    if standing.served is not None:
+        said.append(_served(standing.served))
     return said
+
+
+def _served(served: Served) -> str:
+    return (
+        f"Served with {served.runtime} on {served.device}: over {served.prompts} prompts log-probabilities differ from "
+        f"transformers' by {served.mean_difference:.2g} nats a token ({served.largest_difference:.2g} at most), the "
+        f"most likely token is the same in {100 * served.same_token:.1f} % of places, perplexity is "
+        f"{served.perplexity_ratio:.4g} times as high; {served.tokens_per_second:,.0f} tokens a second, "
+        f"{served.device_bytes / 2**30:.1f} GiB of device memory."
+    )
 
 
 def waivers_table(standing: Standing) -> Table:

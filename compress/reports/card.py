@@ -82,20 +82,25 @@ def _tags(report: Report) -> list[str]:
     last = previous.schemes_of(report).values()
     schemes = [scheme.split()[0] for scheme in last if scheme.split()]
     bits = [f"{digits}-bit" for scheme in schemes if (digits := scheme.lstrip("abcdefghijklmnopqrstuvwxyz")).isdigit()]
-    export = previous.resolved_recipe(report).get("export")
-    named = export.get("format") if isinstance(export, Mapping) else None
+    named = _format(report)
     return list(
         dict.fromkeys(
             [
                 "compress",
                 *(["pruned"] if pruning.pruners(report) else []),
-                *(["quantized", *([named] if isinstance(named, str) else [])] if _quantized(report) else []),
+                *(["quantized", *([named] if named else [])] if _quantized(report) else []),
                 *(stage.kind for stage in report.stages),
                 *schemes,
                 *bits,
             ]
         )
     )
+
+
+def _format(report: Report) -> str:
+    export = previous.resolved_recipe(report).get("export")
+    named = export.get("format") if isinstance(export, Mapping) else None
+    return named if isinstance(named, str) else ""
 
 
 def _results(report: Report) -> Iterator[dict[str, Any]]:
@@ -140,6 +145,11 @@ def _did(stage: StageRecord, is_last: bool) -> str:
     if "share_of_zeros" in facts:
         kept = "" if is_last else "; stages after it do not keep them zero"
         return f"{words.percent(facts['share_of_zeros'])} of the weights set to zero, {facts['pattern']}{kept}"
+    if "places" in facts:
+        scaled = sum(place["alpha"] is not None for place in facts["places"])
+        return f"channel factors folded in at {scaled} of {len(facts['places'])} places; the same function"
+    if stage.kind == "kv_cache":
+        return f"scales calibrated for a KV cache in {facts['dtype']}, one a {facts['per']}; no weights changed"
     return ", ".join(dict.fromkeys(module.scheme for module in stage.modules)) or "no weights changed"
 
 
@@ -162,6 +172,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
     return environment.get_template("card.md.j2").render(
         report={"artifact": report.artifact, "stages": stages},
         headline=words.headline(report),
+        gguf=_format(report) == "gguf",
         base=_Ready(_base_model(source)),
         source_name=source.get("name") or source.get("id") or "the source model",
         loader=report.round_trip.loader if report.round_trip and report.round_trip.passed else "",

@@ -24,7 +24,8 @@ def planners(report: Report) -> list[StageRecord]:
 
 def listed(stage: StageRecord) -> dict[str, Any]:
     """Facts without those that have a picture or table of their own."""
-    found = {key: value for key, value in stage.facts.items() if key not in (*OWN, *pruning.OWN)}
+    facts = scaling.summary(stage.facts)
+    found = {key: value for key, value in facts.items() if key not in (*OWN, *pruning.OWN)}
     if "fit" in found:
         found["fit"] = {key: value for key, value in found["fit"].items() if key not in ("predicted", "measured")}
     return found

@@ -89,7 +89,7 @@ def assemble(
             for name, look in decision.looks.items()
         ],
         calibration=calibration_facts(texts.calibration),
-        provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None),
+        provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None) | _made_from(parent),
         seconds_by_step=seconds_by_step,
         artifact=artifact,
         parent=parent,
@@ -110,6 +110,10 @@ def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSour
         reference_digest=reference.digest,
         making_recorded=candidate.recorded is not None,
     )
+
+
+def _made_from(parent: ArtifactRef | None) -> dict[str, Any]:
+    return {"made_from": f"{parent.name}@{parent.version}, model digest {parent.digest}"} if parent else {}
 
 
 def _gate(judgement: Judgement) -> GateResult:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compress.reports import maps, pruning
+from compress.reports import maps, pruning, scaling
 from compress.reports.report import Report, StageRecord
 from compress.reports.tables import Table
 from compress.reports.words import number, size

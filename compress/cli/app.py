@@ -16,9 +16,9 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
+from compress.cli import desk, inspect, recipes, run
 from compress.cli import eval as judging
 from compress.cli import frontier as mapping
-from compress.cli import inspect, recipes, run
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
 
 app = typer.Typer(
@@ -61,6 +61,11 @@ app.command("schema")(recipes.schema)
 app.command("list")(inspect.list_)
 app.command("show")(inspect.show)
 app.command("verify")(inspect.verify)
+app.command("promote")(desk.promote)
+app.command("rollback")(desk.rollback)
+app.command("waive")(desk.waive)
+app.command("waivers")(desk.waivers)
+app.command("history")(desk.history)
 app.command("gc")(inspect.gc)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compress.cli.options import DEFAULT_STORE, JsonOption, ReferenceArgument, StoreOption
+from compress.errors import RecipeError
 
 
 def list_(
@@ -21,7 +22,7 @@ def list_(
     from compress import console
     from compress.artifacts import manifest
     from compress.artifacts.store import Store
-    from compress.errors import CompressError, RecipeError, nearest
+    from compress.errors import CompressError, nearest
 
     opened = Store(store)
     names = opened.names()
@@ -84,12 +85,26 @@ def show(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, json:
     return 0
 
 
-def verify(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> int:
+def verify(
+    reference: Annotated[
+        str | None,
+        typer.Argument(help="NAME, NAME@v0003, NAME@r0001, NAME@production or a folder.", metavar="ARTIFACT"),
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", help="The whole store: every version, history, channel and signature.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> int:
     """Re-hash every file of an artifact; look for NaN, missing and extra tensors. Exit 0 if it is whole, 1 if not."""
     from compress import console
     from compress.artifacts.store import Store
     from compress.artifacts.verify import verify as check
 
+    if all_ == (reference is not None):
+        raise RecipeError("verify one ARTIFACT, or --all for the whole store")
+    if reference is None:
+        return _verify_store(store, json)
     result = check(Store(store).find(reference))
     if json:
         console.print_json(
@@ -111,6 +126,38 @@ def verify(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, jso
         for problem in result.problems:
             console.print_error(problem)
     return 0 if result.ok else 1
+
+
+def _verify_store(store: Path, json: bool) -> int:
+    from compress import console
+    from compress.artifacts.audit import audit
+    from compress.artifacts.store import Store
+
+    if not store.is_dir():
+        raise RecipeError(f"{store}: there is no store; name one with --store")
+    found = audit(Store(store), console.note)
+    if json:
+        console.print_json(
+            {
+                "path": str(found.root),
+                "ok": found.ok,
+                "names": found.names,
+                "versions": len(found.versions),
+                "files": sum(version.files for version in found.versions),
+                "bytes": sum(version.bytes for version in found.versions),
+                "problems": list(found.problems),
+                "notes": list(found.notes),
+            }
+        )
+        return 0 if found.ok else 1
+    for remark in found.notes:
+        console.note(f"note: {remark}")
+    for problem in found.problems:
+        console.print_error(problem)
+    if found.ok:
+        size = console.bytes_text(sum(version.bytes for version in found.versions))
+        console.print_line(f"{store}: whole. {found.names} names, {len(found.versions)} versions, {size}.")
+    return 0 if found.ok else 1
 
 
 def gc(

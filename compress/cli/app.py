@@ -17,6 +17,7 @@ except ImportError:
 
 from compress import __version__, parallel
 from compress.cli import desk, inspect, recipes, run
+from compress.cli import diff as comparing
 from compress.cli import eval as judging
 from compress.cli import frontier as mapping
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
@@ -61,6 +62,7 @@ app.command("schema")(recipes.schema)
 app.command("list")(inspect.list_)
 app.command("show")(inspect.show)
 app.command("verify")(inspect.verify)
+app.command("diff")(comparing.diff)
 app.command("promote")(desk.promote)
 app.command("rollback")(desk.rollback)
 app.command("waive")(desk.waive)

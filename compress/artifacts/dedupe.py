@@ -18,7 +18,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from compress.artifacts.layout import NAME_RULE, Version, entries, versions_in
+from compress.artifacts.layout import NAME_RULE, entries, versions_in
 from compress.artifacts.manifest import MANIFEST_NAME, FileEntry, hash_file
 
 _NO_LINK = (errno.EMLINK, errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOENT)
@@ -53,10 +53,10 @@ def make_read_only(folder: Path) -> None:
                 path.chmod(mode & ~0o222)
 
 
-def shared_bytes(version: Version) -> int:
-    """Bytes of a version that at least one other version also has."""
+def shared_bytes(folder: Path) -> int:
+    """Bytes of a version's folder that at least one other version also has."""
     total = 0
-    for parent, _, names in os.walk(version.path):
+    for parent, _, names in os.walk(folder):
         for name in names:
             found = os.lstat(os.path.join(parent, name))
             total += found.st_size if found.st_nlink > 1 and stat.S_ISREG(found.st_mode) else 0
@@ -95,6 +95,8 @@ def _holds(path: Path, entry: FileEntry) -> bool:
 def _link(source: Path, target: Path) -> bool:
     temporary = target.with_name(f"{target.name}{_TEMPORARY}")
     try:
+        if os.path.samestat(source.lstat(), target.lstat()):
+            return True  # a killed pull came this far; rename(2) between two links of one file does nothing
         os.link(source, temporary, follow_symlinks=False)
     except OSError as error:
         if error.errno in _NO_LINK:

@@ -92,14 +92,22 @@ def highest(parent: Path, rejected: bool) -> int:
     return max((number for _, number in numbered(parent, rejected)), default=0)
 
 
-def versions_in(home: Path) -> Iterator[Version]:
-    """Published versions, then rejected runs, in the order of their numbers; only folders with a manifest."""
+def numbered_folders(home: Path) -> Iterator[tuple[str, str]]:
+    """(label, path) of published versions, then rejected runs, in the order of their numbers, manifest or not.
+
+    Paths are strings: a Path for each of ten thousand versions takes longer than all the rest of a listing.
+    """
     for parent, rejected in ((home, False), (home / REJECTED, True)):
         if not parent.is_symlink():
-            base = str(parent)
             for _, label in sorted((number, label) for label, number in numbered(parent, rejected)):
-                if os.path.isfile(f"{base}/{label}/{MANIFEST_NAME}"):
-                    yield Version(home.name, label, parent / label)
+                yield label, f"{parent}/{label}"
+
+
+def versions_in(home: Path) -> Iterator[Version]:
+    """Published versions, then rejected runs, in the order of their numbers; only folders with a manifest."""
+    for label, path in numbered_folders(home):
+        if os.path.isfile(f"{path}/{MANIFEST_NAME}"):
+            yield Version(home.name, label, Path(path))
 
 
 def choose(versions: list[Version], name: str, label: str) -> Version:

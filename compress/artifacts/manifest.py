@@ -21,7 +21,7 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -39,8 +39,8 @@ class ManifestError(CompressError):
 
 
 def _inside(path: str) -> str:
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or str(pure) != path or path == ".":
+    # By hand and not with PurePosixPath, which makes listing thousands of versions three times as slow.
+    if not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise ValueError(f"{path!r} is not a plain path inside the artifact")
     return path
 

@@ -16,7 +16,7 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
-from compress.cli import desk, inspect, recipes, run
+from compress.cli import desk, inspect, recipes, run, transport
 from compress.cli import diff as comparing
 from compress.cli import eval as judging
 from compress.cli import frontier as mapping
@@ -68,6 +68,8 @@ app.command("rollback")(desk.rollback)
 app.command("waive")(desk.waive)
 app.command("waivers")(desk.waivers)
 app.command("history")(desk.history)
+app.command("push")(transport.push)
+app.command("pull")(transport.pull)
 app.command("gc")(inspect.gc)
 
 

@@ -5,62 +5,95 @@ from __future__ import annotations
 import json as json_
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress.cli.options import DEFAULT_STORE, JsonOption, ReferenceArgument, StoreOption
 from compress.errors import RecipeError
 
+if TYPE_CHECKING:
+    from compress.artifacts.store import Store
+
 
 def list_(
     name: Annotated[str | None, typer.Argument(help="Only versions of this name.")] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Also how many bytes other versions have too, which looks at every file.")
+    ] = False,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """List the artifacts of a store: published versions and rejected runs."""
+    """List the artifacts of a store: published versions and rejected runs, and which channels hold them."""
     from compress import console
-    from compress.artifacts import manifest
+    from compress.artifacts import listing
+    from compress.artifacts.dedupe import shared_bytes
     from compress.artifacts.store import Store
-    from compress.errors import CompressError, nearest
+    from compress.errors import nearest
+    from compress.files import cache_folder
 
     opened = Store(store)
-    names = opened.names()
-    if name is not None and name not in names:
-        raise RecipeError(f"nothing in {store} is called {name!r}.{nearest(name, names)}")
+    if name is not None and not opened.versions(name):
+        raise RecipeError(f"nothing in {store} is called {name!r}.{nearest(name, opened.names())}")
+    names = [name] if name is not None else opened.names()
+    found = listing.rows(opened, names, cache_folder() / "listings")
+    held, problems = _held(opened, names)
     rows: list[dict[str, Any]] = []
-    for entry in [name] if name else names:
-        for version in opened.versions(entry):
-            row: dict[str, Any] = {"name": entry, "version": version.label, "path": str(version.path)}
-            try:
-                read = manifest.read(version.path)
-                row |= {
-                    "verdict": read.verdict,
-                    "created": read.created.isoformat(),
-                    "bytes": sum(file.bytes for file in read.files),
-                    "model_digest": read.model_digest,
-                }
-            except CompressError as error:
-                row |= {"verdict": "damaged", "created": "", "bytes": None, "model_digest": "", "problem": str(error)}
-            rows.append(row)
+    for each in found:
+        row = {**vars(each), "channels": held.get((each.name, each.version), [])}
+        if not each.problem:
+            del row["problem"]
+        if shared:
+            row["shared_bytes"] = shared_bytes(Path(each.path))
+        rows.append(row)
+    for problem in problems:
+        console.print_error(problem)
     if json:
-        console.print_json(rows)
+        console.print_json_rows(rows)
     elif not rows:
         console.print_line(f"{store} holds no artifacts.")
     else:
-        cells = [
-            [
-                row["name"],
-                row["version"],
-                row["verdict"],
-                row["created"],
-                console.bytes_text(row["bytes"]),
-                row["model_digest"][:12],
-            ]
-            for row in rows
-        ]
-        console.print_table(str(store), ["name", "version", "verdict", "created", "size", "model digest"], cells)
+        _print_versions(str(store), rows, shared)
     return 0
+
+
+def _held(opened: Store, names: list[str]) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
+    """Which channels hold which version; and channels of which that cannot be told."""
+    from compress.artifacts import channels
+    from compress.errors import CompressError
+
+    held: dict[tuple[str, str], list[str]] = {}
+    problems: list[str] = []
+    for name in names:
+        for channel in channels.CHANNELS:
+            try:
+                found = channels.read(opened.home(name), channel)
+            except CompressError as error:
+                problems.append(str(error))
+                continue
+            if found:
+                held.setdefault((name, found.version), []).append(channel)
+    return held, problems
+
+
+def _print_versions(title: str, rows: list[dict[str, Any]], shared: bool) -> None:
+    from compress import console
+
+    columns = ["name", "version", "verdict", "channels", "created", "size", "model digest"]
+    cells = [
+        [
+            row["name"],
+            row["version"],
+            row["verdict"],
+            ", ".join(row["channels"]),
+            row["created"],
+            console.bytes_text(row["bytes"]),
+            row["model_digest"][:12],
+            *([console.bytes_text(row["shared_bytes"])] if shared else []),
+        ]
+        for row in rows
+    ]
+    console.print_table(title, [*columns, *(["shared"] if shared else [])], cells)
 
 
 def show(reference: ReferenceArgument, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> int:
@@ -161,17 +194,76 @@ def _verify_store(store: Path, json: bool) -> int:
 
 
 def gc(
+    name: Annotated[str | None, typer.Argument(help="With --artifacts: only versions of this name.")] = None,
+    artifacts: Annotated[
+        bool, typer.Option("--artifacts", help="Remove versions of the store instead of cached stages.")
+    ] = False,
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", metavar="N", help="With --artifacts: the newest N published of a name stay."),
+    ] = None,
+    rejected_older_than: Annotated[
+        str | None,
+        typer.Option("--rejected-older-than", metavar="AGE", help="With --artifacts: rejected runs older than 30d go."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """Remove cached stages and baselines. Artifacts and converted source models are left alone."""
+    """Remove cached stages and baselines. Artifacts and converted source models are left alone.
+
+    With --artifacts, versions of the store go instead. What a channel holds or would go back to, what was waived, and
+    what a kept version was made from stays. Every removal is a line of the history.
+    """
+    if artifacts:
+        return _gc_artifacts(name, keep, rejected_older_than, dry_run, store, json)
+    if name is not None or keep is not None or rejected_older_than is not None:
+        raise RecipeError("NAME, --keep and --rejected-older-than are about versions of the store: add --artifacts")
+    return _gc_cache(dry_run, json)
+
+
+def _gc_artifacts(
+    name: str | None, keep: int | None, rejected_older_than: str | None, dry_run: bool, store: Path, json: bool
+) -> int:
+    from compress import console
+    from compress.artifacts.collect import Rules, collect, read_age
+    from compress.artifacts.store import Store
+    from compress.artifacts.transport import unfinished_pulls
+
+    rules = Rules(keep, read_age(rejected_older_than) if rejected_older_than else None)
+    done = collect(Store(store), rules, name, dry_run)
+    unfinished = unfinished_pulls(Store(store), remove=not dry_run)
+    freed = done.freed + sum(size for _, size in unfinished)
+    gone = [
+        {"reference": each.version.reference, "path": str(each.version.path), "bytes": each.bytes, "why": each.why}
+        for each in done.gone
+    ]
+    gone += [{"path": str(path), "bytes": size, "why": "a pull that never ended"} for path, size in unfinished]
+    kept = [{"reference": each.version.reference, "why": each.why} for each in done.kept]
+    if json:
+        console.print_json({"dry_run": dry_run, "bytes": freed, "removed": gone, "kept": kept})
+        return 0
+    for each in done.kept:
+        console.note(f"{each.version.reference} stays: {each.why}")
+    for went in done.gone:
+        console.print_line(f"{went.version.reference}: {went.why}, {console.bytes_text(went.bytes)}")
+    for path, size in unfinished:
+        console.print_line(f"{path}: a pull that never ended, {console.bytes_text(size)}")
+    word = "would free" if dry_run else "freed"
+    shared = sum(went.bytes for went in done.gone) - done.freed
+    still = f"; {console.bytes_text(shared)} of them are shared with versions that stay" if shared > 0 else ""
+    console.print_line(f"{word} {console.bytes_text(freed)} in {len(done.gone)} versions of {store}{still}")
+    return 0
+
+
+def _gc_cache(dry_run: bool, json: bool) -> int:
     from filelock import FileLock, Timeout
 
     from compress import console
     from compress.checkpoints.sources import cache_folder
 
     removed: list[dict[str, Any]] = []
-    for area in ("stages", "baselines", "frontiers"):
+    for area in ("stages", "baselines", "frontiers", "listings"):
         folder = cache_folder() / area
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if entry.suffix == ".lock":

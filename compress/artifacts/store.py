@@ -19,11 +19,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from compress.artifacts import channels, layout, manifest, waivers
 from compress.artifacts import history as history_
+from compress.artifacts.attestation import attach
 from compress.artifacts.dedupe import make_read_only, share
 from compress.artifacts.history import Draft, Event, History, Line
 from compress.artifacts.layout import LOCK, NAME_RULE, REJECTED, STAGING, Version, make_folder, refuse_link
@@ -60,7 +62,8 @@ class Reservation:
         if not staged.resolve().is_relative_to(self.store.root):
             raise ValueError(f"{staged} is not inside the store {self.store.root}: stage with Store.staging")
         with disk_errors(self.path):
-            files = manifest.hash_files(staged)
+            moment = datetime.now(UTC)
+            files = attach(staged, manifest.hash_files(staged), f"{self.name}@{self.label}", facts, moment)
             made = manifest.build(
                 staged,
                 name=self.name,
@@ -70,6 +73,7 @@ class Reservation:
                 environment=facts.get("environment", {}),
                 parent=facts.get("parent"),
                 history=self.history.pin,
+                created=moment,
                 files=files,
             )
             share(self.store.root, staged, files)

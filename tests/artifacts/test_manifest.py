@@ -48,6 +48,7 @@ def test_a_manifest_lists_every_other_file_sorted_and_reads_back_equal(publish: 
         "model/config.json",
         "model/model.safetensors",
         "recipe.yaml",
+        "reports/attestation.json",
         "reports/report.json",
     ]
     assert read.lineage == FACTS["lineage"]

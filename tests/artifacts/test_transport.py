@@ -22,7 +22,7 @@ from compress.errors import CompressError, EnvironmentLacksError, RecipeError, R
 from .conftest import FACTS, fill, overwrite
 
 Publish = Callable[..., Path]
-FILES = 5
+FILES = 6
 
 
 @pytest.fixture(params=["file", "memory"])

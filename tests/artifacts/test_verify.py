@@ -27,7 +27,7 @@ def problems_of(path: Path) -> str:
 def test_an_untouched_artifact_has_no_problems_and_is_counted(publish: Publish) -> None:
     result = verify(publish())
     assert result.problems == ()
-    assert (result.ok, result.files, result.tensors) == (True, 5, 2)
+    assert (result.ok, result.files, result.tensors) == (True, 6, 2)
     assert result.bytes > 8 * 4 * 4
 
 

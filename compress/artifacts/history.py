@@ -134,7 +134,7 @@ class History:
     def contradicts(self, pin: Pin) -> str:
         """How a remembered line contradicts these lines, in words; empty if it does not."""
         if pin.seq == 0:
-            return ""
+            return "" if pin.sha256 == ZERO else "line 0 is none, but it has a digest"
         if pin.seq > len(self.ends):
             return f"line {pin.seq} is gone: the history ends after line {len(self.ends)}"
         return "" if self.ends[pin.seq - 1] == pin.sha256 else f"line {pin.seq} is not the one that was there"
@@ -188,6 +188,8 @@ def append(home: Path, history: History, drafts: Sequence[Draft], at: datetime |
     path = home / HISTORY_NAME
     with disk_errors(home):
         made = not path.exists()
+        if made and not (home / HEAD_NAME).exists():
+            _write_head(home, history.pin)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             before = os.fstat(handle).st_size
@@ -199,7 +201,7 @@ def append(home: Path, history: History, drafts: Sequence[Draft], at: datetime |
                 raise
         finally:
             os.close(handle)
-        write_json(home / HEAD_NAME, {"seq": lines[-1].seq, "sha256": lines[-1].digest_of_line})
+        _write_head(home, Pin(seq=lines[-1].seq, sha256=lines[-1].digest_of_line))
         if made:
             flush(home, recurse=False)
     return lines
@@ -229,6 +231,10 @@ def refuse_damaged(name: str, history: History) -> None:
     """Raises CompressError when the lines are not those that were written."""
     if history.problems:
         raise CompressError(f"{name}: {history.problems[0]}. `compress verify --all` lists everything that is wrong.")
+
+
+def _write_head(home: Path, pin: Pin) -> None:
+    write_json(home / HEAD_NAME, pin.model_dump(mode="json"))
 
 
 def _write_all(handle: int, data: bytes) -> None:
@@ -271,9 +277,9 @@ def _against_head(path: Path, history: History) -> str:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        # Appending the first line and writing the first head are two steps.
+        # The first head is written before the first line, so no crash leaves lines without one.
         count = len(history.ends)
-        return f"{HEAD_NAME} is missing beside {count} lines" if count and not _first_batch(history) else ""
+        return f"{HEAD_NAME} is missing beside {count} lines" if count else ""
     except OSError as error:
         return f"{HEAD_NAME} cannot be read ({error.strerror})"
     try:
@@ -284,8 +290,3 @@ def _against_head(path: Path, history: History) -> str:
         return f"{HEAD_NAME} is not written as it was: it has been edited"
     contradiction = history.contradicts(pin)
     return f"{contradiction}, says {HEAD_NAME}" if contradiction else ""
-
-
-def _first_batch(history: History) -> bool:
-    """All lines there are were written at once: the crash came before there was a head."""
-    return len({line.at for line in history.lines}) == 1 and len(history.lines) == len(history.ends)

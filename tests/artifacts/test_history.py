@@ -205,6 +205,12 @@ def test_numbers_of_the_history_are_never_given_out_again(store: Store, publish:
     assert publish().name == "v0003"
 
 
+def test_a_head_that_was_taken_away_is_noticed(store: Store, publish: Publish) -> None:
+    publish()
+    (store.root / "demo" / history.HEAD_NAME).unlink()
+    assert audit(store).problems == ("demo/history.jsonl: history.head is missing beside 1 lines",)
+
+
 def test_leftovers_of_a_killed_writer_are_removed(store: Store, told: Path, publish: Publish) -> None:
     leftovers = [told / ".history.head.99.tmp", told / "channels" / ".staging.json.99.tmp"]
     for path in leftovers:

@@ -15,7 +15,7 @@ from compress.artifacts import manifest
 from compress.artifacts.manifest import ManifestError
 from compress.artifacts.store import Store
 
-from .conftest import FACTS, fill
+from .conftest import FACTS, fill, overwrite
 
 Publish = Callable[..., Path]
 
@@ -82,7 +82,7 @@ def test_a_manifest_cannot_list_a_path_outside_its_folder(publish: Publish, bad:
     path = publish()
     content = json.loads((path / "manifest.json").read_text())
     content["files"] = [{**content["files"][0], "path": bad}]
-    (path / "manifest.json").write_text(json.dumps(content))
+    overwrite(path / "manifest.json", json.dumps(content).encode())
     with pytest.raises(ManifestError, match="not a plain path"):
         manifest.read(path)
 

@@ -25,7 +25,7 @@ import typer.main
 
 from compress.architecture import architecture_of, known_model_types
 from compress.artifacts.channels import Channel
-from compress.artifacts.history import Line
+from compress.artifacts.lines import Line
 from compress.artifacts.manifest import Manifest
 from compress.artifacts.waivers import WaiverValue
 from compress.checkpoints.export import FORMATS

@@ -21,8 +21,9 @@ from typing import Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from compress.artifacts.history import MOVED, History, Line
+from compress.artifacts.history import History
 from compress.artifacts.layout import make_folder, refuse_link, relative_path
+from compress.artifacts.lines import MOVED, Line
 from compress.artifacts.manifest import Pin, Sha256
 from compress.errors import CompressError, RecipeError, nearest
 from compress.files import flush, write_text

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from compress.artifacts import channels, history, layout, manifest, waivers
-from compress.artifacts.history import Draft, History
+from compress.artifacts.history import History
 from compress.artifacts.layout import NAME_RULE, Version
+from compress.artifacts.lines import Draft
 from compress.artifacts.manifest import Manifest, ManifestError
 from compress.artifacts.store import Store
 from compress.errors import RecipeError, nearest

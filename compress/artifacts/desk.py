@@ -16,14 +16,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.artifacts import channels, history, manifest, signing, waivers
+from compress.artifacts.allowed import counting_waivers
 from compress.artifacts.channels import Channel
-from compress.artifacts.history import Draft, Event, History, Line
+from compress.artifacts.history import History
 from compress.artifacts.layout import Version
+from compress.artifacts.lines import Draft, Event, Line
 from compress.artifacts.manifest import Manifest
 from compress.artifacts.store import Store
 from compress.artifacts.verify import check_sizes, verify
-from compress.artifacts.waivers import VERDICT, Waiver, WaiverValue
-from compress.errors import CompressError, RecipeError, RefusedError
+from compress.artifacts.waivers import Waiver, WaiverValue
+from compress.errors import CompressError, RecipeError
 from compress.files import disk_errors
 
 QUICK = "sizes and manifest checked, bytes not hashed"
@@ -107,7 +109,10 @@ def waive(
     version = store.version(name, label)
     moment = (now or datetime.now(UTC)).replace(microsecond=0)
     found = _whole(version, quick=False)
-    keys = waivers.named_gates(waivers.gates_not_passed(version.path), gates)
+    failed = waivers.gates_not_passed(version.path)
+    if found.verdict == "passed" and not failed:
+        raise RecipeError(f"{version.reference} passed every gate: there is nothing to waive")
+    keys = waivers.named_gates(failed, gates)
     ends = waivers.read_until(until, moment)
     if not reason.strip():
         raise RecipeError("--reason: say why; whoever reads this in a year knows nothing else")
@@ -144,43 +149,6 @@ def waive(
     return next(waiver for waiver in store.waivers(name, version.label) if waiver.line == line.seq)
 
 
-def counting_waivers(store: Store, past: History, version: Version, found: Manifest, now: datetime) -> list[Waiver]:
-    """The waivers that let this version be released. Raises RefusedError, with every gate that none covers.
-
-    A version that passed needs none. What does not count, and why, is part of the message.
-    """
-    if found.verdict == "passed":
-        return []
-    needed = {each.key: each.sentence for each in waivers.gates_not_passed(version.path) if each.decisive}
-    needed = needed or {VERDICT: f"The verdict is {found.verdict}."}
-    signers = waivers.signers_of(store.root)
-    counting: list[Waiver] = []
-    why_not: list[str] = []
-    for waiver in waivers.of_history(past, version.label):
-        reason = waivers.covers(waiver, found.digest, signers, now)
-        if reason:
-            why_not.append(f"The waiver of {', '.join(waiver.gates)} by {waiver.who} {reason}.")
-        else:
-            counting.append(waiver)
-    open_gates = sorted(set(needed) - {gate for waiver in counting for gate in waiver.gates})
-    if open_gates:
-        raise RefusedError(_refusal(version, found, [needed[key] for key in open_gates], open_gates, why_not))
-    return counting
-
-
-def _refusal(version: Version, found: Manifest, sentences: list[str], gates: list[str], why_not: list[str]) -> str:
-    flags = " ".join(f"--gate {key}" for key in gates)
-    remedy = f"compress waive {version.name} {version.label} {flags} --reason TEXT --until DATE"
-    return "\n".join(
-        [
-            f"{version.reference}: its verdict is {found.verdict}, and no waiver that holds covers {', '.join(gates)}.",
-            *sentences,
-            *why_not,
-            f"To release it all the same, somebody answers for it: {remedy}",
-        ]
-    )
-
-
 def _move(
     store: Store,
     past: History,
@@ -199,7 +167,7 @@ def _move(
         if manifest.read(version.path).digest != found.digest:
             raise CompressError(f"{version.path}: was replaced while it was being checked")
         moment = now or datetime.now(UTC)
-        counting = counting_waivers(store, past, version, found, moment)
+        counting = counting_waivers(store.root, past, version, found, moment)
         channels.path_of(home, channel)  # a link is refused before anything is written
         held = channels.state(home, past, channel)
         before = held.held.version if held.held else None

@@ -7,30 +7,23 @@ of other versions of this program can be compared as far as they tell. What one 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compress.artifacts import manifest
+from compress.artifacts.diff_layers import Layers, Value, layers, number, ratio_of
 from compress.artifacts.manifest import MODEL_FOLDER, Manifest
 from compress.errors import CompressError
 
-MOST_LAYERS = 10
-"""Layers that are named where thousands may differ."""
 Interval = tuple[float, float]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Side(_Value):
+class Side(Value):
     """One of the two artifacts."""
 
     reference: str
@@ -42,7 +35,7 @@ class Side(_Value):
     parent: str | None = None
 
 
-class Field_(_Value):
+class Field_(Value):
     """A field that differs. None: it is not there."""
 
     name: str = Field(description="dotted, e.g. stages.0.bits")
@@ -50,7 +43,7 @@ class Field_(_Value):
     b: Any = None
 
 
-class Measure(_Value):
+class Measure(Value):
     """A measurement of the compressed models; all are listed, also those that are equal."""
 
     name: str
@@ -63,7 +56,7 @@ class Measure(_Value):
     apart: bool | None = Field(default=None, description="the intervals do not overlap; None without both")
 
 
-class GatePair(_Value):
+class GatePair(Value):
     """A gate that either of them has."""
 
     gate: str = Field(description="KIND:MEASURE")
@@ -75,37 +68,7 @@ class GatePair(_Value):
     limit_b: str | None
 
 
-class SchemeChange(_Value):
-    """Linears whose scheme went from one to another. None: the stage did not touch them."""
-
-    a: str | None
-    b: str | None
-    linears: int
-    examples: tuple[str, ...]
-
-
-class Layer(_Value):
-    """A linear whose error differs."""
-
-    name: str
-    scheme_a: str | None
-    scheme_b: str | None
-    error_a: float | None
-    error_b: float | None
-
-
-class Layers(_Value):
-    """Linears, as the last stage that has a record of each left them."""
-
-    compared: int = Field(description="linears that both have")
-    schemes: tuple[SchemeChange, ...] = Field(description="changes of scheme, the most frequent first")
-    better: int = Field(description="linears of the same scheme whose error is smaller in b")
-    worse: int
-    median_error_ratio: float | None = Field(description="of b to a, over linears that have both errors")
-    farthest: tuple[Layer, ...] = Field(description=f"the {MOST_LAYERS} whose errors are farthest apart, as a ratio")
-
-
-class Difference(_Value):
+class Difference(Value):
     """All that differs. Bytes are bytes; JSON values only."""
 
     a: Side
@@ -156,7 +119,7 @@ def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[
     intervals = [_part(report, "measurements", "intervals") for report in (report_a, report_b)]
     made = []
     for name in sorted(set(values[0]) | set(values[1])):
-        a, b = (_number(side.get(name)) for side in values)
+        a, b = (number(side.get(name)) for side in values)
         first, second = (_interval(side.get(name)) for side in intervals)
         made.append(_measure(name, a, b, first, second))
     return tuple(made)
@@ -170,8 +133,8 @@ def gates(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[Gat
             gate=key[0],
             verdict_a=one.get(key, {}).get("verdict"),
             verdict_b=other.get(key, {}).get("verdict"),
-            observed_a=_number(one.get(key, {}).get("observed")),
-            observed_b=_number(other.get(key, {}).get("observed")),
+            observed_a=number(one.get(key, {}).get("observed")),
+            observed_b=number(other.get(key, {}).get("observed")),
             limit_a=one.get(key, {}).get("limit"),
             limit_b=other.get(key, {}).get("limit"),
         )
@@ -192,29 +155,6 @@ def sizes(one: Manifest, other: Manifest) -> tuple[Measure, ...]:
     always = ("total", f"{MODEL_FOLDER}/", "reports/")
     names = [*always, *sorted(name for name in {*a, *b} - {*always} if a.get(name) != b.get(name))]
     return tuple(_measure(name, a.get(name), b.get(name), None, None) for name in names)
-
-
-def layers(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> Layers:
-    """Compare linears by name; values are records with `scheme` and `error`."""
-    pairs = [_layer(name, a.get(name, {}), b.get(name, {})) for name in [*a, *(name for name in b if name not in a)]]
-    changes = Counter((layer.scheme_a, layer.scheme_b) for layer in pairs if layer.scheme_a != layer.scheme_b)
-    same = [layer for layer in pairs if layer.scheme_a == layer.scheme_b]
-    ratios = {layer.name: ratio for layer in pairs if (ratio := _ratio(layer.error_a, layer.error_b)) is not None}
-    far = sorted(
-        (layer for layer in pairs if ratios.get(layer.name, 1.0) != 1.0),
-        key=lambda layer: -abs(math.log(max(ratios[layer.name], 1e-300))),
-    )
-    return Layers(
-        compared=len(set(a) & set(b)),
-        schemes=tuple(
-            SchemeChange(a=old, b=new, linears=count, examples=_examples(pairs, old, new))
-            for (old, new), count in changes.most_common()
-        ),
-        better=sum(ratios.get(layer.name, 1.0) < 1 for layer in same),
-        worse=sum(ratios.get(layer.name, 1.0) > 1 for layer in same),
-        median_error_ratio=median(ratios.values()) if ratios else None,
-        farthest=tuple(far[:MOST_LAYERS]),
-    )
 
 
 def _side(made: Manifest, folder: Path) -> Side:
@@ -289,20 +229,6 @@ def _linears(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {record["name"]: record for record in records if "name" in record}
 
 
-def _layer(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Layer:
-    return Layer(
-        name=name,
-        scheme_a=a.get("scheme"),
-        scheme_b=b.get("scheme"),
-        error_a=_number(a.get("error")),
-        error_b=_number(b.get("error")),
-    )
-
-
-def _examples(pairs: list[Layer], old: str | None, new: str | None) -> tuple[str, ...]:
-    return tuple(layer.name for layer in pairs if (layer.scheme_a, layer.scheme_b) == (old, new))[:3]
-
-
 def _measure(name: str, a: float | None, b: float | None, first: Interval | None, second: Interval | None) -> Measure:
     apart = None if first is None or second is None else first[1] < second[0] or second[1] < first[0]
     return Measure(
@@ -310,20 +236,11 @@ def _measure(name: str, a: float | None, b: float | None, first: Interval | None
         a=a,
         b=b,
         difference=None if a is None or b is None else b - a,
-        ratio=_ratio(a, b),
+        ratio=ratio_of(a, b),
         interval_a=first,
         interval_b=second,
         apart=apart,
     )
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return b / a if a and b is not None else None
-
-
-def _number(value: Any) -> float | None:
-    """Reports write what JSON has no number for as 'NaN' and 'Infinity'."""
-    return None if value is None or isinstance(value, bool) else float(value)
 
 
 def _interval(value: Any) -> Interval | None:

@@ -18,77 +18,23 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from compress.artifacts.manifest import Parent, Pin, Sha256
+from compress.artifacts.lines import MADE, Draft, Line
+from compress.artifacts.manifest import Pin
 from compress.errors import CompressError
 from compress.files import disk_errors, flush, write_json
 
 HISTORY_NAME = "history.jsonl"
 HEAD_NAME = "history.head"
 ZERO = "0" * 64
-
-Event = Literal[
-    "published",
-    "rejected",
-    "pulled",
-    "exported",
-    "promoted",
-    "rolled_back",
-    "waived",
-    "pushed",
-    "collected",
-    "abandoned",
-    "repaired",
-    "broken",
-]
-MADE: tuple[Event, ...] = ("published", "rejected", "pulled")
-"""Events after which a version is there."""
-MOVED: tuple[Event, ...] = ("promoted", "rolled_back")
-"""Events after which a channel holds another version."""
-
-
-class Draft(BaseModel):
-    """What is known of a line before it has its place in the chain."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    event: Event
-    who: str
-    version: Annotated[str, Field(pattern=r"^[vr][0-9]{4,9}$")] | None = None
-    digest: Sha256 | None = Field(default=None, description="of the version's manifest")
-    detail: str = ""
-    channel: str | None = None
-    note: str | None = None
-    parent: Parent | None = Field(default=None, description="of a version that was made from another")
-    waiver: dict[str, Any] | None = Field(default=None, description="of a `waived` line: what is waived (waivers.py)")
-    signature: str | None = Field(default=None, description="over the canonical JSON of `waiver`, armoured")
-    undoes: int | None = Field(default=None, description="of an `abandoned` line: the line that was not carried out")
-    recovered: bool | None = Field(default=None, description="written later, by whoever came next after a crash")
-
-
-class Line(Draft):
-    """One line of history.jsonl."""
-
-    seq: int = Field(ge=1)
-    at: AwareDatetime
-    previous: Sha256 = Field(description="of the line before, without its newline; zeros in the first")
-
-    def text(self) -> bytes:
-        return canonical(self.model_dump(mode="json", exclude_none=True))
-
-    @property
-    def digest_of_line(self) -> str:
-        return hashlib.sha256(self.text()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -146,11 +92,6 @@ def whoever() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user may have no name
         return f"uid {os.getuid()}"
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys, no spaces, ASCII only: the bytes that are hashed and signed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def read(home: Path) -> History:

@@ -117,7 +117,8 @@ def choose(versions: list[Version], name: str, label: str) -> Version:
         if version.label == wanted:
             return version
     guess = nearest(label, [version.label for version in versions])
-    raise RecipeError(f'"{name}" has no version "{label}"; the newest is {versions[-1].label}.{guess}')
+    newest = ([version for version in versions if not version.rejected] or versions)[-1]
+    raise RecipeError(f'"{name}" has no version "{label}"; the newest is {newest.label}.{guess}')
 
 
 def make_folder(folder: Path) -> None:

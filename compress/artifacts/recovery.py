@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compress.artifacts import channels, manifest
-from compress.artifacts.history import MOVED, Draft, History, Line, append, cut_torn, read, whoever
+from compress.artifacts.history import History, append, cut_torn, read, whoever
 from compress.artifacts.layout import Version, relative_path, versions_in
+from compress.artifacts.lines import MOVED, Draft, Line
 from compress.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestError
 
 

@@ -27,8 +27,9 @@ from compress.artifacts import channels, layout, manifest, waivers
 from compress.artifacts import history as history_
 from compress.artifacts.attestation import attach
 from compress.artifacts.dedupe import make_read_only, share
-from compress.artifacts.history import Draft, Event, History, Line
+from compress.artifacts.history import History
 from compress.artifacts.layout import LOCK, NAME_RULE, REJECTED, STAGING, Version, make_folder, refuse_link
+from compress.artifacts.lines import Draft, Event, Line
 from compress.artifacts.locks import file_lock, try_lock
 from compress.artifacts.manifest import MANIFEST_NAME, Manifest, Verdict
 from compress.artifacts.recovery import made_draft, reconcile
@@ -149,6 +150,8 @@ class Store:
         home = self.home(name)
         with disk_errors(home):
             make_folder(home)
+            for name_of_file in (LOCK, history_.HISTORY_NAME, history_.HEAD_NAME):
+                refuse_link(home / name_of_file)
             with file_lock(home / LOCK):
                 yield reconcile(home)
 

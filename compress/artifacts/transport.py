@@ -18,8 +18,9 @@ from pathlib import Path
 
 from compress.artifacts import history, layout, manifest, remote
 from compress.artifacts.dedupe import share
-from compress.artifacts.history import Draft, History
+from compress.artifacts.history import History
 from compress.artifacts.layout import Version
+from compress.artifacts.lines import MADE, Draft
 from compress.artifacts.locks import file_lock, try_lock
 from compress.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file
 from compress.artifacts.remote import Remote
@@ -159,7 +160,7 @@ def _taken(version: Version, made: Manifest) -> bool:
 def _refuse_reuse(past: History, version: Version, made: Manifest) -> None:
     """A number that once was another version's, now collected, stays that version's."""
     for line in past.lines:
-        if line.event in history.MADE and line.version == version.label and line.digest != made.digest:
+        if line.event in MADE and line.version == version.label and line.digest != made.digest:
             raise RecipeError(
                 f"{version.reference} was another version here once (line {line.seq} of its history). "
                 "Pull into another store: --store FOLDER."

@@ -19,7 +19,8 @@ from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from compress.artifacts.history import History, Line, canonical
+from compress.artifacts.history import History
+from compress.artifacts.lines import Line, canonical
 from compress.artifacts.manifest import Sha256
 from compress.artifacts.signing import SIGNERS_NAME, Checked, Signature, check
 from compress.errors import CompressError, EnvironmentLacksError, RecipeError, nearest

@@ -16,7 +16,7 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
-from compress.cli import desk, inspect, recipes, run, transport
+from compress.cli import collect, desk, inspect, recipes, run, transport
 from compress.cli import diff as comparing
 from compress.cli import eval as judging
 from compress.cli import frontier as mapping
@@ -70,7 +70,7 @@ app.command("waivers")(desk.waivers)
 app.command("history")(desk.history)
 app.command("push")(transport.push)
 app.command("pull")(transport.pull)
-app.command("gc")(inspect.gc)
+app.command("gc")(collect.gc)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,8 @@ import typer
 from compress.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 
 if TYPE_CHECKING:
-    from compress.artifacts.diff import Difference, Field_, Layers, Measure
+    from compress.artifacts.diff import Difference, Field_, Measure
+    from compress.artifacts.diff_layers import Layers
 
 SideArgument = typer.Argument(help="NAME, NAME@v0003, NAME@r0001, NAME@production or a folder.")
 

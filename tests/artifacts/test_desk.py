@@ -295,6 +295,12 @@ def test_a_gate_that_passed_has_nothing_to_waive(store: Store, publish: Publish)
         waive(store, "demo", "r1", ["size"], "a reason", "2099-01-01")
 
 
+def test_a_version_that_passed_has_nothing_to_waive(store: Store, publish: Publish) -> None:
+    publish(prepare=with_gates({**KL_GATE, "verdict": "passed"}))
+    with pytest.raises(RecipeError, match="passed every gate"):
+        waive(store, "demo", "v1", ["verdict"], "a reason", "2099-01-01")
+
+
 def test_waivers_are_listed_for_ever(store: Store, publish: Publish) -> None:
     publish(verdict="failed", prepare=with_gates(KL_GATE))
     long_ago = datetime.now(UTC) - timedelta(days=400)

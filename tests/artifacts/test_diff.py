@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from compress.artifacts.diff import MOST_LAYERS, difference, fields, gates, layers, measures
+from compress.artifacts.diff import difference, fields, gates, measures
+from compress.artifacts.diff_layers import MOST_LAYERS, layers
 from compress.errors import CompressError
 
 from .conftest import KL_GATE

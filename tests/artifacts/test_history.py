@@ -13,7 +13,7 @@ from compress.artifacts import history, manifest
 from compress.artifacts.audit import audit
 from compress.artifacts.desk import promote, rollback
 from compress.artifacts.store import Store
-from compress.errors import CompressError
+from compress.errors import CompressError, RecipeError
 
 from .conftest import FACTS, fill
 
@@ -209,6 +209,23 @@ def test_a_head_that_was_taken_away_is_noticed(store: Store, publish: Publish) -
     publish()
     (store.root / "demo" / history.HEAD_NAME).unlink()
     assert audit(store).problems == ("demo/history.jsonl: history.head is missing beside 1 lines",)
+
+
+@pytest.mark.parametrize("name", [history.HISTORY_NAME, history.HEAD_NAME, ".lock"])
+def test_a_file_that_is_a_link_is_refused_before_anything_is_written(
+    store: Store, publish: Publish, tmp_path: Path, name: str
+) -> None:
+    publish()
+    outside = tmp_path / "outside"
+    (store.root / "demo" / name).rename(outside)
+    (store.root / "demo" / name).symlink_to(outside)
+    before = outside.read_bytes()
+    with pytest.raises(RecipeError, match="is a link"):
+        publish()
+    with pytest.raises(RecipeError, match="is a link"):
+        promote(store, "demo", "v1", "staging")
+    assert outside.read_bytes() == before
+    assert [version.label for version in store.versions("demo")] == ["v0001"]
 
 
 def test_leftovers_of_a_killed_writer_are_removed(store: Store, told: Path, publish: Publish) -> None:

@@ -39,6 +39,7 @@ def attach(
     path = folder / ATTESTATION_PATH
     path.parent.mkdir(exist_ok=True)
     text = json.dumps(statement(subjects, reference, facts, moment), indent=1, sort_keys=True) + "\n"
+    path.unlink(missing_ok=True)  # copied from another version, it is read-only
     path.write_text(text, encoding="utf-8")
     entry = FileEntry(path=ATTESTATION_PATH, bytes=path.stat().st_size, sha256=hash_file(path))
     return tuple(sorted((*subjects, entry), key=lambda each: each.path))

@@ -78,6 +78,7 @@ class Reservation:
                 files=files,
             )
             share(self.store.root, staged, files)
+            (staged / MANIFEST_NAME).unlink(missing_ok=True)  # copied from another version, it is read-only
             (staged / MANIFEST_NAME).write_text(manifest.to_text(made), encoding="utf-8")
             seal(staged)
             os.rename(staged, self.path)
@@ -191,7 +192,10 @@ class Store:
         return f"{'r' if rejected else 'v'}{max(there, history_.read(home).highest(rejected)) + 1:04d}"
 
     def record(self, name: str, event: Event, label: str, digest: str, detail: str = "", by: str | None = None) -> Line:
-        """Add a line to the history of `name` about something that happened to a version elsewhere."""
+        """Add a line to the history of `name` about something that happened to a version: pushed, exported.
+
+        Not inside a `reserve` block of the same name, which holds the lock that this waits for.
+        """
         draft = Draft(event=event, who=by or history_.whoever(), version=label, digest=digest, detail=detail)
         with self.locked(name) as history:
             return history_.append(self.home(name), history, [draft])[0]

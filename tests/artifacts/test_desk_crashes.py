@@ -87,7 +87,11 @@ def kill_again_and_again(store: Store, remote: Path, kills: int, seed: int) -> N
     chance = random.Random(seed)
     publish_one(store, 0)
     publish_one(store, 0, "failed")
-    for number in range(kills):
+    needed = {"published", "promoted", "collected", "pushed"}
+    for number in range(4 * kills):
+        done = {line.event for line in store.history("demo").lines}
+        if number >= kills and needed <= done:
+            break
         writer = FORK.Process(target=work, args=(store.root, remote, seed * 1000 + number))
         writer.start()
         time.sleep(chance.uniform(0.002, 0.25))
@@ -96,8 +100,7 @@ def kill_again_and_again(store: Store, remote: Path, kills: int, seed: int) -> N
         writer.join()
         assert writer.exitcode == -signal.SIGKILL, "the writer ended by itself: an error it did not expect"
         check_whole(store, remote)
-    events = {line.event for line in store.history("demo").lines}
-    assert {"published", "promoted", "collected", "pushed"} <= events, "too little was done to prove anything"
+    assert needed <= done, "too little was done to prove anything"
 
 
 def test_kills_at_any_time_leave_a_whole_store(store: Store, tmp_path: Path) -> None:

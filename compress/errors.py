@@ -3,6 +3,7 @@
     CompressError                 1   internal error (anything unexpected ends here too)
     │   (ManifestError, in artifacts.manifest, also ends with 1)
     ├── RecipeError               2   bad recipe or usage; carries every mistake at once
+    ├── RefusedError              3   a release that gates and waivers do not allow
     ├── UnhealthySourceError      5   the source model cannot be trusted as a baseline
     │   (DamagedCheckpointError, in checkpoints.reader, also ends with 5)
     ├── ResourceError             6   out of memory or disk
@@ -50,6 +51,12 @@ class RecipeError(CompressError):
     def __init__(self, mistakes: str | Iterable[str]) -> None:
         self.mistakes: list[str] = [mistakes] if isinstance(mistakes, str) else list(mistakes)
         super().__init__("\n".join(self.mistakes))
+
+
+class RefusedError(CompressError):
+    """A version may not be released: its gates did not pass and no waiver that holds covers them."""
+
+    exit_code = ExitCode.GATE_FAILED
 
 
 class UnhealthySourceError(CompressError):

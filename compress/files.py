@@ -26,6 +26,11 @@ _REMEDIES: dict[int, str] = {
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def cache_folder() -> Path:
+    """Where converted models, stages, baselines and listings are kept: $COMPRESS_CACHE or ~/.cache/compress."""
+    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in chunks."""
     digest = hashlib.sha256()

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compress.artifacts import manifest
 from compress.artifacts.manifest import model_digest
 from compress.artifacts.store import Store, check_writable
 from compress.checkpoints.export import export
@@ -141,6 +142,9 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
                 write_report(report, staged / "reports")
                 write_items(decision.evidence.tasks, staged / "reports" / "items")
                 folder = slot.publish(staged, decision.verdict, _facts(report, parent))
+        if parent:
+            detail = f"from {parent.reference} as {recipe.export.format}"
+            store.record(recipe.name, "exported", artifact.version, manifest.read(folder).digest, detail)
     return Outcome(folder, report, folder / "reports" / "report.html")
 
 

@@ -49,6 +49,21 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+@contextmanager
+def read_lock(path: Path) -> Iterator[None]:
+    """Keep writers away while something is read. Without a lock file nobody ever wrote, and nothing is waited for."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _still_named(handle: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))

@@ -1,62 +1,43 @@
 """The store: a folder of numbered artifacts that two processes may publish into at once, and that survives kill -9.
 
-    <store>/<name>/v0001/            published: every gate passed
-    <store>/<name>/rejected/r0001/   kept, but a gate failed or was inconclusive
-    <store>/<name>/.lock             held while a number is given out and the folder moved into place
-    <store>/.staging/<name>-<pid>-<random>/       an artifact being written, on the same file system
-    <store>/.staging/<name>-<pid>-<random>.lock   held as long as the process that writes it lives
-
-Why this is safe:
+What lies where is drawn in `layout.py`. Why this is safe:
 
 - A folder becomes a version by one rename, after its manifest was written and everything was flushed to disk.
   Before the rename it lies in `.staging`, where nothing looks for artifacts.
-- Both locks are `flock`: the kernel drops them when their holder dies, however it dies. A process id would not do:
+- Locks are `flock`: the kernel drops them when their holder dies, however it dies. A process id would not do:
   ids are reused, and mean nothing to another container that shares the store.
 - rename(2) does not replace a folder that has something in it, so even a file system whose locks lie cannot lose a
   published version.
+- Whoever takes a name's lock first finishes what a dead process began (`recovery.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.artifacts import manifest
+from compress.artifacts import channels, layout, manifest, waivers
+from compress.artifacts import history as history_
+from compress.artifacts.attestation import attach
+from compress.artifacts.dedupe import make_read_only, share
+from compress.artifacts.history import History
+from compress.artifacts.layout import LOCK, NAME_RULE, REJECTED, STAGING, Version, make_folder, refuse_link
+from compress.artifacts.lines import Draft, Event, Line
 from compress.artifacts.locks import file_lock, try_lock
-from compress.artifacts.manifest import MANIFEST_NAME, Verdict
+from compress.artifacts.manifest import MANIFEST_NAME, Manifest, Verdict
+from compress.artifacts.recovery import made_draft, reconcile
+from compress.artifacts.waivers import Waiver
 from compress.errors import RecipeError, ResourceError, nearest
 from compress.files import disk_errors, flush
 
-NAME_RULE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_LABEL = re.compile(r"([vr])([0-9]{1,9})")
-_STAGING = ".staging"
-_REJECTED = "rejected"
-
-
-@dataclass(frozen=True)
-class Version:
-    """One artifact of the store. `label` is v0003, or r0001 for a rejected run."""
-
-    name: str
-    label: str
-    path: Path
-
-    @property
-    def rejected(self) -> bool:
-        return self.label.startswith("r")
-
-    @property
-    def reference(self) -> str:
-        """What `find` takes: NAME@v0003."""
-        return f"{self.name}@{self.label}"
+__all__ = ["NAME_RULE", "Reservation", "Store", "Version", "Waiver", "check_writable"]
 
 
 @dataclass(frozen=True)
@@ -67,19 +48,23 @@ class Reservation:
     name: str
     label: str
     path: Path
+    history: History
 
     def publish(self, staged: Path, verdict: Verdict, facts: Mapping[str, Any]) -> Path:
         """Write the manifest into `staged`, flush everything, and move it to `path`, which is returned.
 
-        `facts` holds `lineage` (digests by role: source, recipe, calibration) and `environment` (JSON values).
-        Raises ValueError when the verdict does not fit the reserved kind of number, ManifestError when `staged` holds
-        a link, ResourceError when the disk is full.
+        `facts` holds `lineage` (digests by role: source, recipe, calibration), `environment` (JSON values) and, for a
+        version made from another one, `parent` (its `reference` and `digest`). Files equal to published ones become
+        links to them; all become read-only. Raises ValueError when the verdict does not fit the reserved kind of
+        number, ManifestError when `staged` holds a link, ResourceError when the disk is full.
         """
         if (verdict == "passed") == self.label.startswith("r"):
             raise ValueError(f"{self.label} was reserved, which does not fit the verdict {verdict}")
         if not staged.resolve().is_relative_to(self.store.root):
             raise ValueError(f"{staged} is not inside the store {self.store.root}: stage with Store.staging")
         with disk_errors(self.path):
+            moment = datetime.now(UTC)
+            files = attach(staged, manifest.hash_files(staged), f"{self.name}@{self.label}", facts, moment)
             made = manifest.build(
                 staged,
                 name=self.name,
@@ -87,12 +72,35 @@ class Reservation:
                 verdict=verdict,
                 lineage=facts.get("lineage", {}),
                 environment=facts.get("environment", {}),
+                parent=facts.get("parent"),
+                history=self.history.pin,
+                created=moment,
+                files=files,
             )
+            share(self.store.root, staged, files)
+            (staged / MANIFEST_NAME).unlink(missing_ok=True)  # copied from another version, it is read-only
             (staged / MANIFEST_NAME).write_text(manifest.to_text(made), encoding="utf-8")
-            flush(staged)
+            seal(staged)
             os.rename(staged, self.path)
             flush(self.path.parent, recurse=False)
+        self._record(made)
         return self.path
+
+    def _record(self, made: Manifest) -> None:
+        """The line comes after the rename: without it the version is whole, and the next to take the lock writes it."""
+        try:
+            history_.append(self.store.root / self.name, self.history, [made_draft(made)])
+        except ResourceError as error:
+            raise ResourceError(
+                f"{self.path} is published and whole, but its line in the history could not be written: {error}. "
+                "The next command that changes this name writes it."
+            ) from error
+
+
+def seal(staged: Path) -> None:
+    """Make a staged artifact ready for the rename: read-only, and on the disk."""
+    make_read_only(staged)
+    flush(staged)
 
 
 class Store:
@@ -110,14 +118,43 @@ class Store:
         Also removes what dead processes left behind. Raises RecipeError for a bad name, and ResourceError for a store
         that cannot be written or a disk that fills up while the block writes.
         """
-        self._folder(name)
+        self.home(name)
         with disk_errors(self.root):
-            area = self.root / _STAGING
-            _refuse_link(area)
-            _make(area)
             self.sweep()
-            with _claimed(area, f"{name}-{os.getpid()}") as folder:
+            with self.claimed(f"{name}-{os.getpid()}") as folder:
                 yield folder
+
+    @contextmanager
+    def claimed(self, prefix: str) -> Iterator[Path]:
+        """An empty folder in `.staging` beside a lock that says its writer lives; both are gone afterwards."""
+        area = self.staging_area()
+        folder = area / f"{prefix}-{secrets.token_hex(8)}"
+        lock = area / f"{folder.name}.lock"
+        with file_lock(lock):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                if not folder.exists():
+                    lock.unlink(missing_ok=True)
+
+    def staging_area(self) -> Path:
+        area = self.root / STAGING
+        refuse_link(area)
+        make_folder(area)
+        return area
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[History]:
+        """Hold the name's lock, with what dead processes began brought to an end. Gives the history as it is now."""
+        home = self.home(name)
+        with disk_errors(home):
+            make_folder(home)
+            for name_of_file in (LOCK, history_.HISTORY_NAME, history_.HEAD_NAME):
+                refuse_link(home / name_of_file)
+            with file_lock(home / LOCK):
+                yield reconcile(home)
 
     @contextmanager
     def reserve(self, name: str, rejected: bool) -> Iterator[Reservation]:
@@ -131,18 +168,17 @@ class Store:
 
         Holding a lock is simpler than a reserved number that somebody must hand back: whatever ends this block,
         kill -9 included, frees the lock, and a number that was not published is given out again. Others who publish
-        under the same name wait. The next number is one above the highest there, whatever state that one is in.
+        under the same name wait. The next number is one above the highest there ever was, whatever became of it.
         """
-        home = self._folder(name)
-        with disk_errors(home):
-            _make(home)
-            with file_lock(home / ".lock"):
-                parent = home / _REJECTED if rejected else home
-                if rejected:
-                    _refuse_link(parent)
-                    _make(parent)
-                label = f"{'r' if rejected else 'v'}{_highest(parent, rejected) + 1:04d}"
-                yield Reservation(self, name, label, parent / label)
+        home = self.home(name)
+        with self.locked(name) as history:
+            parent = home / REJECTED if rejected else home
+            if rejected:
+                refuse_link(parent)
+                make_folder(parent)
+            number = max(layout.highest(parent, rejected), history.highest(rejected)) + 1
+            label = f"{'r' if rejected else 'v'}{number:04d}"
+            yield Reservation(self, name, label, parent / label, history)
 
     def publish(self, staged: Path, name: str, verdict: Verdict, facts: Mapping[str, Any]) -> Path:
         """Reserve the next number and publish `staged` under it: `Reservation.publish` says the rest."""
@@ -151,13 +187,23 @@ class Store:
 
     def predict_next_version(self, name: str, rejected: bool = False) -> str:
         """The label the next publish would get, for plans. Only `reserve` makes it sure."""
-        home = self._folder(name)
-        return f"{'r' if rejected else 'v'}{_highest(home / _REJECTED if rejected else home, rejected) + 1:04d}"
+        home = self.home(name)
+        there = layout.highest(home / REJECTED if rejected else home, rejected)
+        return f"{'r' if rejected else 'v'}{max(there, history_.read(home).highest(rejected)) + 1:04d}"
+
+    def record(self, name: str, event: Event, label: str, digest: str, detail: str = "", by: str | None = None) -> Line:
+        """Add a line to the history of `name` about something that happened to a version: pushed, exported.
+
+        Not inside a `reserve` block of the same name, which holds the lock that this waits for.
+        """
+        draft = Draft(event=event, who=by or history_.whoever(), version=label, digest=digest, detail=detail)
+        with self.locked(name) as history:
+            return history_.append(self.home(name), history, [draft])[0]
 
     def sweep(self) -> list[str]:
         """Remove staging folders whose process is dead; returns their names. Living ones are left alone."""
         swept: list[str] = []
-        area = self.root / _STAGING
+        area = self.root / STAGING
         for lock in sorted(area.glob("*.lock")):
             with try_lock(lock) as ours:
                 if ours:
@@ -174,30 +220,39 @@ class Store:
 
     def names(self) -> list[str]:
         """Every name with a published version or a rejected run, sorted."""
-        return sorted(name for name in _entries(self.root) if NAME_RULE.fullmatch(name) and self.versions(name))
+        named = (name for name in layout.entries(self.root) if NAME_RULE.fullmatch(name))
+        return sorted(name for name in named if any(True for _ in layout.versions_in(self.root / name)))
 
     def versions(self, name: str) -> list[Version]:
         """Published versions, then rejected runs, each in the order of their numbers. Empty for an unknown name."""
-        home = self._folder(name)
-        found: list[Version] = []
-        for parent, rejected in ((home, False), (home / _REJECTED, True)):
-            if not parent.is_symlink():
-                numbered = sorted((number, label) for label, number in _numbered(parent, rejected))
-                found += [Version(name, label, parent / label) for _, label in numbered]
-        return [version for version in found if (version.path / MANIFEST_NAME).is_file()]
+        return list(layout.versions_in(self.home(name)))
+
+    def version(self, name: str, label: str) -> Version:
+        """One version by name and label (v3 is v0003). Raises RecipeError with the nearest known one."""
+        versions = self.versions(name)
+        if not versions:
+            raise RecipeError(f'There is no "{name}" in the store {self.root}.{nearest(name, self.names())}')
+        return layout.choose(versions, name, label)
+
+    def history(self, name: str) -> History:
+        """What happened to `name`, read without its lock."""
+        return history_.read(self.home(name))
 
     def promoted(self, name: str, channel: str) -> Version | None:
-        """The version that `channel` of `name` leads to: <store>/<name>/channels/<channel>.json names it. None where
-        nothing was promoted, and where what was is not there any more."""
-        try:
-            text = (self._folder(name) / "channels" / f"{channel}.json").read_text(encoding="utf-8")
-            label = json.loads(text)["version"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return next((version for version in self.versions(name) if version.label == label), None)
+        """What `channel` (staging, production) of `name` holds; None if nothing was ever promoted there.
+
+        Raises CompressError when the channel's file is damaged or its version is gone, RecipeError for an unknown
+        channel or a link.
+        """
+        held = channels.read(self.home(name), channel)
+        return None if held is None else self.version(name, held.version)
+
+    def waivers(self, name: str, label: str) -> list[Waiver]:
+        """Every waiver ever given to a version, expired ones too, in order. Raises RecipeError for a bad name."""
+        return waivers.of_history(self.history(name), layout.whole_label(label) or label)
 
     def find(self, reference: str) -> Path:
-        """The folder of NAME (its newest published version), NAME@v0003, NAME@r0001, or of a path to an artifact.
+        """The folder of NAME (its newest published version), NAME@v0003, NAME@r0001, NAME@production, or of a path.
 
         A path (it has a slash, or is absolute) may lie anywhere: it is only read. Raises RecipeError with the nearest
         known name or version when there is none.
@@ -208,8 +263,13 @@ class Store:
         versions = self.versions(name)
         if not versions:
             raise RecipeError(f'There is no "{name}" in the store {self.root}.{nearest(name, self.names())}')
+        if label in channels.CHANNELS:
+            held = self.promoted(name, label)
+            if held is None:
+                raise RecipeError(f'Nothing of "{name}" was ever promoted to {label}; `compress promote` does.')
+            return held.path
         if label:
-            return _choose(versions, name, label).path
+            return layout.choose(versions, name, label).path
         published = [version for version in versions if not version.rejected]
         if not published:
             raise RecipeError(
@@ -217,14 +277,11 @@ class Store:
             )
         return published[-1].path
 
-    def _folder(self, name: str) -> Path:
-        if not NAME_RULE.fullmatch(name):
-            raise RecipeError(
-                f"{name!r} cannot name an artifact: use at most 64 of a-z, 0-9, dot, underscore and hyphen, "
-                "beginning with a letter or digit, so that it stays one folder inside the store"
-            )
+    def home(self, name: str) -> Path:
+        """The folder of a name, which need not exist. Raises RecipeError for a bad name or a link."""
+        layout.check_name(name)
         folder = self.root / name
-        _refuse_link(folder)
+        refuse_link(folder)
         return folder
 
 
@@ -235,8 +292,8 @@ def check_writable(root: Path, needed_bytes: int = 0) -> None:
     """
     root = Path(root).expanduser().resolve()
     with disk_errors(root):
-        _make(root / _STAGING)
-        probe = root / _STAGING / f"probe-{secrets.token_hex(8)}"
+        make_folder(root / STAGING)
+        probe = root / STAGING / f"probe-{secrets.token_hex(8)}"
         try:
             with probe.open("wb") as stream:
                 stream.write(bytes(4096))
@@ -252,64 +309,7 @@ def check_writable(root: Path, needed_bytes: int = 0) -> None:
         )
 
 
-@contextmanager
-def _claimed(area: Path, prefix: str) -> Iterator[Path]:
-    """An empty folder in `area` beside a lock that says its writer lives; both are gone afterwards."""
-    folder = area / f"{prefix}-{secrets.token_hex(8)}"
-    lock = area / f"{folder.name}.lock"
-    with file_lock(lock):
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                lock.unlink(missing_ok=True)
-
-
-def _entries(folder: Path) -> list[str]:
-    """Names of the true folders in `folder`; links are never followed."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _numbered(parent: Path, rejected: bool) -> Iterator[tuple[str, int]]:
-    for name in _entries(parent):
-        matched = _LABEL.fullmatch(name)
-        if matched and (matched[1] == "r") == rejected and name == f"{matched[1]}{int(matched[2]):04d}":
-            yield name, int(matched[2])
-
-
-def _highest(parent: Path, rejected: bool) -> int:
-    return max((number for _, number in _numbered(parent, rejected)), default=0)
-
-
-def _choose(versions: list[Version], name: str, label: str) -> Version:
-    matched = _LABEL.fullmatch(label)
-    wanted = f"{matched[1]}{int(matched[2]):04d}" if matched else label
-    for version in versions:
-        if version.label == wanted:
-            return version
-    guess = nearest(label, [version.label for version in versions])
-    raise RecipeError(f'"{name}" has no version "{label}"; the newest is {versions[-1].label}.{guess}')
-
-
 def _artifact_at(path: Path) -> Path:
     if (path / MANIFEST_NAME).is_file():
         return path.resolve()
     raise RecipeError(f"{path}: no artifact there (a folder with a {MANIFEST_NAME}); name one as NAME or NAME@v0001")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ResourceError(f"{folder}: a file is where a folder should be; choose another store") from None
-
-
-def _refuse_link(folder: Path) -> None:
-    if folder.is_symlink():
-        raise RecipeError(f"{folder} is a link and could lead outside the store; replace it by a folder")

@@ -99,6 +99,22 @@ def verify(folder: Path) -> VerifyResult:
     return VerifyResult(folder, (*problems, *hashed.problems, *scanned), hashed.files, hashed.bytes, tensors)
 
 
+def check_sizes(folder: Path) -> VerifyResult:
+    """The quick look: the manifest fits itself, and every file is there with its bytes. Nothing is hashed."""
+    folder = Path(folder)
+    try:
+        regular, strange = list_files(folder)
+        manifest = read(folder)
+    except OSError as error:
+        return VerifyResult(folder, (f"{error.filename}: cannot be read ({error.strerror})",), 0, 0, 0)
+    except ManifestError as error:
+        return VerifyResult(folder, (str(error),), 0, 0, 0)
+    problems = [f"{path}: a link or special file; an artifact holds plain files only" for path in strange]
+    problems += _check_listing(folder, manifest, set(regular) - {MANIFEST_NAME}, set(strange), hashing=False)
+    problems += _check_digests(manifest, folder)
+    return VerifyResult(folder, tuple(problems), len(manifest.files), manifest.bytes, 0)
+
+
 def _pickles(paths: list[str]) -> list[str]:
     return [path for path in paths if path.lower().endswith(_PICKLES)]
 
@@ -110,25 +126,35 @@ def _check_manifest(folder: Path, regular: list[str], strange: set[str]) -> _Has
         manifest = read(folder)
     except ManifestError as error:
         return _Hashed([str(error)])
-    problems: list[str] = []
     present = set(regular) - {MANIFEST_NAME}
     listed = {entry.path for entry in manifest.files}
+    problems = _check_listing(folder, manifest, present, strange, hashing=True)
+    problems += _check_digests(manifest, folder)
+    return _Hashed(problems, len(listed & present), manifest.bytes)
+
+
+def _check_listing(folder: Path, manifest: Manifest, present: set[str], strange: set[str], hashing: bool) -> list[str]:
+    problems: list[str] = []
     for entry in manifest.files:
         if entry.path in present:
-            problems += _check_bytes(folder / entry.path, entry.path, entry.bytes, entry.sha256)
+            problems += _check_bytes(folder / entry.path, entry.path, entry.bytes, entry.sha256 if hashing else None)
         elif entry.path not in strange:
             problems.append(f"{entry.path}: in the manifest, but missing")
-    problems += [f"{path}: not in the manifest" for path in sorted(present - listed)]
-    problems += _check_digests(manifest, folder)
-    return _Hashed(problems, len(listed & present), sum(entry.bytes for entry in manifest.files))
+    listed = {entry.path for entry in manifest.files}
+    return problems + [f"{path}: not in the manifest" for path in sorted(present - listed)]
 
 
-def _check_bytes(path: Path, name: str, size: int, sha256: str) -> list[str]:
+def _check_bytes(path: Path, name: str, size: int, sha256: str | None) -> list[str]:
+    """`sha256` None: the size alone is compared."""
     try:
         found = path.stat().st_size
         if found != size:
             return [f"{name}: {found:,} bytes, but {size:,} were published"]
-        return [] if hash_file(path) == sha256 else [f"{name}: its bytes have changed since it was published"]
+        return (
+            []
+            if sha256 is None or hash_file(path) == sha256
+            else [f"{name}: its bytes have changed since it was published"]
+        )
     except OSError as error:
         return [f"{name}: cannot be read ({error.strerror})"]
 

@@ -11,7 +11,6 @@ moves the weights off their old quantisation grid without changing the function;
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compress.checkpoints.rescale import rescale
 from compress.errors import EnvironmentLacksError, RecipeError, nearest
 from compress.events import Progress
+from compress.files import cache_folder as cache_folder
 from compress.files import digest_of_json, sha256_of, write_json
 
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -89,11 +89,6 @@ class Source:
     @property
     def was_quantized(self) -> bool:
         return bool(self.facts.get("previous_quantization"))
-
-
-def cache_folder() -> Path:
-    """Where converted models, stages and baselines are kept: $COMPRESS_CACHE or ~/.cache/compress."""
-    return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
 
 
 def locate(spec: ModelSpec, base: Path) -> Path | None:

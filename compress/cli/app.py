@@ -16,10 +16,11 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
+from compress.cli import collect, desk, inspect, publish, recipes, report, run, site, transport
+from compress.cli import diff as comparing
 from compress.cli import eval as judging
 from compress.cli import export as exporting
 from compress.cli import frontier as mapping
-from compress.cli import inspect, publish, recipes, report, run, site
 from compress.errors import CompressError, ExitCode, RecipeError, nearest
 
 app = typer.Typer(
@@ -63,10 +64,18 @@ app.command("schema")(recipes.schema)
 app.command("list")(inspect.list_)
 app.command("show")(inspect.show)
 app.command("verify")(inspect.verify)
-app.command("gc")(inspect.gc)
 app.command("report")(report.report)
 app.command("publish")(publish.publish)
 app.command("site")(site.site)
+app.command("diff")(comparing.diff)
+app.command("promote")(desk.promote)
+app.command("rollback")(desk.rollback)
+app.command("waive")(desk.waive)
+app.command("waivers")(desk.waivers)
+app.command("history")(desk.history)
+app.command("push")(transport.push)
+app.command("pull")(transport.pull)
+app.command("gc")(collect.gc)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,7 +34,7 @@ def publish(
 
     folder = Store(store).find(reference)
     read = manifest.read(folder)
-    waivers = standing_at(folder, read.name, read.version).waivers
+    waivers = [waiver for waiver in standing_at(folder, read.name, read.version).waivers if not waiver.expired]
     planned = prepare(folder, repo_id, private, rejected_too, waivers)
     url = None if dry_run else upload(planned, console.StageProgress())
     if json:

@@ -30,6 +30,7 @@ class Waiver:
     until: str
     gates: tuple[str, ...]
     signed_by: str
+    expired: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def sentences(standing: Standing) -> list[str]:
         f"In channel {mark.channel} since {mark.since or 'an unknown time'}{f', by {mark.by}' if mark.by else ''}."
         for mark in standing.channels
     ]
-    if standing.waivers:
-        gates = dict.fromkeys(gate for waiver in standing.waivers for gate in waiver.gates)
+    held = [waiver for waiver in standing.waivers if not waiver.expired]
+    if held:
+        gates = dict.fromkeys(gate for waiver in held for gate in waiver.gates)
         said.append(f"Waived, not passed: {', '.join(gates) or 'no gate by name'}.")
     if standing.served is not None:
         said.append(_served(standing.served))
@@ -94,7 +96,7 @@ def waivers_table(standing: Standing) -> Table:
             ", ".join(waiver.gates) or MISSING,
             waiver.who or MISSING,
             waiver.reason or MISSING,
-            waiver.until or MISSING,
+            f"{waiver.until or MISSING}{' (over)' if waiver.expired else ''}",
             waiver.signed_by or MISSING,
         )
         for waiver in standing.waivers

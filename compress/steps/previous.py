@@ -20,7 +20,13 @@ def against_previous(report: Report, store: Store) -> Report:
 
     A release whose report cannot be read ends no run: what is wrong with it is said in the comparison's place.
     """
-    version, chosen = previous_release(store, report.artifact.name, report.artifact.version)
+    try:
+        version, chosen = previous_release(store, report.artifact.name, report.artifact.version)
+    except CompressError as error:
+        record = PreviousRecord(
+            name=report.artifact.name, version="", path="", digest="", chosen=f"in {CHANNEL}", problem=str(error)
+        )
+        return report.model_copy(update={"previous": record})
     if version is None:
         return report
     try:

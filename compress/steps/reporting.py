@@ -38,7 +38,7 @@ from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
 from compress.steps.judging import Evidence, measured_kv_cache
 from compress.steps.origin import described
-from compress.steps.plan import Plan
+from compress.steps.plan import Plan, kv_bytes
 from compress.steps.prompts import Conversation
 from compress.steps.round_trip import BOUND
 from compress.steps.source import OpenedSource
@@ -179,7 +179,7 @@ def _serving(plan: Plan) -> list[ServingPoint]:
         ServingPoint(
             context=context,
             concurrency=many,
-            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, plan.stored.itemsize),
+            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, kv_bytes(plan.recipe, plan.stored)),
         )
         for context in contexts
         for many in sorted({export.concurrency, *CONCURRENCIES})

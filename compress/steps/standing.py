@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
+from compress.artifacts.channels import CHANNELS, read
 from compress.artifacts.store import Store
 from compress.errors import CompressError
 from compress.reports.standing import ChannelMark, Served, Standing, Waiver
 
-CHANNELS = "channels"
 SERVING = "serving"
 
 
-def standing_of(store: Store, name: str, label: str, waivers: Sequence[Waiver] = ()) -> Standing:
-    """Where version `label` of `name` stands. `waivers`: those of the version that hold today."""
+def standing_of(store: Store, name: str, label: str) -> Standing:
+    """Where version `label` of `name` stands."""
     marks = [mark for version, mark in channels(store, name) if version == label]
-    return Standing(tuple(marks), tuple(waivers), served(store, name, label))
+    return Standing(tuple(marks), tuple(waivers(store, name, label)), served(store, name, label))
 
 
 def served(store: Store, name: str, label: str) -> Served | None:
@@ -55,20 +54,28 @@ def standing_at(folder: Path, name: str, label: str) -> Standing:
 
 
 def channels(store: Store, name: str) -> list[tuple[str, ChannelMark]]:
-    """(version, channel that leads to it) of every channel of `name`, by the channel's name.
+    """(version, channel that leads to it) of every channel of `name`.
 
-    Raises CompressError for a channel's file that is no JSON object with a version: nobody may take it for no channel.
+    Raises CompressError for a channel's file that is damaged: nobody may take it for no channel.
     """
-    folder = store.root / name / CHANNELS
-    paths = sorted(path for path in folder.glob("*.json") if path.is_file()) if folder.is_dir() else []
-    return [_read(path) for path in paths]
+    found = []
+    for channel in CHANNELS:
+        held = read(store.home(name), channel)
+        if held is not None:
+            found.append((held.version, ChannelMark(channel, held.since.isoformat(), held.by)))
+    return found
 
 
-def _read(path: Path) -> tuple[str, ChannelMark]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        version = str(facts["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = type(error).__name__
-        raise CompressError(f"{path}: no channel can be read from it ({why}); promote a version again") from error
-    return version, ChannelMark(path.stem, str(facts.get("since") or ""), str(facts.get("by") or ""))
+def waivers(store: Store, name: str, label: str) -> list[Waiver]:
+    """Every waiver that a version was ever given."""
+    return [
+        Waiver(
+            waiver.who,
+            waiver.reason,
+            waiver.until.date().isoformat(),
+            waiver.gates,
+            waiver.signed_by or "",
+            waiver.expired(),
+        )
+        for waiver in store.waivers(name, label)
+    ]

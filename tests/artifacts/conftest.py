@@ -40,6 +40,35 @@ def shard(folder: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+KL_GATE = {
+    "kind": "threshold",
+    "measure": "divergence.held-out.mean_kl",
+    "observed": 0.2,
+    "interval": None,
+    "limit": "<= 0.1",
+    "verdict": "failed",
+    "sentence": "divergence.held-out.mean_kl is 0.2; the bound is <= 0.1: failed.",
+    "tier": "critical",
+}
+SIZE_GATE = {**KL_GATE, "kind": "size", "measure": "weight_bytes", "sentence": "weight_bytes is 9; the bound is <= 8."}
+
+
+def with_gates(*gates: dict[str, object]) -> Callable[[Path], None]:
+    """A `prepare` for `publish`: the report tells of these gates."""
+
+    def write(folder: Path) -> None:
+        (folder / "reports" / "report.json").write_text(json.dumps({"gates": list(gates)}))
+
+    return write
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Damage a published file. It is read-only and may share its bytes with others: this changes all of them."""
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(0o444)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")

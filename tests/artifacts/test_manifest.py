@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,8 +13,9 @@ import pytest
 
 from compress.artifacts import manifest
 from compress.artifacts.manifest import ManifestError
+from compress.artifacts.store import Store
 
-from .conftest import FACTS, fill
+from .conftest import FACTS, fill, overwrite
 
 Publish = Callable[..., Path]
 
@@ -46,6 +48,7 @@ def test_a_manifest_lists_every_other_file_sorted_and_reads_back_equal(publish: 
         "model/config.json",
         "model/model.safetensors",
         "recipe.yaml",
+        "reports/attestation.json",
         "reports/report.json",
     ]
     assert read.lineage == FACTS["lineage"]
@@ -79,7 +82,7 @@ def test_a_manifest_cannot_list_a_path_outside_its_folder(publish: Publish, bad:
     path = publish()
     content = json.loads((path / "manifest.json").read_text())
     content["files"] = [{**content["files"][0], "path": bad}]
-    (path / "manifest.json").write_text(json.dumps(content))
+    overwrite(path / "manifest.json", json.dumps(content).encode())
     with pytest.raises(ManifestError, match="not a plain path"):
         manifest.read(path)
 
@@ -88,3 +91,56 @@ def test_a_copied_artifact_is_the_same_artifact(publish: Publish, tmp_path: Path
     path = publish()
     shutil.copytree(path, tmp_path / "copy")
     assert manifest.read(tmp_path / "copy") == manifest.read(path)
+
+
+# --- lineage --------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_made_from_another_names_it(store: Store, publish: Publish) -> None:
+    source = manifest.read(publish())
+    parent = {"reference": "demo@v0001", "digest": source.digest}
+    with store.staging("demo") as staged:
+        fill(staged, seed=3)
+        path = store.publish(staged, "demo", "passed", {**FACTS, "parent": parent})
+    made = manifest.read(path)
+    assert made.parent is not None and made.parent.model_dump() == parent
+    assert made.lineage == {**FACTS["lineage"], "parent": source.digest}
+    assert made.recomputed_digest() == made.digest
+    line = store.history("demo").lines[-1]
+    assert (line.detail, line.parent) == ("made from demo@v0001", made.parent)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"parent": {"reference": "demo@v0001", "digest": "short"}},
+        {"parent": {"reference": "../demo@v0001", "digest": "a" * 64}},
+        {"parent": {"reference": "demo@v0001", "digest": "a" * 64}, "lineage": {"parent": "b" * 64}},
+    ],
+)
+def test_a_parent_that_is_none_is_a_mistake_of_the_caller(store: Store, facts: dict[str, object]) -> None:
+    with store.staging("demo") as staged:
+        fill(staged)
+        with pytest.raises(ValueError, match=r"parent|lineage|digest|reference"):
+            store.publish(staged, "demo", "passed", facts)
+    assert store.versions("demo") == []
+
+
+def test_a_manifest_written_before_there_were_parents_keeps_its_digest(publish: Publish) -> None:
+    path = publish() / "manifest.json"
+    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("history", "digest")}
+    text = json.dumps(older, sort_keys=True, separators=(",", ":"))
+    older["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    path.unlink()
+    path.write_text(json.dumps(older))
+    read = manifest.read(path.parent)
+    assert (read.parent, read.history) == (None, None)
+    assert read.recomputed_digest() == read.digest
+    assert "history" not in manifest.to_text(read)
+
+
+def test_a_manifest_remembers_where_the_history_ended(store: Store, publish: Publish) -> None:
+    first, second = manifest.read(publish()), manifest.read(publish())
+    assert first.history is not None and first.history.seq == 0
+    assert second.history is not None
+    assert (second.history.seq, second.history.sha256) == (1, store.history("demo").ends[0])

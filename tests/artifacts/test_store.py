@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from compress.artifacts import manifest
 from compress.artifacts.store import Store, check_writable
+from compress.artifacts.verify import verify
 from compress.errors import RecipeError, ResourceError
 
 from .conftest import FACTS, fill
@@ -76,6 +78,16 @@ def test_staging_leaves_the_folders_of_living_writers_alone(store: Store) -> Non
         assert first != second
         assert store.sweep() == []
         assert first.is_dir()
+
+
+def test_a_copy_of_a_published_folder_can_be_published(store: Store, publish: Publish) -> None:
+    """Published files are read-only, and so are copies of them."""
+    first = publish()
+    with store.staging("demo") as staged:
+        shutil.copytree(first, staged, dirs_exist_ok=True)
+        second = store.publish(staged, "demo", "passed", FACTS)
+    assert manifest.read(second).version == "v0002"
+    assert verify(second).ok and verify(first).ok
 
 
 def test_links_are_not_published(store: Store) -> None:

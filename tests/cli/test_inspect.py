@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.artifacts.conftest import overwrite
 from tests.helpers import run_cli
 
 
@@ -56,7 +57,7 @@ def test_verify_finds_one_flipped_byte_and_ends_with_1(here, copy_of_store):
     weights = copy_of_store / "glass-int4" / "v0001" / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
+    overwrite(weights, bytes(content))
 
     ended = here("verify", "glass-int4", "--store", copy_of_store)
 

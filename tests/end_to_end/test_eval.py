@@ -56,7 +56,8 @@ def test_a_published_version_is_measured_as_it_was_when_it_was_made(published, h
     assert report["judged"]["making_recorded"] and report["stages"] == []
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"report.html", "report.md", "junit.xml"}
     assert "nothing was compressed" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert sorted(path.name for path in (published / "glass-int4").iterdir()) == [".lock", "v0001"]
+    kept = [".lock", "history.head", "history.jsonl", "v0001"]
+    assert sorted(path.name for path in (published / "glass-int4").iterdir()) == kept
 
 
 def test_the_recipes_calibration_text_need_not_be_at_hand_to_judge(published, here, glass_recipe, tmp_path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from compress.artifacts.channels import Channel
 from compress.artifacts.store import Store
 from compress.reports.write import write_report
 from compress.steps.previous import against_previous, previous_release
@@ -32,6 +33,16 @@ def promote(store: Store, text: str, channel: str = "production") -> None:
     (folder / f"{channel}.json").write_text(text)
 
 
+def leading_to(label: str, channel: str = "production") -> str:
+    """The content of a channel's file."""
+    place = f"{NAME}/{label}"
+    since, pin = datetime(2026, 11, 1, tzinfo=UTC), {"seq": 1, "sha256": "0" * 64}
+    held = Channel(
+        name=NAME, channel=channel, version=label, path=place, digest="0" * 64, since=since, by="kim", history=pin
+    )
+    return held.text()
+
+
 @pytest.mark.parametrize(
     ("label", "wanted"),
     [("v0003", "v0002"), ("v10000", "v0002"), ("v0002", "v0001"), ("v0001", None), ("r0002", "v0002")],
@@ -43,17 +54,18 @@ def test_without_a_channel_it_is_the_newest_version_before_that_passed(store, la
 
 
 def test_what_production_leads_to_comes_first_unless_it_is_the_version_itself(store):
-    promote(store, json.dumps({"version": "v0001"}))
-    promote(store, json.dumps({"version": "v0002"}), "staging")
+    promote(store, leading_to("v0001"))
+    promote(store, leading_to("v0002", "staging"), "staging")
     version, chosen = previous_release(store, NAME, "v0003")
     assert version is not None and (version.label, chosen) == ("v0001", "which production leads to")
     assert previous_release(store, NAME, "v0001")[0] is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": "v0009"}', '{"version": 3}'])
-def test_a_channel_that_leads_nowhere_promotes_nothing(store, text):
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 3}', leading_to("v0009")])
+def test_a_channel_that_leads_nowhere_ends_no_run_and_is_said(store, text):
     promote(store, text)
-    assert store.promoted(NAME, "production") is None
+    report = against_previous(example_report(), store)
+    assert report.previous is not None and report.previous.problem
 
 
 def test_the_report_carries_the_comparison(store):

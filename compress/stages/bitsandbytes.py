@@ -21,7 +21,8 @@ from compress.events import Event
 from compress.quantization.gptq import relative_error
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
-from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
+from compress.stages.data_free import each_block, record_of
 from compress.stages.quantize import checked_pattern, groups_that_do_not_divide, matches, patterns_that_match_nothing
 
 
@@ -67,21 +68,8 @@ class BitsAndBytesStage(Stage):
         return any(matches(pattern, module) for pattern in self.ignore)
 
     def apply(self, context: StageContext) -> StageOutcome:
-        source, output = context.source, context.output
-        modules: list[dict[str, Any]] = []
-        events: list[Event] = []
         seconds = {"solve": 0.0, "write": 0.0}
-        output.write_outer(source)
-        with context.progress.task("bitsandbytes", source.block_count) as advance:
-            for index in range(source.block_count):
-                record = output.block_record(index)
-                if record is None:
-                    record = self._block(context, index, seconds)
-                    context.after_block(index)
-                done, happened = restore(record)
-                modules += done
-                events += happened
-                advance(f"block {index + 1}/{source.block_count}")
+        modules, events = each_block(context, "bitsandbytes", lambda index: self._block(context, index, seconds))
         return StageOutcome(modules, events, seconds)
 
     def _block(self, context: StageContext, index: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -98,7 +86,7 @@ class BitsAndBytesStage(Stage):
             error = relative_error(weight, dequantize(codes, grid), None)
             spent = time.perf_counter() - started
             seconds["solve"] += spent
-            records.append(_record(module, index, self.scheme, weight.shape, error, spent))
+            records.append(record_of(module, index, self.scheme, tuple(weight.shape), error, spent))
         kept = [Event("module_kept", module, "left in its source precision: the recipe ignores it") for module in names]
         events = [event.to_json() for event in kept if event.where not in quantised]
         started = time.perf_counter()
@@ -122,18 +110,3 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
     nested = nested_scales(absmax) if scheme.nested else None
     scale = nested.scales() if nested else absmax.cpu()
     return unpacked(packed.cpu(), rows, columns), Grid(scheme, scale.view(rows, -1), None, nested)
-
-
-def _record(module: str, index: int, scheme: Scheme, shape: torch.Size, error: float, spent: float) -> dict[str, Any]:
-    rows, columns = shape
-    return {
-        "name": module,
-        "block": index,
-        "scheme": scheme.label,
-        "error": error,
-        "rounding_error": None,
-        "damping": None,
-        "seconds": spent,
-        "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
-        "events": [],
-    }

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compress.quantization.gptq import rounded
-from compress.stages.base import StageContext, StageOutcome, restore
+from compress.stages.base import StageContext, StageOutcome
+from compress.stages.data_free import each_block, record_of
 from compress.stages.quantize import QuantizeStage
 
 
@@ -26,21 +27,8 @@ class RoundToNearest(QuantizeStage):
         return self.planned(context.source)._round(context)
 
     def _round(self, context: StageContext) -> StageOutcome:
-        source, output = context.source, context.output
-        arch = source.architecture
-        count = 1 + max(index for name in source.names if (index := arch.block_index(name)) is not None)
-        modules, events, seconds = [], [], {"solve": 0.0, "write": 0.0}
-        output.write_outer(source)
-        with context.progress.task("round_to_nearest", count) as advance:
-            for index in range(count):
-                record = output.block_record(index)
-                if record is None:
-                    record = self._block(context, index, seconds)
-                    context.after_block(index)
-                done, happened = restore(record)
-                modules += done
-                events += happened
-                advance(f"block {index + 1}/{count}")
+        seconds = {"solve": 0.0, "write": 0.0}
+        modules, events = each_block(context, "round_to_nearest", lambda index: self._block(context, index, seconds))
         return StageOutcome(modules, events, seconds)
 
     def _block(self, context: StageContext, index: int, seconds: dict[str, float]) -> dict[str, Any]:
@@ -58,21 +46,7 @@ class RoundToNearest(QuantizeStage):
             quantised[module] = (solution.codes, solution.grid)
             spent = time.perf_counter() - started
             seconds["solve"] += spent
-            rows, columns = weight.shape
-            bits = 8 * scheme.stored_bytes(rows, columns) / (rows * columns)
-            records.append(
-                {
-                    "name": module,
-                    "block": index,
-                    "scheme": scheme.label,
-                    "error": solution.error,
-                    "rounding_error": None,
-                    "damping": None,
-                    "seconds": spent,
-                    "effective_bits": bits,
-                    "events": [],
-                }
-            )
+            records.append(record_of(module, index, scheme, tuple(weight.shape), solution.error, spent))
         started = time.perf_counter()
         record = {"modules": records, "events": [event.to_json() for event in self.kept_events(names)]}
         context.output.write_block(source, index, quantised, record)

@@ -29,8 +29,8 @@ LOADED = 127.5
 """Range of compressed-tensors' forward in transformers."""
 EXACT_COLUMNS = 1024
 """128 x 127 x 1024 < 2^24."""
-_LEAST_ROWS = 32
-"""CUDA's `_int_mm` takes more than 16 rows."""
+_LEAST_ROWS, _MULTIPLE = 32, 8
+"""CUDA's `_int_mm` takes more than 16 rows, and columns and outputs in multiples of 8."""
 
 
 def quantize_inputs(inputs: Tensor, range_: float = SERVED) -> tuple[Tensor, Tensor]:
@@ -49,14 +49,21 @@ def rounded_inputs(inputs: Tensor, range_: float = SERVED) -> Tensor:
 def integer_product(left: Tensor, right: Tensor) -> Tensor:
     """left (m, k) int8 times right (n, k) int8 transposed: int32 (m, n), exact."""
     if left.device.type == "cuda":
-        rows = left.shape[0]
-        padded = torch.nn.functional.pad(left, (0, 0, 0, max(0, _LEAST_ROWS - rows)))
-        return torch._int_mm(padded, right.T)[:rows]
+        wide, tall = padded(left, right)
+        return torch._int_mm(wide, tall.T)[: left.shape[0], : right.shape[0]]
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
     for start in range(0, left.shape[1], EXACT_COLUMNS):
         part = slice(start, start + EXACT_COLUMNS)
         total += (left[:, part].float() @ right[:, part].float().T).to(torch.int32)
     return total
+
+
+def padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left (m, k) and right (n, k) with zeros added until CUDA's `_int_mm` takes them; the product's corner is theirs."""
+    (rows, columns), outputs = left.shape, right.shape[0]
+    more = -columns % _MULTIPLE
+    wide = torch.nn.functional.pad(left, (0, more, 0, max(0, _LEAST_ROWS - rows)))
+    return wide, torch.nn.functional.pad(right, (0, more, 0, -outputs % _MULTIPLE))
 
 
 @dataclass(frozen=True)

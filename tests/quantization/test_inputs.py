@@ -12,6 +12,7 @@ from compress.quantization.inputs import (
     EXACT_COLUMNS,
     IntegerLinear,
     integer_product,
+    padded,
     quantize_inputs,
     rounded_inputs,
     run_as_before,
@@ -32,6 +33,17 @@ def test_the_product_is_that_of_int_mm_bit_for_bit(columns):
 
     assert product.dtype == torch.int32
     assert torch.equal(product, torch._int_mm(left, right.T.contiguous()))
+
+
+@pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 341, 7), (17, 8, 8), (40, 37, 12)])
+def test_shapes_that_cuda_does_not_take_are_padded_without_changing_the_product(rows, columns, outputs):
+    left, right = integers(rows, columns, 3), integers(outputs, columns, 4)
+
+    wide, tall = padded(left, right)
+
+    assert wide.shape[0] > 16 and wide.shape[1] % 8 == 0 and tall.shape[0] % 8 == 0 and wide.shape[1] == tall.shape[1]
+    product = torch._int_mm(wide, tall.T.contiguous())[:rows, :outputs]
+    assert torch.equal(product, integer_product(left, right))
 
 
 def test_the_largest_sums_are_exact():

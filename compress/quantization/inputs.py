@@ -59,7 +59,7 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def padded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left (m, k) and right (n, k) with zeros added until CUDA's `_int_mm` takes them; the product's corner is theirs."""
+    """left (m, k), right (n, k) with zeros added until CUDA takes them; the product is in the corner of theirs."""
     (rows, columns), outputs = left.shape, right.shape[0]
     more = -columns % _MULTIPLE
     wide = torch.nn.functional.pad(left, (0, more, 0, max(0, _LEAST_ROWS - rows)))

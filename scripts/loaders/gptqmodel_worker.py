@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or it compiles a kernel for every linear
 
 import torch
 from safetensors.torch import load_file, save_file

@@ -210,3 +210,34 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_left_out_and_that_is
     _, path, written = exported(tmp_path / "run", {"bits": 4})
     assert [event.kind for event in written.events] == ["tokenizer_left_out"]
     assert path.is_file()
+
+
+def test_bfloat16_models_keep_bfloat16_where_nothing_is_quantised(tmp_path):
+    random_model("llama", tmp_path / "model", torch.bfloat16, attention_bias=False, mlp_bias=False)
+    stage = RoundToNearest(bits=4, group_size=32, ignore=("*.o_proj",))
+    done, _ = apply_stage(stage, tmp_path / "model", tmp_path / "stage", stored=torch.bfloat16)
+    export(done, tmp_path / "export" / "model", "gguf", torch.bfloat16, 10**9)
+    path = tmp_path / "export" / "model" / "model.gguf"
+    (tmp_path / "export" / "recipe.yaml").write_text("")
+    (tmp_path / "read").mkdir()
+    convert(path, tmp_path / "read", path.parent)
+    windows = random_windows(count=2)
+
+    assert tensors_of(path)["blk.0.attn_output.weight"].tensor_type.name == "BF16"
+    torch.testing.assert_close(
+        our_logits(tmp_path / "read", windows), our_logits(done.folder, windows), atol=5e-2, rtol=5e-2
+    )
+
+
+def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
+    random_model("llama", tmp_path / "model", torch.bfloat16, attention_bias=False, mlp_bias=False)
+    done, _ = apply_stage(
+        RoundToNearest(bits=4, group_size=32), tmp_path / "model", tmp_path / "stage", stored=torch.bfloat16
+    )
+    codes, grid = done.codes("model.layers.0.mlp.up_proj")
+    from compress.checkpoints.formats.gguf import blocks
+    from compress.errors import RecipeError
+    from compress.quantization.grid import Grid
+
+    with pytest.raises(RecipeError, match=r"up_proj has scales up to 1.05e\+06, outside the float16"):
+        blocks(codes, Grid(grid.scheme, torch.full_like(grid.scale, 2.0**20), None), "Q4_0", "up_proj")

@@ -7,11 +7,12 @@ are hashed without a lock, since that takes long; a version that was collected m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from compress.artifacts import channels, history, layout, manifest, waivers
+from compress.artifacts.allowed import cover
 from compress.artifacts.history import History
 from compress.artifacts.layout import LOCK, NAME_RULE, REJECTED, Version
 from compress.artifacts.locks import read_lock
@@ -68,7 +69,7 @@ def _check_name(
     home: Path, past: History, versions: list[Version], signers: Path | None, now: datetime
 ) -> tuple[list[str], list[str]]:
     problems = [*past.problems, *_folders(home, versions), *channels.strangers(home), *waivers.unread(past)]
-    notes: list[str] = []
+    notes = [f"{text} (settled since)" for text in past.settled]
     if past.torn_at is not None:
         notes.append(f"{history.HISTORY_NAME}: its last line was written to half; the next command cuts it off")
     if line := pending(home, past):
@@ -93,6 +94,29 @@ def _check_name(
             notes += remarks
     about, remarks = _signatures(past, signers)
     return problems + about, notes + remarks
+
+
+def audit_channel(store: Store, name: str, channel: str) -> VerifyResult:
+    """What a channel holds: is its file what the history says, and the version the one that was promoted, and whole?
+
+    Raises RecipeError where nothing was ever promoted there, CompressError when the file cannot be read.
+    """
+    home = store.home(name)
+    with read_lock(home / LOCK):
+        state = channels.state(home, history.read(home), channel)
+        folder = store.find(f"{name}@{channel}")
+    result = verify(folder)
+    about: list[str] = []
+    if state.wrong and not state.interrupted:
+        about.append(state.wrong)
+    if state.held and (found := _manifest(Version(name, state.held.version or "", folder))):
+        where = f"{channels.FOLDER}/{channel}.json"
+        if found.digest != state.held.digest:
+            about.append(
+                f"{where}: line {state.held.seq} of the history put {state.held.version} there with the digest "
+                f"{state.held.digest}; what is there has {found.digest}"
+            )
+    return replace(result, problems=(*about, *result.problems))
 
 
 def _recorded(home: Path, past: History, versions: list[Version]) -> Iterator[str]:
@@ -141,11 +165,13 @@ def _holding(
         return [f"{where}: holds {line.version}, which is not there or damaged"], []
     if found.digest != line.digest:
         return [f"{where}: holds {line.version} with another digest than is there"], []
-    if found.verdict == "passed":
-        return [], []
-    given = [waiver for waiver in waivers.of_history(past, line.version)]
-    if all(waivers.covers(waiver, found.digest, signers, now) for waiver in given):
-        return [], [f"{where}: holds {line.version}, whose verdict is {found.verdict} and whose waivers count no more"]
+    try:
+        open_gates = cover(past, Version(home.name, line.version or "", path), found, signers, now).open_gates
+    except CompressError as error:
+        return [f"{where}: holds {line.version}, of which it cannot be told which gates failed: {error}"], []
+    if open_gates:
+        remark = f"{where}: holds {line.version}, whose verdict is {found.verdict} and whose waivers count no more for"
+        return [], [f"{remark} {', '.join(open_gates)}"]
     return [], []
 
 

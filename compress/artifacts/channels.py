@@ -59,7 +59,7 @@ class State:
     held: Line | None
     wrong: str = ""
     interrupted: bool = False
-    """The last line was written, and a crash came before the file was replaced."""
+    """The last line was written, and a crash came before the file was replaced: `held` is what the file says."""
 
 
 def check_channel(channel: str) -> None:
@@ -118,7 +118,7 @@ def read(home: Path, channel: str) -> Channel | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        remedy = "`compress promote` or `compress rollback` writes it again"
+        remedy = "`compress rollback --to VERSION` writes it again"
         raise CompressError(f"{path}: not a channel file ({type(error).__name__}); {remedy}") from error
     expected = (home.name, channel, relative_path(home.name, found.version))
     if (found.name, found.channel, found.path) != expected:
@@ -155,12 +155,24 @@ def state(home: Path, history: History, channel: str) -> State:
     if last and held and last.seq == held.seq:
         before = _top(replace(history, lines=history.lines[:-1]), channel)
         if content == _content(home, before):
-            return State(held, f"{where}: line {last.seq} was not carried out: a crash came first", interrupted=True)
+            return State(before, f"{where}: line {last.seq} was not carried out: a crash came first", interrupted=True)
     if content is None:
         return State(held, f"{where}: missing, though it should hold {held.version if held else ''}")
     if held is None:
         return State(held, f"{where}: is there, though nothing was ever promoted")
     return State(held, f"{where}: is not what line {held.seq} of the history says: it has been edited or replaced")
+
+
+def is_link(home: Path, channel: str) -> bool:
+    return (home / FOLDER).is_symlink() or (home / FOLDER / f"{channel}.json").is_symlink()
+
+
+def remembered(home: Path, channel: str) -> Pin | None:
+    """The line that the file of a channel says it follows from; None where it does not say so."""
+    try:
+        return Channel.model_validate_json((home / FOLDER / f"{channel}.json").read_bytes()).history
+    except (OSError, ValidationError):
+        return None
 
 
 def strangers(home: Path) -> list[str]:

@@ -74,6 +74,7 @@ class Difference(Value):
     a: Side
     b: Side
     same_model: bool = Field(description="the same bytes below model/, but for the card")
+    comparable: bool = Field(description="measured on the same source, texts and questions, as far as both tell")
     recipe: tuple[Field_, ...]
     lineage: tuple[Field_, ...]
     environment: tuple[Field_, ...]
@@ -89,10 +90,14 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
     one, other = manifest.read(folder_a), manifest.read(folder_b)
     notes: list[str] = []
     report_a, report_b = _report(folder_a, notes), _report(folder_b, notes)
+    others = measured_apart(report_a, report_b)
+    if others:
+        notes.append(f"not measured on the same: {', '.join(others)}; their numbers do not compare")
     return Difference(
         a=_side(one, folder_a),
         b=_side(other, folder_b),
         same_model=one.model_digest == other.model_digest,
+        comparable=not others,
         recipe=fields(_recipe(folder_a, notes), _recipe(folder_b, notes)),
         lineage=fields(one.lineage, other.lineage),
         environment=fields(one.environment, other.environment),
@@ -123,6 +128,12 @@ def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[
         first, second = (_interval(side.get(name)) for side in intervals)
         made.append(_measure(name, a, b, first, second))
     return tuple(made)
+
+
+def measured_apart(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> list[str]:
+    """What both measured under one name, and not on the same bytes: the source, a text, a task's questions."""
+    one, other = _measured_on(report_a), _measured_on(report_b)
+    return [name for name in one if name in other and one[name] != other[name]]
 
 
 def gates(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[GatePair, ...]:
@@ -212,6 +223,21 @@ def _part(report: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _measured_on(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Digests of what was measured on, by name."""
+    source = _part(report, "provenance", "source")
+    found: dict[str, Any] = {"the source": source["digest"]} if "digest" in source else {}
+    found |= {
+        f"the text {item.get('set', item.get('name'))}": item.get("digest") for item in _items(report, "evaluation")
+    }
+    return found | {f"the task {item.get('name')}": item.get("prompts_digest") for item in _items(report, "tasks")}
+
+
+def _items(report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = report.get(key)
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _gates(report: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:

@@ -21,14 +21,16 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from compress.artifacts.lines import MADE, Draft, Line
-from compress.artifacts.manifest import Pin
+from compress.artifacts.layout import relative_path
+from compress.artifacts.lines import MADE, MOVED, Draft, Line
+from compress.artifacts.manifest import MANIFEST_NAME, Pin
+from compress.artifacts.words import mended, visible
 from compress.errors import CompressError
 from compress.files import disk_errors, flush, write_json
 
@@ -49,6 +51,8 @@ class History:
     """Bytes of the whole lines, if something follows that is none."""
     lost: str = ""
     """How the head contradicts the lines, if it does."""
+    settled: tuple[str, ...] = ()
+    """Contradictions on record that hold no longer (`is_settled`)."""
 
     @property
     def pin(self) -> Pin:
@@ -85,11 +89,34 @@ class History:
             return f"line {pin.seq} is gone: the history ends after line {len(self.ends)}"
         return "" if self.ends[pin.seq - 1] == pin.sha256 else f"line {pin.seq} is not the one that was there"
 
+    def has_broken(self, draft: Draft) -> bool:
+        """Whether this contradiction is on record already."""
+        wanted = (draft.version, draft.channel, draft.detail)
+        return any(
+            line.event == "broken" and (line.version, line.channel, line.detail) == wanted and not self.is_settled(line)
+            for line in self.lines
+        )
+
+    def is_settled(self, line: Line) -> bool:
+        """Whether a line `broken` holds no longer: its channel was set anew, or its version was taken away.
+
+        What contradicted the lines themselves holds for ever.
+        """
+        if line.channel:
+            undone = self.undone
+            later = [each for each in self.lines if each.seq > line.seq and each.seq not in undone]
+            return any(each.event in MOVED and each.channel == line.channel for each in later)
+        home = self.path.parent
+        return (
+            bool(line.version)
+            and not (home.parent / relative_path(home.name, line.version or "") / MANIFEST_NAME).is_file()
+        )
+
 
 def whoever() -> str:
     """Who runs this, where nobody is named: the login name, or the number of the user."""
     try:
-        return getpass.getuser()
+        return mended(getpass.getuser())
     except (KeyError, OSError):  # a container's user may have no name
         return f"uid {os.getuid()}"
 
@@ -113,18 +140,21 @@ def read(home: Path) -> History:
     history = History(path, tuple(line for line in lines if line), ends, (), whole if whole < len(content) else None)
     lost = _against_head(home / HEAD_NAME, history)
     problems += [f"{HISTORY_NAME}: {lost}"] if lost else []
-    return History(path, history.lines, ends, tuple(problems), history.torn_at, lost)
+    broken, settled = _broken(history)
+    return replace(history, problems=(*problems, *broken), lost=lost, settled=tuple(settled))
 
 
 def append(home: Path, history: History, drafts: Sequence[Draft], at: datetime | None = None) -> tuple[Line, ...]:
     """Write `drafts` to the end of `history`, as it was just read under the lock held now. Returns their lines.
 
     All of it is on the disk when this returns. Raises ResourceError, and leaves the file as it was, when the disk is
-    full.
+    full; CompressError, before anything is written, for a line that could not be read back.
     """
     if not drafts:
         return ()
     lines = chained(history.pin, drafts, at)
+    for line in lines:
+        _refuse_unreadable(line)
     data = b"".join(line.text() + b"\n" for line in lines)
     path = home / HISTORY_NAME
     with disk_errors(home):
@@ -168,6 +198,17 @@ def cut_torn(home: Path, history: History) -> None:
             os.fsync(stream.fileno())
 
 
+def _refuse_unreadable(line: Line) -> None:
+    try:
+        same = Line.model_validate_json(line.text()).text() == line.text()
+    except ValueError:  # pydantic's ValidationError is one
+        same = False
+    if not same:
+        raise CompressError(
+            f"a line `{line.event}` of {visible(line.who)} could not be read back, so it is not written"
+        )
+
+
 def refuse_damaged(name: str, history: History) -> None:
     """Raises CompressError when the lines are not those that were written."""
     if history.problems:
@@ -208,9 +249,17 @@ def _chain(lines: list[Line | None], ends: tuple[str, ...]) -> list[str]:
             problems.append(f"{HISTORY_NAME}: line {number} says it is line {line.seq}: lines were removed or moved")
         if line.previous != (ends[number - 2] if number > 1 else ZERO):
             problems.append(f"{HISTORY_NAME}: line {number} does not follow line {number - 1}, which has been edited")
-        if line.event == "broken":
-            problems.append(f"{HISTORY_NAME}: line {number} records that {line.detail}")
     return problems
+
+
+def _broken(history: History) -> tuple[list[str], list[str]]:
+    """What lines `broken` tell: what still holds, and what is settled."""
+    told: tuple[list[str], list[str]] = ([], [])
+    for line in history.lines:
+        if line.event == "broken":
+            settled = history.is_settled(line)
+            told[settled].append(f"{HISTORY_NAME}: line {line.seq} records that {line.detail}")
+    return told
 
 
 def _against_head(path: Path, history: History) -> str:

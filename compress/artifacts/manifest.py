@@ -31,6 +31,9 @@ from compress.errors import CompressError
 Verdict = Literal["passed", "failed", "inconclusive"]
 MANIFEST_NAME = "manifest.json"
 MODEL_FOLDER = "model"
+MOST_NAME_BYTES = 255
+"""Of one name in a path; more do no common file systems take."""
+MOST_PATH = 1024
 _CHUNK_BYTES = 1 << 20
 
 
@@ -42,13 +45,26 @@ def _inside(path: str) -> str:
     # By hand and not with PurePosixPath, which makes listing thousands of versions three times as slow.
     if not {"", ".", ".."}.isdisjoint(path.split("/")):
         raise ValueError(f"{path!r} is not a plain path inside the artifact")
+    if "\0" in path or path.split("/", 1)[0] == MANIFEST_NAME:
+        raise ValueError(f"{path!r} cannot be a file of an artifact")
+    if len(path) > MOST_NAME_BYTES // 4 and _is_long(path):
+        raise ValueError(f"{path[:40]!r}... is longer than a file system takes")
     return path
+
+
+def _is_long(path: str) -> bool:
+    longest = max(len(part.encode("utf-8", "replace")) for part in path.split("/"))
+    return longest > MOST_NAME_BYTES or len(path) > MOST_PATH
 
 
 def _sorted(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
     paths = [entry.path for entry in files]
     if paths != sorted(set(paths)):
         raise ValueError("the files are not sorted by path, or one is listed twice")
+    known = set(paths)
+    folders = {path[:end] for path in paths for end in range(len(path)) if path[end] == "/"}
+    if both := sorted(known & folders):
+        raise ValueError(f"{both[0]!r} is a file and also a folder")
     return files
 
 

@@ -7,7 +7,9 @@
     any: a line written to half (power loss)      bytes after the last newline     cut off, `repaired`
     any: a file written beside its place          a dot file ending in .tmp        removed
 
-A head that contradicts the lines is no crash: the line `broken` keeps what it said, and `verify` reports it for ever.
+A head, a channel or a manifest that contradicts the lines is no crash: a line `broken` keeps what it said, before any
+command can write over it, and promotions are refused. One about a channel's file alone holds until somebody sets that
+channel by `rollback --to`; one about a version of which no line tells, until that is taken away; all others for ever.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from pathlib import Path
 
 from compress.artifacts import channels, manifest
 from compress.artifacts.history import History, append, cut_torn, read, whoever
-from compress.artifacts.layout import Version, relative_path, versions_in
+from compress.artifacts.layout import Version, place_of, relative_path, versions_in
 from compress.artifacts.lines import MOVED, Draft, Line
-from compress.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestError
+from compress.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestError, Pin
 
 
 def reconcile(home: Path) -> History:
@@ -28,7 +30,8 @@ def reconcile(home: Path) -> History:
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
     history = read(home)
-    drafts = [*_abandoned(home, history), *_repaired(history), *_unrecorded(home, history)]
+    broken = [draft for draft in _contradictions(home, history) if not history.has_broken(draft)]
+    drafts = [*_abandoned(home, history), *_repaired(history), *broken, *_unrecorded(home, history)]
     if history.torn_at is not None:
         cut_torn(home, history)
     if drafts:
@@ -93,8 +96,48 @@ def _repaired(history: History) -> Iterator[Draft]:
     if history.torn_at is not None:
         detail = "the last line had been written to half and was cut off"
         yield Draft(event="repaired", who=whoever(), detail=detail, recovered=True)
+
+
+def _contradictions(home: Path, history: History) -> Iterator[Draft]:
+    """What head, channels and manifests say against the lines. The words stay the same as the history grows."""
     if history.lost:
-        yield Draft(event="broken", who=whoever(), detail=history.lost, recovered=True)
+        yield _broken(history.lost)
+    for channel in channels.CHANNELS:
+        state = channels.state(home, history, channel)
+        if not state.wrong or state.interrupted or channels.is_link(home, channel):
+            continue
+        pin = channels.remembered(home, channel)
+        if pin and history.contradicts(pin):
+            yield _broken(f"{channels.FOLDER}/{channel}.json remembers line {pin.seq}, which is not in this history")
+        else:
+            yield _broken(state.wrong, channel=channel)
+    # The newest is enough: its manifest remembers the line before it, and with that all others.
+    if (newest := _newest_pin(home, history)) and history.contradicts(newest[1]):
+        yield _broken(f"{newest[0]}/{MANIFEST_NAME} remembers line {newest[1].seq}, which is not in this history")
+    for version, found, contradiction in unrecorded(home, history):
+        if contradiction and found.history:
+            where = f"{place_of(version.label)}/{MANIFEST_NAME}"
+            detail = (
+                f"{where} remembers line {found.history.seq}, which is not in this history, and no line tells of it"
+            )
+            yield _broken(detail, version=version.label)
+
+
+def _broken(detail: str, channel: str | None = None, version: str | None = None) -> Draft:
+    return Draft(event="broken", who=whoever(), detail=detail, channel=channel, version=version, recovered=True)
+
+
+def _newest_pin(home: Path, history: History) -> tuple[str, Pin] | None:
+    lines = [line for line in history.made().values() if line.event != "pulled" and line.version]
+    for line in sorted(lines, key=lambda line: -line.seq)[:1]:
+        place = place_of(line.version or "")
+        try:
+            found = manifest.read(home / place)
+        except ManifestError:
+            return None  # `verify` names it
+        if found.history and found.digest == line.digest:
+            return place, found.history
+    return None
 
 
 def _unrecorded(home: Path, history: History) -> Iterator[Draft]:

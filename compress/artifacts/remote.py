@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationError
 
 from compress.artifacts import layout
 from compress.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest
+from compress.artifacts.words import is_utf8, visible
 from compress.errors import CompressError, EnvironmentLacksError, RecipeError, ResourceError, nearest
 from compress.files import CHUNK
 
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 MOST_MANIFEST_BYTES = 64 << 20
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://[^\s'\"]+")
+_REFERENCE = re.compile(r"/[a-z0-9][a-z0-9._-]*(@[vr][0-9]{1,9})?/?$")
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A place on a file system of fsspec. `url` is what is shown and recorded: without user, password or query."""
+    """A place on a file system of fsspec. `url` is shown and recorded: without user, password, query or fragment."""
 
     files: AbstractFileSystem
     path: str
@@ -43,6 +46,10 @@ class Remote:
         """The folder of a version there."""
         place = layout.relative_path(name, label)
         return Remote(self.files, f"{self.path.rstrip('/')}/{place}", f"{self.url.rstrip('/')}/{place}")
+
+    def is_within(self, folder: Path) -> bool:
+        """Whether this is a place on the local disk in `folder`."""
+        return "file" in _protocols(self.files) and Path(self.path).resolve().is_relative_to(folder.resolve())
 
     def at(self, path: str) -> str:
         return f"{self.path.rstrip('/')}/{path}"
@@ -57,21 +64,26 @@ def open_remote(url: str) -> Remote:
     import fsspec
     from fsspec.registry import known_implementations
 
+    if not is_utf8(url):
+        raise RecipeError(f"{visible(shown(url))}: not UTF-8, so it could not be recorded; choose another place")
     if "://" not in url:
         url = f"file://{os.path.abspath(Path(url).expanduser())}"
     kind, _, rest = url.partition("://")
     if ".." in rest.replace("\\", "/").split("/"):
-        raise RecipeError(f"{url}: `..` in a URL could lead anywhere; write the place out")
+        raise RecipeError(f"{shown(url)}: `..` in a URL could lead anywhere; write the place out")
+    shown_kind = visible(kind)
     known = sorted({*known_implementations, *fsspec.available_protocols()})
     if kind not in known:
-        raise RecipeError(f"{url}: {kind!r} is no kind of place that fsspec knows.{nearest(kind, known)}")
+        raise RecipeError(f"{shown(url)}: {shown_kind!r} is no kind of place that fsspec knows.{nearest(kind, known)}")
     try:
         files, path_there = fsspec.core.url_to_fs(url)
     except ImportError as error:
         needed = known_implementations.get(kind, {}).get("err", "") or str(error)
-        raise EnvironmentLacksError(f"{url}: {kind}:// needs a package that is not installed. {needed}") from error
+        raise EnvironmentLacksError(
+            f"{shown(url)}: {kind}:// needs a package that is not installed. {needed}"
+        ) from error
     except (ValueError, OSError) as error:
-        raise RecipeError(f"{shown(url)}: cannot be opened ({error})") from error
+        raise RecipeError(f"{shown(url)}: cannot be opened ({scrubbed(error)})") from error
     return Remote(files, str(path_there), shown(url))
 
 
@@ -81,9 +93,12 @@ def split_reference(url: str, reference: str | None) -> tuple[str, str, str]:
     Raises RecipeError for names and labels that are none.
     """
     if reference is None:
+        # With a secret in it, what comes after the last slash may be half of that, and would stand in a message.
+        if shown(url) != url and (re.search("[?#]", url) or not _REFERENCE.search(url)):
+            raise RecipeError(f"{shown(url)}: name what to pull, as URL/NAME@v0003 or URL NAME@v0003")
         place, _, reference = url.rstrip("/").rpartition("/")
         if not place or place.endswith((":", "/")):
-            raise RecipeError(f"{url}: name what to pull, as URL/NAME@v0003 or URL NAME@v0003")
+            raise RecipeError(f"{shown(url)}: name what to pull, as URL/NAME@v0003 or URL NAME@v0003")
         url = place
     name, _, label = reference.partition("@")
     layout.check_name(name)
@@ -190,24 +205,40 @@ def remote_errors(place: Remote) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise CompressError(f"{place.url}: {error} is missing there") from error
+        raise CompressError(f"{place.url}: {scrubbed(error)} is missing there") from error
     except NotImplementedError as error:
         raise RecipeError(f"{place.url}: this kind of place cannot do that (it may be read-only)") from error
     except OSError as error:
-        raise ResourceError(f"{place.url}: {error.strerror or error}; the same command goes on from there") from error
+        raise ResourceError(
+            f"{place.url}: {scrubbed(error.strerror or error)}; the same command goes on from there"
+        ) from error
     except Exception as error:
         # Clients of object stores have errors of their own that are no OSError.
         if type(error).__module__.split(".")[0] in ("builtins", "compress", "pydantic"):
             raise
-        raise ResourceError(f"{place.url}: {error}; the same command goes on from there") from error
+        raise ResourceError(f"{place.url}: {scrubbed(error)}; the same command goes on from there") from error
 
 
 def shown(url: str) -> str:
-    """A URL that may be printed and recorded: user, password and query are left out."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-    return url
+    """A URL that may be printed and recorded: user, password, query and fragment are left out, also of chained ones."""
+    return "::".join(_shown(part) for part in url.split("::"))
+
+
+def scrubbed(error: object) -> str:
+    """A message of a client, with every URL in it as it may be shown."""
+    return _URL.sub(lambda found: shown(found[0]), str(error))
+
+
+def _shown(url: str) -> str:
+    kind, separator, rest = url.partition("://")
+    if not separator or kind in ("file", "local"):
+        return url
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in host:
+        rest = rest[host.rindex("@") + 1 :]
+    elif ":" in host and "@" in rest and not host.rpartition(":")[2].isdigit():
+        rest = rest[rest.index("@") + 1 :]  # a password with a slash in it, as those of S3 have
+    return f"{kind}://{re.split('[?#]', rest, maxsplit=1)[0]}"
 
 
 def _protocols(files: AbstractFileSystem) -> tuple[str, ...]:

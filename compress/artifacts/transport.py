@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.artifacts import history, layout, manifest, remote
+from compress.artifacts.allowed import refuse_unrecorded
 from compress.artifacts.dedupe import share
 from compress.artifacts.history import History
 from compress.artifacts.layout import Version
@@ -25,7 +26,8 @@ from compress.artifacts.locks import file_lock, try_lock
 from compress.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, hash_file
 from compress.artifacts.remote import Remote
 from compress.artifacts.store import Store, check_writable, seal
-from compress.artifacts.verify import verify
+from compress.artifacts.verify import label_problems, verify
+from compress.artifacts.words import not_utf8, visible_row
 from compress.errors import CompressError, RecipeError
 from compress.files import disk_errors, flush
 
@@ -53,9 +55,14 @@ def push(store: Store, reference: str, url: str, by: str | None = None, told: To
     """
     if "/" in reference:
         raise RecipeError(f"{reference}: versions of the store are pushed; name one as NAME@v0003")
+    _check_by(by)
     place = remote.open_remote(url)
+    if place.is_within(store.root):
+        raise RecipeError(f"{place.url}: lies inside the store itself; push to another place")
     version = _version_at(store, store.find(reference))
     made = _whole(version.path, version.reference)
+    with store.locked(version.name) as past:  # also tells, before hours of copying, whether it can be recorded
+        refuse_unrecorded(past, version.reference, made)
     there = place.of(version.name, version.label)
     ours = (version.path / MANIFEST_NAME).read_bytes()
     done = _refuse_other(there, ours, made)
@@ -83,6 +90,7 @@ def pull(
     Raises RecipeError when that label is taken by other bytes or nothing is there, CompressError when what is there is
     not what its manifest says.
     """
+    _check_by(by)
     base, name, label = remote.split_reference(url, reference)
     place = remote.open_remote(base)
     label = label or remote.newest(place, name)
@@ -93,6 +101,8 @@ def pull(
     made = remote.read_manifest(there, content)
     if (made.name, made.version) != (name, label):
         raise CompressError(f"{there.url}/{MANIFEST_NAME}: says it is {made.name}@{made.version}; it was moved by hand")
+    if problems := label_problems(made, label):
+        raise CompressError(f"{there.url}/{problems[0]}")
     version = Version(name, label, store.root / layout.relative_path(name, label))
     if _taken(version, made):
         _whole(version.path, version.reference)
@@ -103,7 +113,7 @@ def pull(
     with disk_errors(store.root), file_lock(area.with_name(f"{area.name}.pulling")):
         fetched = _fetch(there, made, area, told)
         (area / MANIFEST_NAME).write_bytes(content)
-        _whole(area, there.url)
+        _whole(area, there.url, label)
         _publish(store, version, made, area, there.url, by)
         area.with_name(f"{area.name}.pulling").unlink(missing_ok=True)
     return Moved(
@@ -117,10 +127,15 @@ def _version_at(store: Store, path: Path) -> Version:
     return Version(name, path.name, path)
 
 
-def _whole(folder: Path, name: str) -> Manifest:
-    result = verify(folder)
+def _check_by(by: str | None) -> None:
+    if mistakes := not_utf8(("--by", by)):
+        raise RecipeError(mistakes)
+
+
+def _whole(folder: Path, name: str, label: str | None = None) -> Manifest:
+    result = verify(folder, label)
     if not result.ok:
-        raise CompressError("\n".join([f"{name} is damaged and goes nowhere:", *result.problems]))
+        raise CompressError("\n".join([f"{name} is damaged and goes nowhere:", *visible_row(result.problems)]))
     return manifest.read(folder)
 
 

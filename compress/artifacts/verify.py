@@ -81,8 +81,11 @@ class _Hashed:
     bytes: int = 0
 
 
-def verify(folder: Path) -> VerifyResult:
-    """Check one artifact completely, in memory that does not grow with its size. Never raises for what it finds."""
+def verify(folder: Path, label: str | None = None) -> VerifyResult:
+    """Check one artifact completely, in memory that does not grow with its size. Never raises for what it finds.
+
+    `label` is the one it is checked for, where the folder is not called so yet.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         return VerifyResult(folder, (f"{folder}: no such folder",), 0, 0, 0)
@@ -94,7 +97,7 @@ def verify(folder: Path) -> VerifyResult:
     problems += [
         f"{path}: a pickle can run code when loaded; only safetensors are allowed" for path in _pickles(regular)
     ]
-    hashed = _check_manifest(folder, regular, set(strange))
+    hashed = _check_manifest(folder, regular, set(strange), label)
     scanned, tensors = _check_model(folder / MODEL_FOLDER, regular)
     return VerifyResult(folder, (*problems, *hashed.problems, *scanned), hashed.files, hashed.bytes, tensors)
 
@@ -119,7 +122,7 @@ def _pickles(paths: list[str]) -> list[str]:
     return [path for path in paths if path.lower().endswith(_PICKLES)]
 
 
-def _check_manifest(folder: Path, regular: list[str], strange: set[str]) -> _Hashed:
+def _check_manifest(folder: Path, regular: list[str], strange: set[str], label: str | None) -> _Hashed:
     if MANIFEST_NAME in strange:
         return _Hashed([])
     try:
@@ -129,7 +132,7 @@ def _check_manifest(folder: Path, regular: list[str], strange: set[str]) -> _Has
     present = set(regular) - {MANIFEST_NAME}
     listed = {entry.path for entry in manifest.files}
     problems = _check_listing(folder, manifest, present, strange, hashing=True)
-    problems += _check_digests(manifest, folder)
+    problems += _check_digests(manifest, folder, label)
     return _Hashed(problems, len(listed & present), manifest.bytes)
 
 
@@ -159,18 +162,25 @@ def _check_bytes(path: Path, name: str, size: int, sha256: str | None) -> list[s
         return [f"{name}: cannot be read ({error.strerror})"]
 
 
-def _check_digests(manifest: Manifest, folder: Path) -> list[str]:
+def _check_digests(manifest: Manifest, folder: Path, label: str | None = None) -> list[str]:
     problems: list[str] = []
     if manifest.recomputed_digest() != manifest.digest:
         problems.append(f"{MANIFEST_NAME}: has been edited: its digest does not fit its contents")
     if model_digest_of(manifest.files) != manifest.model_digest:
         problems.append(f"{MANIFEST_NAME}: the model digest does not fit the files of {MODEL_FOLDER}/")
-    if folder.resolve().name[:1] in "vr" and folder.resolve().name[1:].isdigit():
-        label = folder.resolve().name
-        if label != manifest.version:
-            problems.append(f"{MANIFEST_NAME}: says {manifest.version}, but the folder is {label}")
-        if (manifest.verdict == "passed") != label.startswith("v"):
-            problems.append(f"{MANIFEST_NAME}: the verdict {manifest.verdict} does not belong under {label}")
+    name = folder.resolve().name
+    if label is None and name[:1] in "vr" and name[1:].isdigit():
+        label = name
+    return problems + (label_problems(manifest, label) if label else [])
+
+
+def label_problems(manifest: Manifest, label: str) -> list[str]:
+    """How a manifest does not fit the label that it lies under."""
+    problems: list[str] = []
+    if label != manifest.version:
+        problems.append(f"{MANIFEST_NAME}: says {manifest.version}, but the folder is {label}")
+    if (manifest.verdict == "passed") != label.startswith("v"):
+        problems.append(f"{MANIFEST_NAME}: the verdict {manifest.verdict} does not belong under {label}")
     return problems
 
 

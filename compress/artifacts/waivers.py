@@ -11,6 +11,7 @@ is signed is the canonical JSON of its value: sorted keys, no spaces, ASCII only
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, time
@@ -23,8 +24,10 @@ from compress.artifacts.history import History
 from compress.artifacts.lines import Line, canonical
 from compress.artifacts.manifest import Sha256
 from compress.artifacts.signing import SIGNERS_NAME, Checked, Signature, check
+from compress.artifacts.words import visible
 from compress.errors import CompressError, EnvironmentLacksError, RecipeError, nearest
 
+_UNTIL = re.compile(r"\d{4}-\d{2}-\d{2}(?P<time>[T ].+)?")
 VERDICT = "verdict"
 """Stands for the verdict itself, where it is not `passed` although no single gate says why."""
 
@@ -93,10 +96,15 @@ def unread(history: History) -> list[str]:
 
 
 def signers_of(root: Path) -> Path | None:
-    """The store's allowed_signers. Raises CompressError for a link, which could name anybody's."""
+    """The store's allowed_signers; None where there is none, and anybody may sign.
+
+    Raises CompressError for a link, which could name anybody's, and for anything else that is no file.
+    """
     path = root / SIGNERS_NAME
     if path.is_symlink():
         raise CompressError(f"{path}: a link; who may sign is written in a plain file of the store")
+    if path.exists() and not path.is_file():
+        raise CompressError(f"{path}: not a plain file, so who may sign cannot be told; nobody's waiver counts")
     return path if path.is_file() else None
 
 
@@ -169,17 +177,26 @@ def named_gates(gates: Iterable[Gate], asked: Iterable[str]) -> tuple[str, ...]:
 
 def read_until(text: str, now: datetime) -> datetime:
     """A date (until its end, UTC) or a moment with a zone. Raises RecipeError for what is neither, or past."""
+    remedy = "write it as 2027-01-31 or 2027-01-31T12:00:00Z"
+    shown = visible(text)
+    matched = _UNTIL.fullmatch(text)
     try:
-        moment = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text) if matched else None
     except ValueError:
-        raise RecipeError(f"--until {text}: not a date; write it as 2027-01-31 or 2027-01-31T12:00:00Z") from None
-    if len(text) == 10:
+        moment = None
+    if moment is None or matched is None:
+        raise RecipeError(f"--until {shown}: not a date; {remedy}")
+    if not matched["time"]:
         moment = datetime.combine(moment.date(), time(23, 59, 59), UTC)
     if moment.tzinfo is None:
-        raise RecipeError(f"--until {text}: a moment needs a zone, e.g. {text}Z")
+        raise RecipeError(f"--until {shown}: a moment needs a zone, e.g. {shown}Z")
+    try:
+        moment = moment.astimezone(UTC).replace(microsecond=0)
+    except OverflowError:
+        raise RecipeError(f"--until {shown}: lies before the year 1 or after the year 9999; {remedy}") from None
     if moment <= now:
-        raise RecipeError(f"--until {text}: is past; name the day on which somebody should look again")
-    return moment.astimezone(UTC).replace(microsecond=0)
+        raise RecipeError(f"--until {shown}: is past; name the day on which somebody should look again")
+    return moment
 
 
 def _of_line(line: Line) -> Waiver | None:

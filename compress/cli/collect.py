@@ -48,6 +48,7 @@ def _gc_artifacts(
     from compress.artifacts.collect import Rules, collect, read_age
     from compress.artifacts.store import Store
     from compress.artifacts.transport import unfinished_pulls
+    from compress.artifacts.words import visible
 
     rules = Rules(keep, read_age(rejected_older_than) if rejected_older_than else None)
     done = collect(Store(store), rules, name, dry_run)
@@ -63,7 +64,7 @@ def _gc_artifacts(
         console.print_json({"dry_run": dry_run, "bytes": freed, "removed": gone, "kept": kept})
         return 0
     for each in done.kept:
-        console.note(f"{each.version.reference} stays: {each.why}")
+        console.note(f"{each.version.reference} stays: {visible(each.why)}")
     for went in done.gone:
         console.print_line(f"{went.version.reference}: {went.why}, {console.bytes_text(went.bytes)}")
     for path, size in unfinished:

@@ -89,6 +89,7 @@ def waive(
     from compress import console
     from compress.artifacts import desk
     from compress.artifacts.store import Store
+    from compress.artifacts.words import visible
 
     name, label = split(name, version)
     made = desk.waive(Store(store), name, label, gate, reason, until, by, sign_with, gpg_key)
@@ -96,7 +97,7 @@ def waive(
         console.print_json(waiver_values(made))
     else:
         signed = f"signed by {made.signed_by}" if made.signed_by else "not signed"
-        console.print_line(f"{made.who} waives {', '.join(made.gates)} of {name}@{made.label}; {signed}.")
+        console.print_line(f"{visible(made.who)} waives {', '.join(made.gates)} of {name}@{made.label}; {signed}.")
         console.print_line(f"It counts until {made.until:%Y-%m-%d %H:%M} UTC.")
     return 0
 
@@ -107,33 +108,41 @@ def waivers(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """List every waiver ever given to a name or one version; expired ones too."""
+    """List every waiver ever given to a name or one version, and whether it counts; if not, why."""
     from compress import console
-    from compress.artifacts import layout
+    from compress.artifacts import desk, layout
     from compress.artifacts.store import Store
     from compress.artifacts.waivers import of_history
+    from compress.artifacts.words import visible_row
 
     name, _, after = name.partition("@")
     opened = Store(store)
     known(opened, name)
     label = version or after or None
     found = of_history(opened.history(name), (layout.whole_label(label) or label) if label else None)
+    reasons = [desk.why_not(opened, waiver) for waiver in found]
     if json:
-        console.print_json([waiver_values(waiver) for waiver in found])
+        rows = [
+            {**waiver_values(waiver), "counts": not reason, "why_not": reason or None}
+            for waiver, reason in zip(found, reasons, strict=True)
+        ]
+        console.print_json(rows)
     elif not found:
         console.print_line(f"Nothing of {name}{f'@{label}' if label else ''} was ever waived.")
     else:
         cells = [
-            [
-                waiver.label,
-                "expired" if waiver.expired() else "counts",
-                f"{waiver.until:%Y-%m-%d}",
-                waiver.who,
-                ", ".join(waiver.gates),
-                waiver.reason,
-                waiver.signed_by or "-",
-            ]
-            for waiver in found
+            visible_row(
+                [
+                    waiver.label,
+                    reason or "counts",
+                    f"{waiver.until:%Y-%m-%d}",
+                    waiver.who,
+                    ", ".join(waiver.gates),
+                    waiver.reason,
+                    waiver.signed_by or "-",
+                ]
+            )
+            for waiver, reason in zip(found, reasons, strict=True)
         ]
         console.print_table(name, ["version", "now", "until", "by", "gates", "reason", "signed by"], cells)
     return 0
@@ -147,6 +156,7 @@ def history(
     """Show what happened to a name, in order. Exit 1 if lines were changed, removed or moved."""
     from compress import console
     from compress.artifacts.store import Store
+    from compress.artifacts.words import visible, visible_row
 
     opened = Store(store)
     known(opened, name)
@@ -160,20 +170,22 @@ def history(
         )
     else:
         cells = [
-            [
-                str(line.seq),
-                f"{line.at:%Y-%m-%d %H:%M:%S}",
-                line.who,
-                line.event,
-                line.version or "",
-                "; ".join(part for part in (line.detail, line.note) if part),
-            ]
+            visible_row(
+                [
+                    str(line.seq),
+                    f"{line.at:%Y-%m-%d %H:%M:%S}",
+                    line.who,
+                    line.event,
+                    line.version or "",
+                    "; ".join(part for part in (line.detail, line.note) if part),
+                ]
+            )
             for line in past.lines
         ]
         console.print_table(name, ["line", "at (UTC)", "who", "event", "version", "detail"], cells)
     if not json:
         for problem in past.problems:
-            console.print_error(problem)
+            console.print_error(visible(problem))
     return 1 if past.problems else 0
 
 
@@ -208,6 +220,7 @@ def waiver_values(waiver: Waiver) -> dict[str, Any]:
 
 def _print_moved(moved: Moved, store: Path, json: bool) -> None:
     from compress import console
+    from compress.artifacts.words import visible
 
     channel = moved.channel
     if json:
@@ -223,5 +236,6 @@ def _print_moved(moved: Moved, store: Path, json: bool) -> None:
         f"{channel.channel} of {channel.name} holds {channel.version} now; before: {moved.before or 'nothing'}."
     )
     for waiver in moved.waived_by:
-        console.print_line(f"Allowed by {waiver.who} until {waiver.until:%Y-%m-%d}: {waiver.reason}")
+        allowed = f"Allowed by {waiver.who} until {waiver.until:%Y-%m-%d}: {waiver.reason}"
+        console.print_line(visible(allowed))
     console.print_line(f"{store / channel.name / 'channels' / channel.channel}.json")

@@ -43,7 +43,10 @@ def _print(found: Difference) -> None:
         console.print_line(f"{letter}  {side.reference}  {side.verdict}  {side.created}{parent}")
     console.print_line("The models are the same, byte for byte." if found.same_model else "The models differ.")
     _print_fields("recipe", found.recipe)
-    _print_measures("measurements", found.measurements)
+    if not found.comparable:
+        apart = next(note for note in found.notes if note.startswith("not measured"))
+        console.print_line(f"\n{apart[0].upper()}{apart[1:]}.")
+    _print_measures("measurements", found.measurements, comparable=found.comparable)
     gates = [
         [
             gate.gate,
@@ -77,7 +80,7 @@ def _print_fields(title: str, found: tuple[Field_, ...]) -> None:
     console.print_table(title, ["field", "a", "b"], rows)
 
 
-def _print_measures(title: str, found: tuple[Measure, ...], as_bytes: bool = False) -> None:
+def _print_measures(title: str, found: tuple[Measure, ...], as_bytes: bool = False, comparable: bool = True) -> None:
     from compress import console
 
     if not found:
@@ -91,7 +94,7 @@ def _print_measures(title: str, found: tuple[Measure, ...], as_bytes: bool = Fal
             "-" if each.ratio is None else f"{each.ratio:.4f}",
             _interval(each.interval_a),
             _interval(each.interval_b),
-            "" if each.apart is None else "apart" if each.apart else "overlap",
+            "" if each.apart is None or not comparable else "apart" if each.apart else "overlap",
         ]
         for each in found
     ]

@@ -23,7 +23,10 @@ def list_(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """List the artifacts of a store: published versions and rejected runs, and which channels hold them."""
+    """List the artifacts of a store: published versions and rejected runs, and which channels hold them.
+
+    Exit 1 if the file of a channel is damaged.
+    """
     from compress import console
     from compress.artifacts import listing
     from compress.artifacts.dedupe import shared_bytes
@@ -53,7 +56,7 @@ def list_(
         console.print_line(f"{store} holds no artifacts.")
     else:
         _print_versions(str(store), rows, shared)
-    return 0
+    return 1 if problems else 0
 
 
 def _held(opened: Store, names: list[str]) -> tuple[dict[tuple[str, str], list[str]], list[str]]:
@@ -128,20 +131,31 @@ def verify(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """Re-hash every file of an artifact; look for NaN, missing and extra tensors. Exit 0 if it is whole, 1 if not."""
+    """Re-hash every file of an artifact; look for NaN, missing and extra tensors. Exit 0 if it is whole, 1 if not.
+
+    NAME@production also compares the channel's file with the history, and the version with the one promoted.
+    """
     from compress import console
+    from compress.artifacts.audit import audit_channel
+    from compress.artifacts.channels import CHANNELS
     from compress.artifacts.store import Store
     from compress.artifacts.verify import verify as check
+    from compress.artifacts.words import visible
 
     if all_ == (reference is not None):
         raise RecipeError("verify one ARTIFACT, or --all for the whole store")
     if reference is None:
         return _verify_store(store, json)
-    result = check(Store(store).find(reference))
+    opened = Store(store)
+    name, _, channel = reference.partition("@")
+    if channel not in CHANNELS or "/" in reference:
+        channel = ""
+    result = audit_channel(opened, name, channel) if channel else check(opened.find(reference))
     if json:
         console.print_json(
             {
                 "path": str(result.folder),
+                **({"channel": channel} if channel else {}),
                 "ok": result.ok,
                 "files": result.files,
                 "bytes": result.bytes,
@@ -154,9 +168,11 @@ def verify(
         console.print_line(
             f"{result.folder}: whole. {result.files} files, {size}, {result.tensors} tensors, all finite."
         )
+        if channel:
+            console.print_line(f"{channel} of {name} and its line in the history say the same version and digest.")
     else:
         for problem in result.problems:
-            console.print_error(problem)
+            console.print_error(visible(problem))
     return 0 if result.ok else 1
 
 
@@ -164,6 +180,7 @@ def _verify_store(store: Path, json: bool) -> int:
     from compress import console
     from compress.artifacts.audit import audit
     from compress.artifacts.store import Store
+    from compress.artifacts.words import visible
 
     if not store.is_dir():
         raise RecipeError(f"{store}: there is no store; name one with --store")
@@ -183,9 +200,9 @@ def _verify_store(store: Path, json: bool) -> int:
         )
         return 0 if found.ok else 1
     for remark in found.notes:
-        console.note(f"note: {remark}")
+        console.note(f"note: {visible(remark)}")
     for problem in found.problems:
-        console.print_error(problem)
+        console.print_error(visible(problem))
     if found.ok:
         size = console.bytes_text(sum(version.bytes for version in found.versions))
         console.print_line(f"{store}: whole. {found.names} names, {len(found.versions)} versions, {size}.")

@@ -25,11 +25,10 @@ def push(
 
     Checked before and read back after. A version that is there with other bytes is never replaced.
     """
-    from compress import console
     from compress.artifacts import transport
     from compress.artifacts.store import Store
 
-    _print(transport.push(Store(store), reference, url, by, console.note), "pushed to", json)
+    _print(transport.push(Store(store), reference, url, by, _told), "pushed to", json)
     return 0
 
 
@@ -41,12 +40,19 @@ def pull(
     json: JsonOption = False,
 ) -> int:
     """Copy a version from a place elsewhere into the store, under the same label, if that is free."""
-    from compress import console
     from compress.artifacts import transport
     from compress.artifacts.store import Store
 
-    _print(transport.pull(Store(store), url, reference, by, console.note), "pulled from", json)
+    _print(transport.pull(Store(store), url, reference, by, _told), "pulled from", json)
     return 0
+
+
+def _told(text: str) -> None:
+    """Progress. Paths come from a manifest that anybody may have written."""
+    from compress import console
+    from compress.artifacts.words import visible
+
+    console.note(visible(text))
 
 
 def _print(moved: Moved, what: str, json: bool) -> None:

@@ -107,3 +107,22 @@ def test_what_is_missing_is_a_note_and_what_is_broken_an_error(publish: Publish)
     broken = publish(prepare=lambda folder: (folder / "reports" / "report.json").write_text("{"))
     with pytest.raises(CompressError, match=r"report\.json: cannot be read as JSON"):
         difference(first, broken)
+
+
+def test_numbers_measured_on_other_things_do_not_compare(publish: Publish) -> None:
+    def told(source: str, text: str, prompts: str) -> Callable[[Path], None]:
+        report = {
+            "provenance": {"source": {"digest": source}},
+            "evaluation": [{"name": "held-out", "set": "held-out", "digest": text}],
+            "tasks": [{"name": "quiz", "prompts_digest": prompts}],
+        }
+        return lambda folder: (folder / "reports" / "report.json").write_text(json.dumps(report)) and None
+
+    first, same = publish(prepare=told("a", "b", "c")), publish(prepare=told("a", "b", "c"))
+    assert difference(first, same).comparable and difference(first, same).notes == ()
+    found = difference(first, publish(prepare=told("x", "y", "z")))
+    assert not found.comparable
+    assert found.notes == (
+        "not measured on the same: the source, the text held-out, the task quiz; their numbers do not compare",
+    )
+    assert difference(first, publish()).comparable, "what one of them does not tell is no contradiction"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -209,3 +210,72 @@ def test_a_waiver_is_signed_and_checked(desk, store, tmp_path):
     (store / "allowed_signers").write_text(f"anna@example.org {key.with_suffix('.pub').read_text()}")
     assert "signature valid, by anna@example.org" in desk("verify", "--all").err
     assert desk(*asked).code == 2
+
+
+def test_a_byte_that_is_no_utf8_ends_with_2_and_the_history_stays_whole(desk, store):
+    odd = os.fsdecode(b"an\xffna")
+    desk("promote", "glass-int4", "v1", "--to", "staging")
+
+    for asked in (
+        ("promote", "glass-int4", "v1", "--to", "production", "--by", odd),
+        ("promote", "glass-int4", "v1", "--to", "production", "--note", odd),
+        ("waive", "glass-int4@r1", "--gate", KL, "--reason", odd, "--until", "2099-01-31"),
+        ("push", "glass-int4@v1", store.parent / odd),
+        ("pull", f"{store.parent / odd}/glass-int4@v1"),
+    ):
+        ended = desk(*asked)
+        assert (ended.code, "not UTF-8" in ended.err) == (2, True), ended.err
+
+    assert desk("history", "glass-int4").code == 0
+    assert desk("verify", "--all").code == 0
+
+
+def test_control_characters_do_not_reach_the_terminal(desk):
+    odd = "a\x1b[31mred\u202e\nline 9"
+    desk("waive", "glass-int4@r1", "--gate", KL, "--reason", odd, "--until", "2099-01-31", "--by", odd)
+    told = [
+        desk("promote", "glass-int4", "r1", "--to", "staging", "--note", odd),
+        desk("history", "glass-int4"),
+        desk("waivers", "glass-int4"),
+        desk("verify", "--all"),
+    ]
+
+    for ended in told:
+        assert ended.code == 0 and "\x1b" not in ended.out + ended.err and "\u202e" not in ended.out + ended.err
+    assert r"a\x1b[31mred" in told[1].out and r"a\x1b[31mred" in told[2].out
+
+
+def test_verify_of_a_channel_says_when_it_is_not_what_was_promoted(desk, store):
+    desk("waive", "glass-int4@r1", "--gate", KL, "--reason", "for a test", "--until", "2099-01-31")
+    desk("promote", "glass-int4", "v1", "--to", "production")
+    assert "production of glass-int4 and its line in the history" in desk("verify", "glass-int4@production").out
+    assert document(desk("verify", "glass-int4@production", "--json"))["channel"] == "production"
+
+    path = store / "glass-int4" / "channels" / "production.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "version": "r0001", "path": "glass-int4/rejected/r0001"}, indent=2) + "\n")
+    ended = desk("verify", "glass-int4@production")
+
+    assert ended.code == 1 and "production.json: is not what line" in ended.err
+    path.write_text("{")
+    assert desk("verify", "glass-int4@production").code == 1
+    listed = desk("list", "--json")
+    assert listed.code == 1 and len(json.loads(listed.out)) == 2
+
+
+def test_waivers_say_which_count(desk, store):
+    desk("waive", "glass-int4@r1", "--gate", KL, "--reason", "for a test", "--until", "2099-01-31")
+    assert document(desk("waivers", "glass-int4", "--json"))[0]["counts"] is True
+    (store / "allowed_signers").write_text("")
+
+    (told,) = document(desk("waivers", "glass-int4", "--json"))
+
+    assert told["counts"] is False and "not signed by anyone" in told["why_not"]
+    assert "is not signed by anyone" in desk("waivers", "glass-int4").out
+
+
+def test_a_password_is_in_no_message(desk, tmp_path):
+    ended = desk("push", "glass-int4@v1", "gs://AKIA:SECRETPW@bucket/x?sig=TOKEN#TOKEN", "--json")
+
+    assert ended.code == 7 and "gs://bucket/x" in ended.err
+    assert "SECRETPW" not in ended.out + ended.err and "TOKEN" not in ended.out + ended.err

@@ -258,8 +258,15 @@ def _broken(history: History) -> tuple[list[str], list[str]]:
     for line in history.lines:
         if line.event == "broken":
             settled = history.is_settled(line)
-            told[settled].append(f"{HISTORY_NAME}: line {line.seq} records that {line.detail}")
+            remedy = "" if settled else _remedy(line, history.path.parent.name)
+            told[settled].append(f"{HISTORY_NAME}: line {line.seq} records that {line.detail}{remedy}")
     return told
+
+
+def _remedy(line: Line, name: str) -> str:
+    if line.channel:
+        return f"; look who did it, then `compress rollback {name} --channel {line.channel} --to VERSION` sets it anew"
+    return "; if it was copied here by hand, take it away" if line.version else ""
 
 
 def _against_head(path: Path, history: History) -> str:

@@ -43,9 +43,10 @@ class ManifestError(CompressError):
 
 def _inside(path: str) -> str:
     # By hand and not with PurePosixPath, which makes listing thousands of versions three times as slow.
-    if not {"", ".", ".."}.isdisjoint(path.split("/")):
+    parts = path.split("/")
+    if not {"", ".", ".."}.isdisjoint(parts):
         raise ValueError(f"{path!r} is not a plain path inside the artifact")
-    if "\0" in path or path.split("/", 1)[0] == MANIFEST_NAME:
+    if "\0" in path or parts[0] == MANIFEST_NAME:
         raise ValueError(f"{path!r} cannot be a file of an artifact")
     if len(path) > MOST_NAME_BYTES // 4 and _is_long(path):
         raise ValueError(f"{path[:40]!r}... is longer than a file system takes")
@@ -62,7 +63,12 @@ def _sorted(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
     if paths != sorted(set(paths)):
         raise ValueError("the files are not sorted by path, or one is listed twice")
     known = set(paths)
-    folders = {path[:end] for path in paths for end in range(len(path)) if path[end] == "/"}
+    folders: set[str] = set()
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
     if both := sorted(known & folders):
         raise ValueError(f"{both[0]!r} is a file and also a folder")
     return files

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.artifacts import history, layout, manifest, remote
+from compress.artifacts import channels, history, layout, manifest, remote
 from compress.artifacts.allowed import refuse_unrecorded
 from compress.artifacts.dedupe import share
 from compress.artifacts.history import History
@@ -61,8 +61,10 @@ def push(store: Store, reference: str, url: str, by: str | None = None, told: To
         raise RecipeError(f"{place.url}: lies inside the store itself; push to another place")
     version = _version_at(store, store.find(reference))
     made = _whole(version.path, version.reference)
-    with store.locked(version.name) as past:  # also tells, before hours of copying, whether it can be recorded
+    check_writable(store.root)  # before hours of copying that could not be recorded
+    with store.locked(version.name) as past:
         refuse_unrecorded(past, version.reference, made)
+        _refuse_wrong_channel(store, past, reference, version)
     there = place.of(version.name, version.label)
     ours = (version.path / MANIFEST_NAME).read_bytes()
     done = _refuse_other(there, ours, made)
@@ -125,6 +127,18 @@ def _version_at(store: Store, path: Path) -> Version:
     """A version of the store by its folder, which `find` gave."""
     name = path.relative_to(store.root).parts[0]
     return Version(name, path.name, path)
+
+
+def _refuse_wrong_channel(store: Store, past: History, reference: str, version: Version) -> None:
+    """Raises CompressError when NAME@production led to something that the history does not tell of."""
+    channel = reference.partition("@")[2]
+    if channel not in channels.CHANNELS:
+        return
+    state = channels.state(store.home(version.name), past, channel)
+    if state.wrong:
+        raise CompressError(f"{version.name}/{state.wrong}")
+    if state.held is None or state.held.version != version.label:
+        raise CompressError(f"{version.name}: {channel} was changed by somebody else just now; push again")
 
 
 def _check_by(by: str | None) -> None:

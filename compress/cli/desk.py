@@ -150,6 +150,7 @@ def waivers(
 
 def history(
     name: Annotated[str, typer.Argument(help="Name of the artifact.")],
+    last: Annotated[int | None, typer.Option("--last", metavar="N", min=1, help="Only the last N lines.")] = None,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
@@ -161,8 +162,9 @@ def history(
     opened = Store(store)
     known(opened, name)
     past = opened.history(name)
+    told = past.lines[-last:] if last else past.lines
     if json:
-        lines = [line.model_dump(mode="json", exclude_none=True) for line in past.lines]
+        lines = [line.model_dump(mode="json", exclude_none=True) for line in told]
         console.print_json({"name": name, "ok": not past.problems, "problems": past.problems, "lines": lines})
     elif not past.lines:
         console.print_line(
@@ -180,7 +182,7 @@ def history(
                     "; ".join(part for part in (line.detail, line.note) if part),
                 ]
             )
-            for line in past.lines
+            for line in told
         ]
         console.print_table(name, ["line", "at (UTC)", "who", "event", "version", "detail"], cells)
     if not json:

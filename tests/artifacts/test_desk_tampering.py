@@ -250,6 +250,18 @@ def test_verify_of_an_edited_channel_says_so(store: Store, publish: Publish) -> 
     assert "is not what line 3" in "\n".join(audit_channel(store, "demo", "production").problems)
 
 
+def test_what_an_edited_channel_names_is_not_pushed(store: Store, publish: Publish, tmp_path: Path) -> None:
+    publish()
+    publish()
+    promote(store, "demo", "v2", "production")
+    push(store, "demo@production", str(tmp_path / "whole"))
+    path = store.root / "demo" / "channels" / "production.json"
+    path.write_text(path.read_text().replace("v0002", "v0001"))
+    with pytest.raises(CompressError, match="is not what line 3"):
+        push(store, "demo@production", str(tmp_path / "edited"))
+    assert not (tmp_path / "edited").exists()
+
+
 # --- waivers --------------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,15 @@ def test_history_with_a_removed_line_ends_with_1(desk, store):
     assert desk("history", "glass-int4", "--json").code == 1
 
 
+def test_the_end_of_a_history_can_be_asked_for(desk):
+    desk("promote", "glass-int4", "v1", "--to", "production")
+
+    assert [line["seq"] for line in document(desk("history", "glass-int4", "--last", "2", "--json"))["lines"]] == [2, 3]
+    assert desk("history", "glass-int4", "--last", "1").out.count("production held nothing") == 1
+    assert "published" not in desk("history", "glass-int4", "--last", "1").out
+    assert desk("history", "glass-int4", "--last", "0").code == 2
+
+
 def test_diff_shows_recipe_measurements_gates_layers_and_sizes(desk):
     found = document(desk("diff", "glass-int4@v1", "glass-int4@r1", "--json"))
 

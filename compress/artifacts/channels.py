@@ -175,6 +175,15 @@ def remembered(home: Path, channel: str) -> Pin | None:
         return None
 
 
+def refuse_wrong(home: Path, history: History, channel: str, label: str) -> None:
+    """Raises CompressError when a channel's file is not what the history says, or does not hold `label` any more."""
+    found = state(home, history, channel)
+    if found.wrong:
+        raise CompressError(f"{home.name}/{found.wrong}")
+    if found.held is None or found.held.version != label:
+        raise CompressError(f"{home.name}: {channel} was changed by somebody else just now; look again, then repeat")
+
+
 def strangers(home: Path) -> list[str]:
     """What lies among the channels and is none. Files being written begin with a dot."""
     known = {f"{channel}.json" for channel in CHANNELS}

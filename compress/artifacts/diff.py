@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from compress.artifacts import manifest
+from compress.artifacts.diff_grounds import measured_apart, part_of
 from compress.artifacts.diff_layers import Layers, Value, layers, number, ratio_of
 from compress.artifacts.manifest import MODEL_FOLDER, Manifest
 from compress.errors import CompressError
@@ -120,20 +121,14 @@ def fields(a: Any, b: Any) -> tuple[Field_, ...]:
 
 def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[Measure, ...]:
     """Measurements of the compressed models side by side, in the order of their names."""
-    values = [_part(report, "measurements", "compressed") for report in (report_a, report_b)]
-    intervals = [_part(report, "measurements", "intervals") for report in (report_a, report_b)]
+    values = [part_of(report, "measurements", "compressed") for report in (report_a, report_b)]
+    intervals = [part_of(report, "measurements", "intervals") for report in (report_a, report_b)]
     made = []
     for name in sorted(set(values[0]) | set(values[1])):
         a, b = (number(side.get(name)) for side in values)
         first, second = (_interval(side.get(name)) for side in intervals)
         made.append(_measure(name, a, b, first, second))
     return tuple(made)
-
-
-def measured_apart(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> list[str]:
-    """What both measured under one name, and not on the same bytes: the source, a text, a task's questions."""
-    one, other = _measured_on(report_a), _measured_on(report_b)
-    return [name for name in one if name in other and one[name] != other[name]]
 
 
 def gates(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[GatePair, ...]:
@@ -216,28 +211,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         return
     for key, inner in items:
         yield from _flat(inner, f"{name}.{key}" if name else str(key))
-
-
-def _part(report: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    value: Any = report
-    for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return dict(value) if isinstance(value, Mapping) else {}
-
-
-def _measured_on(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests of what was measured on, by name."""
-    source = _part(report, "provenance", "source")
-    found: dict[str, Any] = {"the source": source["digest"]} if "digest" in source else {}
-    found |= {
-        f"the text {item.get('set', item.get('name'))}": item.get("digest") for item in _items(report, "evaluation")
-    }
-    return found | {f"the task {item.get('name')}": item.get("prompts_digest") for item in _items(report, "tasks")}
-
-
-def _items(report: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    value = report.get(key)
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
 def _gates(report: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from compress.artifacts.layout import relative_path
-from compress.artifacts.lines import MADE, MOVED, Draft, Line
+from compress.artifacts.lines import MADE, MOVED, ZERO, Draft, Line, check_chain, parse
 from compress.artifacts.manifest import MANIFEST_NAME, Pin
 from compress.artifacts.words import mended, visible
 from compress.errors import CompressError
@@ -36,7 +36,6 @@ from compress.files import disk_errors, flush, write_json
 
 HISTORY_NAME = "history.jsonl"
 HEAD_NAME = "history.head"
-ZERO = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,9 @@ def read(home: Path) -> History:
         return History(path, problems=(f"{HISTORY_NAME}: cannot be read ({error.strerror})",))
     whole = content.rfind(b"\n") + 1
     raw = content[:whole].split(b"\n")[:-1]
-    lines, problems = _parse(raw)
+    lines, problems = parse(raw, HISTORY_NAME)
     ends = tuple(hashlib.sha256(text).hexdigest() for text in raw)
-    problems += _chain(lines, ends)
+    problems += check_chain(lines, ends, HISTORY_NAME)
     history = History(path, tuple(line for line in lines if line), ends, (), whole if whole < len(content) else None)
     lost = _against_head(home / HEAD_NAME, history)
     problems += [f"{HISTORY_NAME}: {lost}"] if lost else []
@@ -222,34 +221,6 @@ def _write_head(home: Path, pin: Pin) -> None:
 def _write_all(handle: int, data: bytes) -> None:
     while data:
         data = data[os.write(handle, data) :]
-
-
-def _parse(raw: list[bytes]) -> tuple[list[Line | None], list[str]]:
-    lines: list[Line | None] = []
-    problems: list[str] = []
-    for number, text in enumerate(raw, 1):
-        try:
-            line = Line.model_validate_json(text)
-        except (ValidationError, UnicodeDecodeError):
-            lines.append(None)
-            problems.append(f"{HISTORY_NAME}: line {number} is not a line of a history: it has been edited")
-            continue
-        lines.append(line)
-        if line.text() != text:
-            problems.append(f"{HISTORY_NAME}: line {number} is not written as it was: it has been edited")
-    return lines, problems
-
-
-def _chain(lines: list[Line | None], ends: tuple[str, ...]) -> list[str]:
-    problems: list[str] = []
-    for number, line in enumerate(lines, 1):
-        if line is None:
-            continue
-        if line.seq != number:
-            problems.append(f"{HISTORY_NAME}: line {number} says it is line {line.seq}: lines were removed or moved")
-        if line.previous != (ends[number - 2] if number > 1 else ZERO):
-            problems.append(f"{HISTORY_NAME}: line {number} does not follow line {number - 1}, which has been edited")
-    return problems
 
 
 def _broken(history: History) -> tuple[list[str], list[str]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from compress.artifacts.manifest import Parent, Sha256
 
@@ -24,6 +24,8 @@ Event = Literal[
     "repaired",
     "broken",
 ]
+ZERO = "0" * 64
+"""What the first line has in place of a line before it."""
 MADE: tuple[Event, ...] = ("published", "rejected", "pulled")
 """Events after which a version is there."""
 MOVED: tuple[Event, ...] = ("promoted", "rolled_back")
@@ -67,3 +69,33 @@ class Line(Draft):
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys, no spaces, ASCII only: the bytes that are hashed and signed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def parse(raw: list[bytes], where: str) -> tuple[list[Line | None], list[str]]:
+    """The lines of a file (None for what is none) and what is wrong with each by itself."""
+    lines: list[Line | None] = []
+    problems: list[str] = []
+    for number, text in enumerate(raw, 1):
+        try:
+            line = Line.model_validate_json(text)
+        except (ValidationError, UnicodeDecodeError):
+            lines.append(None)
+            problems.append(f"{where}: line {number} is not a line of a history: it has been edited")
+            continue
+        lines.append(line)
+        if line.text() != text:
+            problems.append(f"{where}: line {number} is not written as it was: it has been edited")
+    return lines, problems
+
+
+def check_chain(lines: list[Line | None], ends: tuple[str, ...], where: str) -> list[str]:
+    """How lines do not follow each other. `ends`: the sha256 of each, as it is in the file."""
+    problems: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if line is None:
+            continue
+        if line.seq != number:
+            problems.append(f"{where}: line {number} says it is line {line.seq}: lines were removed or moved")
+        if line.previous != (ends[number - 2] if number > 1 else ZERO):
+            problems.append(f"{where}: line {number} does not follow line {number - 1}, which has been edited")
+    return problems

@@ -26,14 +26,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
+from compress.artifacts.paths import MANIFEST_NAME as MANIFEST_NAME
+from compress.artifacts.paths import inside, refuse_files_as_folders
 from compress.errors import CompressError
 
 Verdict = Literal["passed", "failed", "inconclusive"]
-MANIFEST_NAME = "manifest.json"
 MODEL_FOLDER = "model"
-MOST_NAME_BYTES = 255
-"""Of one name in a path; more do no common file systems take."""
-MOST_PATH = 1024
 _CHUNK_BYTES = 1 << 20
 
 
@@ -41,36 +39,11 @@ class ManifestError(CompressError):
     """A manifest is absent, is not JSON or breaks its schema; or a folder holds what no manifest may list."""
 
 
-def _inside(path: str) -> str:
-    # By hand and not with PurePosixPath, which makes listing thousands of versions three times as slow.
-    parts = path.split("/")
-    if not {"", ".", ".."}.isdisjoint(parts):
-        raise ValueError(f"{path!r} is not a plain path inside the artifact")
-    if "\0" in path or parts[0] == MANIFEST_NAME:
-        raise ValueError(f"{path!r} cannot be a file of an artifact")
-    if len(path) > MOST_NAME_BYTES // 4 and _is_long(path):
-        raise ValueError(f"{path[:40]!r}... is longer than a file system takes")
-    return path
-
-
-def _is_long(path: str) -> bool:
-    longest = max(len(part.encode("utf-8", "replace")) for part in path.split("/"))
-    return longest > MOST_NAME_BYTES or len(path) > MOST_PATH
-
-
 def _sorted(files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
     paths = [entry.path for entry in files]
     if paths != sorted(set(paths)):
         raise ValueError("the files are not sorted by path, or one is listed twice")
-    known = set(paths)
-    folders: set[str] = set()
-    for path in paths:
-        folder = path.rpartition("/")[0]
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = folder.rpartition("/")[0]
-    if both := sorted(known & folders):
-        raise ValueError(f"{both[0]!r} is a file and also a folder")
+    refuse_files_as_folders(paths)
     return files
 
 
@@ -84,7 +57,7 @@ class _Value(BaseModel):
 class FileEntry(_Value):
     """One file of the artifact: its path below the artifact folder with forward slashes, its bytes and its sha256."""
 
-    path: Annotated[str, AfterValidator(_inside)]
+    path: Annotated[str, AfterValidator(inside)]
     bytes: int = Field(ge=0)
     sha256: Sha256
 

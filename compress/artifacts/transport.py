@@ -64,7 +64,8 @@ def push(store: Store, reference: str, url: str, by: str | None = None, told: To
     check_writable(store.root)  # before hours of copying that could not be recorded
     with store.locked(version.name) as past:
         refuse_unrecorded(past, version.reference, made)
-        _refuse_wrong_channel(store, past, reference, version)
+        if (channel := reference.partition("@")[2]) in channels.CHANNELS:
+            channels.refuse_wrong(store.home(version.name), past, channel, version.label)
     there = place.of(version.name, version.label)
     ours = (version.path / MANIFEST_NAME).read_bytes()
     done = _refuse_other(there, ours, made)
@@ -127,18 +128,6 @@ def _version_at(store: Store, path: Path) -> Version:
     """A version of the store by its folder, which `find` gave."""
     name = path.relative_to(store.root).parts[0]
     return Version(name, path.name, path)
-
-
-def _refuse_wrong_channel(store: Store, past: History, reference: str, version: Version) -> None:
-    """Raises CompressError when NAME@production led to something that the history does not tell of."""
-    channel = reference.partition("@")[2]
-    if channel not in channels.CHANNELS:
-        return
-    state = channels.state(store.home(version.name), past, channel)
-    if state.wrong:
-        raise CompressError(f"{version.name}/{state.wrong}")
-    if state.held is None or state.held.version != version.label:
-        raise CompressError(f"{version.name}: {channel} was changed by somebody else just now; push again")
 
 
 def _check_by(by: str | None) -> None:

@@ -135,7 +135,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
                     started,
                     artifact,
                     alone=alone,
-                    parent=parent.artifact if parent else None,
+                    parent=parent,
                 )
                 report = against_previous(report, store)
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")

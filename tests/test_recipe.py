@@ -74,9 +74,10 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "r.yaml:9: stages[0].bits: found 7, expected 2, 3, 4, 5, 6, 8 or 'planned'",
         *[mistake for mistake in found if "group_sise" in mistake],
         "r.yaml:10: stages[1]: unknown kind 'gtpq'. Did you mean \"gptq\"? Known: structured_prune, sparsify, "
-        "round_to_nearest, gptq, recover, sensitivity, mixed_precision",
+        "smoothquant, awq, round_to_nearest, gptq, bitsandbytes, recover, sensitivity, mixed_precision, kv_cache",
         "r.yaml:11: stages[2]: give its `kind`; `compress kinds` lists them",
-        "r.yaml:12: export.format: found 'compresed-tensors', expected 'compressed-tensors' or 'plain' "
+        "r.yaml:12: export.format: found 'compresed-tensors', expected 'compressed-tensors', 'gptq', "
+        "'bitsandbytes', 'gguf' or 'plain' "
         'Did you mean "compressed-tensors"?',
         "r.yaml:14: evaluation[0].data: text sampled from the model cannot judge the model; name a held-out text",
         "r.yaml:16: gates[0]: give max, min or both: a gate without a bound judges nothing",

@@ -217,8 +217,10 @@ class Checkpoint:
         return (second, first) if self.architecture.transposed_linears else (first, second)
 
     def module_tensors(self, prefix: str) -> list[str]:
-        """Names of the stored tensors under a module."""
-        return [name for name in self.names if name.startswith(prefix + ".")]
+        """Names of the stored tensors under a module. Scales of a KV cache are none of them: they belong to the model
+        that they were calibrated on, and what a stage makes is another one."""
+        kept = set(self.kv_scales)
+        return [name for name in self.names if name.startswith(prefix + ".") and name not in kept]
 
     def dense_state(self, prefix: str) -> dict[str, Tensor]:
         """Every tensor under `prefix`, dense, by its name below the prefix: ready for load_state_dict."""

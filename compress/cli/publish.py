@@ -27,15 +27,11 @@ def publish(
     Needs a token (exit code 7 without one). The files are hashed again first.
     """
     from compress import console
-    from compress.artifacts import manifest
     from compress.artifacts.store import Store
     from compress.steps.publishing import prepare, upload
-    from compress.steps.standing import standing_at
 
     folder = Store(store).find(reference)
-    read = manifest.read(folder)
-    waivers = [waiver for waiver in standing_at(folder, read.name, read.version).waivers if not waiver.expired]
-    planned = prepare(folder, repo_id, private, rejected_too, waivers)
+    planned = prepare(folder, repo_id, private, rejected_too)
     url = None if dry_run else upload(planned, console.StageProgress())
     if json:
         facts: dict[str, Any] = {

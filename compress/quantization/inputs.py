@@ -18,6 +18,7 @@ Example: x = [1.0, -0.5], range 127: s = 0.00787, q = [127, -64] (63.5 is rounde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -98,17 +99,47 @@ class IntegerLinear:
         return outputs.to(inputs.dtype).view(*inputs.shape[:-1], len(self.codes))
 
 
+class _Switch:
+    """The forward of a linear that may change while a call of it is under way.
+
+    torch takes a module's forward before it runs pre-hooks, and the walk is held in a pre-hook while weights are
+    solved. So what it takes must be something that looks up, once the call goes on, what the linear has become.
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.linear = linear
+        self.instead: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self.instead is not None:
+            return self.instead(inputs)
+        found: Tensor = type(self.linear).forward(self.linear, inputs)
+        return found
+
+
+def may_run_on_integers(linear: nn.Module) -> None:
+    """Prepare a linear whose forward may be changed by `run_on_integers` in the middle of a call."""
+    _switch_of(linear)
+
+
+def _switch_of(linear: nn.Module) -> _Switch:
+    switch = linear.__dict__.get("forward")
+    if not isinstance(switch, _Switch):
+        switch = _Switch(linear)
+        linear.forward = switch
+    return switch
+
+
 def run_on_integers(linear: nn.Module, forward: IntegerLinear) -> None:
     """Make a linear compute with `forward` in place of its weight, until `run_as_before`. Hooks keep working."""
     bias = linear._parameters["bias"]
-    linear.forward = lambda inputs: forward(inputs, bias)
+    _switch_of(linear).instead = lambda inputs: forward(inputs, bias)
 
 
 def run_as_loaded(linear: nn.Module) -> None:
     """Make a linear compute as compressed-tensors does in transformers, until `run_as_before`: with rounded inputs and
     the weight's values, in floating point."""
-    before = linear.forward
-    linear.forward = lambda inputs: before(rounded_inputs(inputs, LOADED))
+    _switch_of(linear).instead = lambda inputs: type(linear).forward(linear, rounded_inputs(inputs, LOADED))
 
 
 def run_as_before(module: nn.Module) -> None:

@@ -128,6 +128,12 @@ def _base_model(source: Mapping[str, Any]) -> str:
     return ""
 
 
+def _source_name(source: Mapping[str, Any]) -> str:
+    """Nobody's paths: a card is uploaded."""
+    name = words.source_name(source)
+    return "the source model" if name == words.MISSING else name
+
+
 def _licence(source: Mapping[str, Any]) -> str:
     value = source.get("licence") or source.get("license")
     return value if isinstance(value, str) else ""
@@ -174,7 +180,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         headline=words.headline(report),
         gguf=_format(report) == "gguf",
         base=_Ready(_base_model(source)),
-        source_name=source.get("name") or source.get("id") or "the source model",
+        source_name=_source_name(source),
         loader=report.round_trip.loader if report.round_trip and report.round_trip.passed else "",
         calibration=_Ready(calibration),
         tables=quality,

@@ -52,6 +52,7 @@ class PreviousRecord(Value):
     version: str
     path: str
     digest: str = Field(description="of its model, as its own report has it; empty if that could not be read")
+    verdict: str = Field(default="", description="of that release; empty if that could not be read")
     chosen: str = Field(description="why this one: promoted to a channel, or the newest that passed")
     problem: str = Field(default="", description="why its report could not be compared; nothing is below then")
     comparable: bool = Field(default=True, description="both were measured against the same source on the same texts")

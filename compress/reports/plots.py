@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from compress.reports.words import number, size
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 66, 24, 16, 44
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 300, 96, 24, 16, 44
 _LETTER = 5.8
 """Width of a letter of a label, roughly."""
 
@@ -48,7 +48,8 @@ def scatter(points: Sequence[Point], across: str, upward: str) -> Markup:
         ).format(LEFT, WIDTH - RIGHT, y(tick), y(tick), LEFT - 6, y(tick) + 3.5, f"{tick:.3g}")
         for tick in y_ticks
     ]
-    shapes += [_mark(point, x, y) for point in shown]
+    places = _label_places([(x(point.size), y(point.value), len(point.label) * _LETTER) for point in shown])
+    shapes += [_mark(point, x, y, place) for point, place in zip(shown, places, strict=True)]
     words = f"{upward} over {across}{', logarithmic' if logarithmic else ''}"
     return Markup('<svg class="scatter" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, words, Markup("").join(shapes)
@@ -73,7 +74,39 @@ def _scale(
     return place, [math.exp(step) if logarithmic else step for step in steps]
 
 
-def _mark(point: Point, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+_LINE = 12.0
+"""Height of a line of labels."""
+
+
+def _label_places(marks: Sequence[tuple[float, float, float]]) -> list[tuple[float, float, str]]:
+    """(x, y, anchor) of each label, for marks at (x, y) with labels of some width: beside its mark, and above or below
+    those that stand there already."""
+    taken: list[tuple[float, float, float]] = []
+    found = []
+    for across, up, width in marks:
+        to_left = across + 8 + width > WIDTH
+        start = across - 8 - width if to_left else across + 8
+        offsets = sorted((step * _LINE for step in range(-12, 13)), key=lambda each: (abs(each), each))
+        heights = [up - 6 + offset for offset in offsets if TOP <= up - 6 + offset <= HEIGHT - BOTTOM]
+        free = next(
+            (
+                height
+                for height in heights
+                if all(
+                    abs(height - other) >= _LINE or start > right or start + width < left
+                    for left, right, other in taken
+                )
+            ),
+            up - 6,
+        )
+        taken.append((start, start + width, free))
+        found.append((across - 8 if to_left else across + 8, round(free, 1), "end" if to_left else "start"))
+    return found
+
+
+def _mark(
+    point: Point, x: Callable[[float], float], y: Callable[[float], float], place: tuple[float, float, str]
+) -> Markup:
     across, up = x(point.size), y(point.value)
     title = f"{point.label}: {size(point.size)}, {number(point.value)}, {point.verdict}"
     bar = Markup("")
@@ -81,11 +114,7 @@ def _mark(point: Point, x: Callable[[float], float], y: Callable[[float], float]
         bar = Markup('<line class="spread" x1="{0}" x2="{0}" y1="{1}" y2="{2}"/>').format(
             across, y(point.interval[0]), y(point.interval[1])
         )
-    width = len(point.label) * _LETTER
-    to_left = across + 8 + width > WIDTH
-    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        across - 8 if to_left else across + 8, up - 6, "end" if to_left else "start", point.label
-    )
+    text = Markup('<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>').format(*place, point.label)
     return bar + Markup('<circle class="mark {}" cx="{}" cy="{}" r="5"><title>{}</title></circle>{}').format(
         point.verdict if point.verdict in ("passed", "failed", "inconclusive") else "inconclusive",
         across,

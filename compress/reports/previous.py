@@ -27,6 +27,7 @@ def compare(report: Report, before: Report, chosen: str) -> PreviousRecord:
         version=before.artifact.version,
         path=before.artifact.path,
         digest=before.artifact.digest,
+        verdict=before.verdict,
         chosen=chosen,
         comparable=_comparable(report, before),
         weight_bytes=None if weights[0] is None or weights[1] is None else (weights[0], weights[1]),

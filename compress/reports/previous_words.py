@@ -8,7 +8,8 @@ from compress.reports.words import MISSING, interval_text, measured, size
 
 
 def title(record: PreviousRecord) -> str:
-    return f"Against {record.version}, {record.chosen}"
+    verdict = "" if record.verdict in ("", "passed") else f" ({record.verdict})"
+    return f"Against {record.version}{verdict}, {record.chosen}"
 
 
 def sentences(record: PreviousRecord) -> list[str]:
@@ -16,6 +17,8 @@ def sentences(record: PreviousRecord) -> list[str]:
     if record.problem:
         return [f"{record.name} {record.version} could not be compared with: {record.problem}"]
     said = []
+    if record.verdict not in ("", "passed"):
+        said.append(f"Its own verdict was {record.verdict}: it is in use because somebody answered for it.")
     if record.weight_bytes is not None:
         before, now = record.weight_bytes
         said.append(f"Weights: {size(now)} in place of {size(before)}{_ratio(before, now)}.")

@@ -70,6 +70,7 @@ def listing(shelves: list[Shelf]) -> list[dict[str, Any]]:
                     "bytes": entry.bytes,
                     "model_digest": entry.digest,
                     "channels": [mark.channel for mark in entry.standing.channels],
+                    "waived": entry.standing.waived,
                     "report": f"models/{shelf.name}/{entry.label}/report.html" if entry.report else None,
                     "problem": entry.problem,
                 }
@@ -93,7 +94,16 @@ def _row_of_shelf(shelf: Shelf) -> dict[str, Any]:
         "newest": newest,
         "weights": weights(newest),
         "source": _source(newest),
-        "channels": [(mark.channel, entry.label) for entry in shelf.entries for mark in entry.standing.channels],
+        "channels": [
+            {
+                "channel": mark.channel,
+                "label": entry.label,
+                "verdict": entry.verdict,
+                "waived": entry.standing.waived,
+            }
+            for entry in shelf.entries
+            for mark in entry.standing.channels
+        ],
         "counts": f"{passed} passed, {len(shelf.entries) - passed} not",
     }
 
@@ -109,8 +119,7 @@ def weights(entry: Entry) -> str:
 
 def _source(entry: Entry) -> str:
     source = entry.report.provenance.get("source") if entry.report else None
-    found = source.get("id") or source.get("name") if isinstance(source, dict) else None
-    return str(found or words.MISSING)
+    return words.source_name(source) if isinstance(source, dict) else words.MISSING
 
 
 def _model(shelf: Shelf) -> str:
@@ -161,14 +170,15 @@ def _quality(entry: Entry, measure: str) -> str:
 
 
 def _picture(shelf: Shelf, measure: str) -> tuple[Markup, str]:
-    """Quality over bytes, and which versions have no place in it because they lack a number, or were measured on
-    another text under the same name."""
+    """Quality over bytes, and which versions have no place in it because they lack a number, or were measured against
+    another source or on another text than most."""
     points, left_out = [], []
-    text = next((_text_of(entry, measure) for entry in shelf.entries if _text_of(entry, measure)), None)
+    counts = Counter(_measured_on(entry, measure) for entry in shelf.entries if entry.report is not None)
+    most = counts.most_common(1)[0][0] if counts else None
     for entry in shelf.entries:
         after = entry.report.measurements.compressed if entry.report else {}
         size, value = after.get("weight_bytes"), after.get(measure)
-        if size is None or value is None or _text_of(entry, measure) not in (text, None):
+        if size is None or value is None or _measured_on(entry, measure) != most:
             left_out.append(entry.label)
             continue
         marks = [mark.channel for mark in entry.standing.channels]
@@ -177,8 +187,10 @@ def _picture(shelf: Shelf, measure: str) -> tuple[Markup, str]:
     return scatter(points, "tensor bytes", label_of(measure) if measure else ""), ", ".join(left_out)
 
 
-def _text_of(entry: Entry, measure: str) -> object:
-    """The digest of the text behind `divergence.<set>.mean_kl` or `perplexity.<set>`; None if it is not told."""
+def _measured_on(entry: Entry, measure: str) -> tuple[str, str]:
+    """Digests of the source, and of the text behind `divergence.<set>.mean_kl` or `perplexity.<set>`; '' if untold."""
     name = measure.partition(".")[2].removesuffix(".mean_kl")
     sets = entry.report.evaluation if entry.report else []
-    return next((item.get("digest") for item in sets if item.get("set") == name), None)
+    source = entry.report.provenance.get("source") if entry.report else None
+    text = next((item.get("digest") for item in sets if item.get("set") == name), None)
+    return str(source.get("digest") or "" if isinstance(source, dict) else ""), str(text or "")

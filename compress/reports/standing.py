@@ -30,7 +30,9 @@ class Waiver:
     until: str
     gates: tuple[str, ...]
     signed_by: str
-    expired: bool = False
+    counts: bool = True
+    """Whether it holds today: not over, and signed where the store asks for that."""
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Standing:
     waivers: tuple[Waiver, ...] = ()
     served: Served | None = None
 
+    @property
+    def waived(self) -> bool:
+        """Whether a waiver counts today."""
+        return any(waiver.counts for waiver in self.waivers)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -71,7 +78,7 @@ def sentences(standing: Standing) -> list[str]:
         f"In channel {mark.channel} since {mark.since or 'an unknown time'}{f', by {mark.by}' if mark.by else ''}."
         for mark in standing.channels
     ]
-    held = [waiver for waiver in standing.waivers if not waiver.expired]
+    held = [waiver for waiver in standing.waivers if waiver.counts]
     if held:
         gates = dict.fromkeys(gate for waiver in held for gate in waiver.gates)
         said.append(f"Waived, not passed: {', '.join(gates) or 'no gate by name'}.")
@@ -90,13 +97,17 @@ def _served(served: Served) -> str:
     )
 
 
+def _state(waiver: Waiver) -> str:
+    return " (over)" if waiver.over else "" if waiver.counts else " (does not count)"
+
+
 def waivers_table(standing: Standing) -> Table:
     rows = [
         (
             ", ".join(waiver.gates) or MISSING,
             waiver.who or MISSING,
             waiver.reason or MISSING,
-            f"{waiver.until or MISSING}{' (over)' if waiver.expired else ''}",
+            f"{waiver.until or MISSING}{_state(waiver)}",
             waiver.signed_by or MISSING,
         )
         for waiver in standing.waivers

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
 
 from compress.reports.report import Report
 
@@ -84,6 +87,14 @@ def measured(name: str, value: float | None) -> str:
 
 def interval_text(name: str, interval: tuple[float, float] | None) -> str:
     return MISSING if interval is None else f"{measured(name, interval[0])} to {measured(name, interval[1])}"
+
+
+def source_name(source: Mapping[str, Any]) -> str:
+    """A source as people outside the machine may know it: a hub id, a package's file, or the last part of a path."""
+    if source.get("id"):
+        return str(source["id"])
+    name = str(source.get("name") or "")
+    return (PurePath(name).name if name.startswith(("/", "~", ".")) else name) or MISSING
 
 
 def headline(report: Report) -> str:

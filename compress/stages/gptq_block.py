@@ -15,7 +15,7 @@ from compress.events import Event
 from compress.memory.measure import trim
 from compress.quantization.gptq import Factor, Solution, factorise, solve
 from compress.quantization.grid import Grid, dequantize
-from compress.quantization.inputs import IntegerLinear, rounded_inputs, run_on_integers
+from compress.quantization.inputs import IntegerLinear, may_run_on_integers, rounded_inputs, run_on_integers
 from compress.quantization.refine import Split
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import Mismatch, Shift, shift_of
@@ -33,6 +33,10 @@ class BlockWork:
         self.records: list[dict[str, Any]] = []
         self.events: list[Event] = []
         self._statistics: InputStatistics | None = None
+        for name in run.skeleton.architecture.linears:
+            scheme = run.stage.scheme_of(f"{prefix}.{name}")
+            if scheme is not None and scheme.inputs:
+                may_run_on_integers(block.get_submodule(name))
 
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         if not any(self.run.stage.scheme_of(f"{self.prefix}.{name}") for name in group.linears):

@@ -143,11 +143,17 @@ class BlockWork:
 
     def _put(self, name: str, matrix: Tensor) -> None:
         """Replace a linear's weight (rows, columns), as the file will hold it."""
-        stored = self.run.source.header(f"{self.prefix}.{name}.weight")[0]
-        weight = (matrix.T if self.transposed else matrix).to(torch_dtype(stored)).contiguous()
+        weight = (matrix.T if self.transposed else matrix).to(self._stored_dtype(name)).contiguous()
         self.written[f"{name}.weight"] = weight
         compute = weight.to(self.run.context.compute)
         self.block.get_submodule(name).weight = nn.Parameter(compute, requires_grad=False)
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        """Of a linear's weight in the source; of its values, where it is kept in codes."""
+        module = f"{self.prefix}.{name}"
+        if module in self.run.source.schemes:
+            return self.run.context.stored
+        return torch_dtype(self.run.source.header(f"{module}.weight")[0])
 
     def _event(self, kind: str, where: str, message: str) -> None:
         self.events.append(Event(kind, f"{self.prefix}.{where}", message))
@@ -164,8 +170,7 @@ class BlockWork:
         """What the block becomes, by full name in the result."""
         after, cuts = self.run.architecture.block_name(self.place.after), list(self.cuts.values())
         found = {}
-        for full in self.run.source.module_tensors(self.prefix):
-            name = full.removeprefix(self.prefix + ".")
-            tensor = self.written[name] if name in self.written else self.run.source.read(full)
+        for name, stored in self.run.source.dense_state(self.prefix).items():
+            tensor = self.written.get(name, stored)
             found[f"{after}.{name}"] = sliced(tensor.cpu(), name, cuts, self.transposed)
         return found

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, Coupling, InputGroup, dimensions_of
@@ -36,6 +36,7 @@ from compress.quantization.grid import dequantize, minmax_grid, quantize
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
+from compress.stages.quantize import GroupSize, checked_size
 from compress.training.clock import Clock
 
 SAMPLE = 1024
@@ -93,10 +94,9 @@ class Awq(ScalingStage):
 
     kind: Literal["awq"] = "awq"
     bits: Literal[2, 3, 4, 5, 6, 8] = Field(default=4, description="of the stage after it")
-    group_size: int | Literal["channel"] = Field(default=64, description="of the stage after it")
+    group_size: GroupSize = Field(default=64, description="of the stage after it")
 
-    def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
-        return super().check(shapes, architecture)
+    _size = field_validator("group_size")(checked_size)
 
     def factors(self, seen: Seen, weights: list[Tensor], alpha: float) -> Tensor:
         return seen.mean.clamp_min(1e-5) ** alpha
@@ -241,9 +241,9 @@ class _Run:
         arch = self.skeleton.architecture
         prefix = arch.block_name(index) + "."
         tensors = {}
-        for name in self.source.module_tensors(prefix.rstrip(".")):
-            value = stored = self.source.read(name)
-            module, _, leaf = name.removeprefix(prefix).rpartition(".")
+        for inside, stored in self.source.dense_state(prefix.rstrip(".")).items():
+            name, value = prefix + inside, stored
+            module, _, leaf = inside.rpartition(".")
             for coupling, factors in chosen.items():
                 on_host = factors.cpu()
                 if module == coupling.writer:

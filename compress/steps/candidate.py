@@ -17,7 +17,7 @@ from compress.checkpoints.export import stored_dtype
 from compress.checkpoints.foreign import readable_as, write_dense
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.gguf import FILE as GGUF_FILE
-from compress.checkpoints.formats.gguf import effective_bits
+from compress.checkpoints.formats.gguf import effective_bits, tensor_bytes
 from compress.checkpoints.reader import Checkpoint, tokenizer_files
 from compress.checkpoints.sources import ModelSpec, cached_source, converted_gguf, resolve
 from compress.errors import CompressError, RecipeError, nearest
@@ -192,7 +192,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
         loader_lacks=lacks,
         checkpoint=measured,
         files=None if is_gguf else files,
-        stored_bytes=Path(source.facts["path"]).stat().st_size if is_gguf else files.weight_bytes,
+        stored_bytes=tensor_bytes(Path(source.facts["path"])) if is_gguf else files.weight_bytes,
         effective_bits=effective_bits(Path(source.facts["path"])) if is_gguf else None,
         digest=source.facts.get("gguf_sha256") or (published.model_digest if published else files.digest()),
         tokenizer=load_tokenizer(source.folder) if own else tokenizer,

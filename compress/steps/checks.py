@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from compress.architecture import Architecture, Dimensions
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.support import limits_of, unserved
@@ -9,7 +12,9 @@ from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.stages import Sparsify
+from compress.stages import Awq, SmoothQuant, Sparsify
+from compress.stages.quantize import QuantizeStage
+from compress.stages.smooth import ScalingStage
 from compress.steps.power import Power
 from compress.steps.precision import out_of_order
 from compress.steps.shapes import Shape, Shapes
@@ -56,13 +61,18 @@ def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> 
         return [f"export.format: {format_.name} has no place for scales of a KV cache; {', '.join(able_)} has"]
     if not found:
         return []
-    others = able(schemes, last.matrices, last.architecture)
+    others = [
+        name
+        for name in able(schemes, last.matrices, last.architecture)
+        if not FORMATS[name].refuses_config(last.config)
+    ]
     can = f"Formats that can: {', '.join(others)}" if others else "No format can"
     return [f"export.format: {sentence}. {can}" for sentence in found]
 
 
 def warnings_of(
     recipe: Recipe,
+    config: Mapping[str, Any],
     schemes: dict[str, Scheme],
     shapes: dict[str, tuple[int, int]],
     architecture: Architecture,
@@ -76,6 +86,10 @@ def warnings_of(
     ]
     found += _wide_margins(recipe)
     found += _zeros(recipe)
+    found += _scaled_for_nobody(recipe)
+    has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
+    if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
+        found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")
     if recipe.stages and recipe.stages[0].training:
         found.append(
             "stages[0]: it trains a model against the source that it still is; put it behind a stage that changes it"
@@ -92,6 +106,26 @@ def warnings_of(
         found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")
     if not architecture.float16_safe and recipe.export.dtype == "float16":
         found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
+    return found
+
+
+def _scaled_for_nobody(recipe: Recipe) -> list[str]:
+    """Channels scaled for a quantiser that does not follow, or that rounds otherwise than they were scaled for."""
+    found = []
+    for index, stage in enumerate(recipe.stages):
+        if not isinstance(stage, ScalingStage):
+            continue
+        where, kind = f"stages[{index}]: ", recipe.stages[index].model_dump()["kind"]
+        after = next((each for each in recipe.stages[index + 1 :] if isinstance(each, QuantizeStage)), None)
+        if after is None:
+            found.append(where + f"{kind} changes what quantising costs, and nothing quantises after it")
+        elif isinstance(stage, SmoothQuant) and after.inputs != "int8":
+            found.append(where + "smoothquant is for inputs: int8, and the stage that quantises after it has none")
+        elif isinstance(stage, Awq) and (after.bits, after.group_size) != (stage.bits, stage.group_size):
+            given = f"bits {after.bits}, group_size {after.group_size}"
+            found.append(
+                where + f"awq scales for bits {stage.bits}, group_size {stage.group_size}; after it come {given}"
+            )
     return found
 
 

@@ -32,7 +32,7 @@ from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.noise import Noise, noise_floor
 from compress.steps.plan import Plan
-from compress.steps.round_trip import BOUND, COMPARED_TOKENS, COMPARED_WINDOWS, Reloaded, reload
+from compress.steps.round_trip import BOUND, BOUND_WITH_OUTLIERS, COMPARED_TOKENS, COMPARED_WINDOWS, Reloaded, reload
 from compress.steps.source import OpenedSource, check_perplexity
 from compress.steps.texts import Texts
 
@@ -184,7 +184,7 @@ def round_trip(
             "kv_cache_bytes": float(measured_kv_cache(plan, reloaded)),
         }
     )
-    return replace(evidence, reloaded=reloaded)
+    return replace(evidence, reloaded=replace(reloaded, bound=bound_of(candidate)))
 
 
 def _float32_states(
@@ -249,10 +249,18 @@ def judge(
     nothing_judged = all(judgement.tier == "advisory" for judgement in judgements)
     if evidence.reloaded is not None:
         tier: Tier = "critical" if candidate.is_read_directly else "advisory"
-        judgements.append(replace(ThresholdGate(measure="round_trip.mean_kl", max=BOUND).judge(facts), tier=tier))
+        judgements.append(
+            replace(ThresholdGate(measure="round_trip.mean_kl", max=bound_of(candidate)).judge(facts), tier=tier)
+        )
     verdict = overall(judgements)
     # The round trip says that the model loads. Where no gate of the recipe could decide, that is not enough to pass.
     return ("inconclusive" if verdict == "passed" and nothing_judged else verdict), judgements
+
+
+def bound_of(candidate: Candidate) -> float:
+    """Largest mean KL between loader and our reading that counts as rounding."""
+    outliers = any(scheme.outliers for scheme in candidate.checkpoint.schemes.values())
+    return BOUND_WITH_OUTLIERS if outliers else BOUND
 
 
 def _judge(gate: Gate, facts: Facts) -> Judgement:

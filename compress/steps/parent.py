@@ -31,6 +31,8 @@ class Parent:
     recipe: Recipe
     stages: list[StageRecord]
     events: tuple[Event, ...]
+    verdict: str
+    """Its own."""
 
     @property
     def reference(self) -> str:
@@ -49,13 +51,18 @@ def open_parent(reference: str, store: Path) -> Parent:
         )
     recipe = load_recipe(folder / "recipe.yaml")
     model = folder / manifest.MODEL_FOLDER
-    if not any(model.glob("*.safetensors")):
-        raise RecipeError(_no_codes(published.name, published.version, recipe))
-    checkpoint = Checkpoint(model)
     report = json.loads((folder / "reports" / "report.json").read_text(encoding="utf-8"))
     stages = [StageRecord(**stage) for stage in report["stages"]]
-    if any(stage.modules for stage in stages) and not checkpoint.schemes:
-        raise RecipeError(_no_codes(published.name, published.version, recipe))
+    packed = [name for name, format_ in FORMATS.items() if format_.packs and name != "gguf"]
+    quantised = any(stage.modules for stage in stages)
+    if recipe.export.format == "gguf" or (quantised and recipe.export.format not in packed):
+        made_from = report.get("parent") or {}
+        own = f"{made_from['name']}@{made_from['version']}" if made_from else "a version in one of these"
+        raise RecipeError(
+            f"{published.name}@{published.version} is in the format {recipe.export.format}, from which integers are "
+            f"not read back. Export from {own} ({', '.join(packed)})"
+        )
+    checkpoint = Checkpoint(model)
     return Parent(
         ArtifactRef(path=str(folder), name=published.name, version=published.version, digest=published.model_digest),
         published.digest,
@@ -63,21 +70,18 @@ def open_parent(reference: str, store: Path) -> Parent:
         recipe,
         stages,
         tuple(Event(**event) for event in report["events"] if event["kind"] in OF_MAKING),
-    )
-
-
-def _no_codes(name: str, version: str, recipe: Recipe) -> str:
-    packed = ", ".join(key for key, format_ in FORMATS.items() if format_.packs and key != "gguf")
-    return (
-        f"{name}@{version} is in the format {recipe.export.format}, from which integers are not read back. Export from "
-        f"the version that it was made from, or from one of these formats: {packed}"
+        published.verdict,
     )
 
 
 def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress) -> Plan:
     """The plan of writing `parent` as `recipe.export` says, and judging it: nothing is compressed again."""
-    bare = recipe.model_copy(update={"stages": (), "export": parent.recipe.export})
-    plan = make_plan(bare, store, progress)
+    bare = recipe.model_copy(update={"stages": ()})
+    try:
+        plan = make_plan(bare, store, progress)
+    except RecipeError as error:
+        needed = f"{parent.reference} is judged again, for which its source is needed: "
+        raise RecipeError([needed + each if each.startswith("model.") else each for each in error.mistakes]) from error
     config = {key: value for key, value in parent.checkpoint.config.items() if key != "quantization_config"}
     shape, schemes = Shape(config), parent.checkpoint.schemes
     mistakes = format_mistakes(recipe, shape, schemes)
@@ -85,9 +89,11 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         raise RecipeError(mistakes)
     format_, size = FORMATS[recipe.export.format], plan.stored.itemsize
     packed = format_ if format_.stays_packed(schemes.values()) else predict.Unpacked()
+    per_element = kv_bytes(bare, parent.checkpoint.config, plan.stored)
     return replace(
         plan,
         recipe=recipe,
+        kv_bytes=per_element,
         dimensions=shape.dimensions,
         matrices=shape.matrices,
         parameters_after=shape.parameters,
@@ -95,7 +101,7 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         stored_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, format_),
         resident_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, packed),
         kv_cache_bytes=predict.kv_cache_bytes(
-            shape.dimensions, recipe.export.context, recipe.export.concurrency, kv_bytes(recipe, plan.stored)
+            shape.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
         effective_bits=predict.effective_bits(shape.matrices, schemes, size, format_),
     )

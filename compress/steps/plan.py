@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Plan:
     source_bytes: int
     stored_bytes: int
     resident_bytes: int
+    kv_bytes: int
+    """Of an element of the KV cache."""
     kv_cache_bytes: int
     peak_host_bytes: int
     reload_bytes: int
@@ -127,6 +130,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     format_ = FORMATS[recipe.export.format]
     export_bytes = predict.stored_bytes(last.tensors, last.matrices, schemes, stored.itemsize, format_)
     export_bytes += sum(stage.added_bytes(last.dimensions, stored.itemsize) for stage in recipe.stages)
+    per_element = kv_bytes(recipe, config, stored)
     stays = format_.stays_packed(schemes.values())
     asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
     load = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine)
@@ -135,6 +139,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
+    warned = warnings_of(recipe, config, schemes, last.matrices, architecture, dimensions)
     plan = Plan(
         recipe=recipe,
         config=config,
@@ -156,15 +161,16 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
             stored.itemsize,
             format_ if stays else predict.Unpacked(),
         ),
+        kv_bytes=per_element,
         kv_cache_bytes=predict.kv_cache_bytes(
-            last.dimensions, recipe.export.context, recipe.export.concurrency, kv_bytes(recipe, stored)
+            last.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
         peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
-        warnings=tuple(warnings_of(recipe, schemes, last.matrices, architecture, dimensions) + weak_gates(gate_powers)),
+        warnings=tuple(warned + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),
     )
@@ -173,10 +179,14 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     return plan
 
 
-def kv_bytes(recipe: Recipe, stored: torch.dtype) -> int:
-    """Bytes of an element of the KV cache: of the stored dtype, where no stage prepares for less."""
+def kv_bytes(recipe: Recipe, config: Mapping[str, Any], stored: torch.dtype) -> int:
+    """Bytes of an element of the KV cache: what a stage prepares for, or a model without stages was prepared for; else
+    of the stored dtype."""
     prepared = [stage.kv_bytes for stage in recipe.stages if stage.kv_bytes is not None]
-    return prepared[-1] if prepared else stored.itemsize
+    if prepared:
+        return prepared[-1]
+    scheme = (config.get("quantization_config") or {}).get("kv_cache_scheme")
+    return int(scheme["num_bits"]) // 8 if scheme and not recipe.stages else stored.itemsize
 
 
 def _counts(before: Dimensions, after: Dimensions) -> dict[str, tuple[int, int]]:

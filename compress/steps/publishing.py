@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from compress.artifacts import manifest
+from compress.artifacts import desk, manifest
 from compress.artifacts.manifest import MODEL_FOLDER, Manifest
 from compress.artifacts.verify import verify
-from compress.errors import CompressError, EnvironmentLacksError, RecipeError
+from compress.errors import CompressError, EnvironmentLacksError, RecipeError, RefusedError
 from compress.events import Progress
-from compress.reports.standing import Waiver
+from compress.steps.standing import store_of
 
 _TOKEN_REMEDY = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -33,20 +33,24 @@ class Upload:
         return sum(size for _, size in self.files)
 
 
-def prepare(folder: Path, repo_id: str, private: bool, rejected_too: bool, waivers: Sequence[Waiver] = ()) -> Upload:
+def prepare(folder: Path, repo_id: str, private: bool, rejected_too: bool) -> Upload:
     """What publishing the artifact in `folder` would upload.
 
-    Raises RecipeError for a repository that cannot be named so, and for a version that did not pass, unless
-    `rejected_too` or a waiver says so; ManifestError for a damaged manifest.
+    Raises RecipeError for a repository that cannot be named so; RefusedError for a version that did not pass, unless
+    `rejected_too` says so or waivers that count cover every gate that decides; ManifestError for a damaged manifest.
     """
     _check_id(repo_id)
     read = manifest.read(folder)
     reference = f"{read.name}@{read.version}"
-    if read.verdict != "passed" and not rejected_too and not waivers:
-        raise RecipeError(
-            f"{reference}: its verdict is {read.verdict}, so it is not published; give --rejected-too to do so all the "
-            "same (its model card says what it failed), or publish a version that passed"
-        )
+    if read.verdict != "passed" and not rejected_too:
+        store = store_of(folder, read.name, read.version)
+        open_gates = ["its gates"] if store is None else desk.uncovered(store, read.name, read.version)
+        if open_gates:
+            raise RefusedError(
+                f"{reference}: its verdict is {read.verdict} and no waiver that counts covers {', '.join(open_gates)}, "
+                "so it is not published; give --rejected-too to do so all the same (its model card says what it "
+                "failed), or publish a version that passed"
+            )
     return Upload(reference, read.verdict, folder, repo_id, private, _files(read))
 
 

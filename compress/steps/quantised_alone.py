@@ -125,6 +125,8 @@ def _caveats(plan: Plan) -> list[str]:
     said = []
     if any(stage.training for stage in plan.recipe.stages):
         said.append("This artifact was trained towards the source and the other was not.")
+    if any(scheme.inputs for scheme in plan.schemes.values()):
+        said.append("This artifact rounds inputs too, which costs quality and makes it faster; the other does not.")
     if not FORMATS[plan.recipe.export.format].packs:
         said.append(
             "The other's bytes are those of packed integers, which this artifact's format does not hold; in it both "
@@ -136,7 +138,8 @@ def _caveats(plan: Plan) -> list[str]:
 def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
     """gptq with the settings of the recipe's own, if it has one; else its defaults."""
     own = [stage for stage in plan.recipe.stages if isinstance(stage, Gptq)]
-    fields = own[-1].model_dump(exclude={"bits", "symmetric", "group_size", "ignore", "overrides"}) if own else {}
+    others = {"bits", "symmetric", "group_size", "inputs", "ignore", "overrides"}
+    fields = own[-1].model_dump(exclude=others) if own else {}
     rows = [{"match": name, "group_size": "channel"} for name in best.undivided]
     return Gptq(
         **{**fields, "bits": best.scheme.bits, "group_size": best.scheme.group_size or "channel", "overrides": rows}

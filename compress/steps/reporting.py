@@ -38,9 +38,10 @@ from compress.steps.deciding import Decision
 from compress.steps.environment import provenance
 from compress.steps.judging import Evidence, measured_kv_cache
 from compress.steps.origin import described
-from compress.steps.plan import Plan, kv_bytes
+from compress.steps.parent import Parent
+from compress.steps.plan import Plan
 from compress.steps.prompts import Conversation
-from compress.steps.round_trip import BOUND
+from compress.steps.round_trip import Reloaded
 from compress.steps.source import OpenedSource
 from compress.steps.texts import Texts, calibration_facts
 
@@ -61,7 +62,7 @@ def assemble(
     artifact: ArtifactRef,
     of: JudgedRecord | None = None,
     alone: AlternativeRecord | None = None,
-    parent: ArtifactRef | None = None,
+    parent: Parent | None = None,
 ) -> Report:
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
     a pruned model is compared with, `parent` the version whose codes these are in another format."""
@@ -92,7 +93,7 @@ def assemble(
         provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None) | _made_from(parent),
         seconds_by_step=seconds_by_step,
         artifact=artifact,
-        parent=parent,
+        parent=parent.artifact if parent else None,
         judged=of,
     )
     return report.model_copy(update={"limits": limits(report)})
@@ -112,8 +113,11 @@ def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSour
     )
 
 
-def _made_from(parent: ArtifactRef | None) -> dict[str, Any]:
-    return {"made_from": f"{parent.name}@{parent.version}, model digest {parent.digest}"} if parent else {}
+def _made_from(parent: Parent | None) -> dict[str, Any]:
+    if parent is None:
+        return {}
+    own = f"{parent.reference}, whose own verdict was {parent.verdict}; model digest {parent.artifact.digest}"
+    return {"made_from": own}
 
 
 def _gate(judgement: Judgement) -> GateResult:
@@ -155,7 +159,7 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
         kv_cache=PredictedMeasured(
             predicted=plan.kv_cache_bytes,
             measured=measured_kv_cache(plan, reloaded) if reloaded else None,
-            note=f"measured on {reloaded.prompt_tokens} tokens and scaled" if reloaded else "",
+            note=_cache_note(plan, reloaded) if reloaded else "",
         ),
         context=plan.recipe.export.context,
         concurrency=plan.recipe.export.concurrency,
@@ -171,6 +175,17 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
     )
 
 
+def _cache_note(plan: Plan, reloaded: Reloaded) -> str:
+    """How the cache was measured; where a stage prepares for 8 bits, that the loader's was none."""
+    note = f"measured on {reloaded.prompt_tokens} tokens and scaled"
+    prepared = plan.kv_bytes
+    if prepared != plan.stored.itemsize:
+        note += (
+            f" from the loader's {reloaded.kv_dtype_bytes} bytes an element to {prepared}, which no runtime has held"
+        )
+    return note
+
+
 def _serving(plan: Plan) -> list[ServingPoint]:
     """The KV cache at the export's load, and at contexts up to the longest the model declares, halved five times."""
     export, longest = plan.recipe.export, plan.dimensions.max_context
@@ -179,7 +194,7 @@ def _serving(plan: Plan) -> list[ServingPoint]:
         ServingPoint(
             context=context,
             concurrency=many,
-            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, kv_bytes(plan.recipe, plan.stored)),
+            kv_cache_bytes=kv_cache_bytes(plan.dimensions, context, many, plan.kv_bytes),
         )
         for context in contexts
         for many in sorted({export.concurrency, *CONCURRENCIES})
@@ -195,8 +210,8 @@ def _round_trip(evidence: Evidence) -> RoundTrip | None:
         tokens=reloaded.tokens,
         max_abs_logit_difference=reloaded.max_abs_logit_difference,
         mean_kl=reloaded.mean_kl,
-        bound=BOUND,
-        passed=reloaded.mean_kl <= BOUND,
+        bound=reloaded.bound,
+        passed=reloaded.mean_kl <= reloaded.bound,
     )
 
 

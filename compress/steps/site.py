@@ -25,6 +25,9 @@ from compress.steps.standing import standing_of
 
 LISTING = "site.json"
 """The site for programs; also how a folder is known to be a site that may be written again."""
+OURS = {LISTING, "index.html", "models"}
+"""What lies in a site's folder."""
+MADE_BY = "compress site"
 
 
 def shelves_of(store: Store, progress: Progress) -> list[Shelf]:
@@ -70,11 +73,12 @@ def _entry(store: Store, version: Version) -> Entry:
 
 
 def write_site(shelves: list[Shelf], title: str, out: Path) -> dict[str, Any]:
-    """Write the site beside `out`, then put it in its place: whoever reads meanwhile sees the old one or the new one.
+    """Write the site beside `out`, then put it in its place by two renames: for the moment between them there is none,
+    and who is killed there leaves the old one to be put back by the next run.
 
     Returns what site.json holds. Raises ResourceError for a disk that is full or not writable.
     """
-    document = {"schema": 1, "title": title, "models": listing(shelves)}
+    document = {"schema": 1, "made_by": MADE_BY, "title": title, "models": listing(shelves)}
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,16 +93,22 @@ def write_site(shelves: list[Shelf], title: str, out: Path) -> dict[str, Any]:
                 out.rename(old)
             fresh.rename(out)
         finally:
+            if old.exists() and not out.exists():
+                old.rename(out)
             shutil.rmtree(fresh, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
     return document
 
 
 def _sweep(out: Path) -> None:
-    """Remove what killed processes left beside `out`."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*"):
+    """Remove what killed processes left beside `out`; a site that one of them had moved away is put back."""
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
         found = re.fullmatch(r"\.(\d+)\.(new|old)", path.name.removeprefix(f".{out.name}"))
-        if found and not psutil.pid_exists(int(found[1])):
+        if not found or psutil.pid_exists(int(found[1])):
+            continue
+        if found[2] == "old" and not out.exists():
+            path.rename(out)
+        else:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -111,7 +121,22 @@ def check_place(out: Path, store: Store) -> None:
         raise RecipeError(f"--out {out}: a part of this path is a file; name another folder")
     if not place.exists():
         return
-    if not place.is_dir() or (any(place.iterdir()) and not (place / LISTING).is_file()):
+    if not place.is_dir() or (any(place.iterdir()) and not _is_ours(place / LISTING)):
         raise RecipeError(
-            f"--out {out}: exists and is no site made by this command (there is no {LISTING}); name a new folder"
+            f"--out {out}: exists and is no site made by this command (there is no {LISTING} of its own); name another"
         )
+    strangers = sorted(path.name for path in place.iterdir() if path.name not in OURS)
+    if strangers:
+        raise RecipeError(
+            f"--out {out}: holds {', '.join(strangers[:5])}, which this command did not write, and the folder is "
+            "replaced whole. Name a folder of the site's own, and copy it from there"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a site.json was written here: by this version, or by one that did not sign."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        return document.get("made_by", MADE_BY) == MADE_BY and isinstance(document["models"], list)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False

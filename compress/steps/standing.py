@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from compress.artifacts import desk
 from compress.artifacts.channels import CHANNELS, read
 from compress.artifacts.store import Store
 from compress.errors import CompressError
@@ -45,12 +46,17 @@ def served(store: Store, name: str, label: str) -> Served | None:
 
 def standing_at(folder: Path, name: str, label: str) -> Standing:
     """The same for an artifact named by its folder; a copy that lies in no store stands nowhere."""
-    parents = folder.resolve().parents
-    home = parents[1] if label.startswith("r") else parents[0]
-    inside = folder.resolve().relative_to(home.parent).as_posix()
-    if inside != f"{name}/{f'rejected/{label}' if label.startswith('r') else label}":
-        return Standing()
-    return standing_of(Store(home.parent), name, label)
+    store = store_of(folder, name, label)
+    return Standing() if store is None else standing_of(store, name, label)
+
+
+def store_of(folder: Path, name: str, label: str) -> Store | None:
+    """The store in which a folder is version `label` of `name`; None where it is a copy somewhere else."""
+    inside = Path(name, "rejected", label) if label.startswith("r") else Path(name, label)
+    place, above = folder.resolve(), len(inside.parts) - 1
+    if len(place.parents) <= above or place.relative_to(place.parents[above]) != inside:
+        return None
+    return Store(place.parents[above])
 
 
 def channels(store: Store, name: str) -> list[tuple[str, ChannelMark]]:
@@ -67,7 +73,8 @@ def channels(store: Store, name: str) -> list[tuple[str, ChannelMark]]:
 
 
 def waivers(store: Store, name: str, label: str) -> list[Waiver]:
-    """Every waiver that a version was ever given."""
+    """Every waiver that a version was ever given, and whether it counts today."""
+    counting = {waiver.line for waiver in desk.counting(store, name, label)}
     return [
         Waiver(
             waiver.who,
@@ -75,7 +82,8 @@ def waivers(store: Store, name: str, label: str) -> list[Waiver]:
             waiver.until.date().isoformat(),
             waiver.gates,
             waiver.signed_by or "",
-            waiver.expired(),
+            counts=waiver.line in counting,
+            over=waiver.expired(),
         )
         for waiver in store.waivers(name, label)
     ]

@@ -241,3 +241,21 @@ def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
 
     with pytest.raises(RecipeError, match=r"up_proj has scales up to 1.05e\+06, outside the float16"):
         blocks(codes, Grid(grid.scheme, torch.full_like(grid.scale, 2.0**20), None), "Q4_0", "up_proj")
+
+
+def test_scales_too_small_for_float16_are_an_event(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    random_model("llama", tmp_path / "model", torch.bfloat16, attention_bias=False, mlp_bias=False)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 2.0**-14
+    save_file(tensors, path, {"format": "pt"})
+    stage = RoundToNearest(bits=8, group_size=32)
+    done, _ = apply_stage(stage, tmp_path / "model", tmp_path / "stage", stored=torch.bfloat16)
+
+    written = export(done, tmp_path / "export" / "model", "gguf", torch.bfloat16, 10**9)
+
+    found = [event for event in written.events if event.kind == "scales_rounded"]
+    assert [event.where for event in found] == ["model.layers.0.mlp.up_proj"]
+    assert found[0].data["relative_error"] > 0.01

@@ -128,3 +128,35 @@ def test_what_it_cannot_hold_is_refused_before_work_starts(schemes, shape, reaso
     )
 
     assert reason in sentence
+
+
+def test_zero_points_of_a_checkpoint_that_calls_itself_symmetric_are_not_lost(model, tmp_path):
+    """Others write `sym: true` beside zero points that are not the middle; then it is asymmetric, whatever it says."""
+    from safetensors.torch import save_file
+
+    done, folder = exported(model, tmp_path, bits=4, group_size=32)
+    tensors = load_file(folder / "model.safetensors")
+    odd = "model.layers.0.mlp.up_proj"
+    tensors[f"{odd}.qzeros"] = torch.full_like(tensors[f"{odd}.qzeros"], 0x66666666)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    read = Checkpoint(folder)
+
+    assert not read.schemes[odd].symmetric and read.schemes["model.layers.0.mlp.gate_proj"].symmetric
+    ours = dequantize(*read.codes(odd))
+    assert torch.equal(ours, weight_of(tensors, odd, 4, plus=1))
+    again = export(read, tmp_path / "plain", "plain", torch.float16, 10**9)
+    assert again.bytes and torch.equal(Checkpoint(tmp_path / "plain").dense(odd), ours)
+    assert done.schemes[odd].symmetric
+
+
+def test_older_loaders_find_the_rotary_base_where_they_look_for_it(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 123456.0}
+    random_model("llama", tmp_path / "model", torch.float16, attention_bias=False, mlp_bias=False, rope_parameters=rope)
+    _, folder = exported(tmp_path / "model", tmp_path, bits=4, group_size=32)
+    config = json.loads((folder / "config.json").read_text())
+
+    assert config["rope_theta"] == 123456.0 and config["torch_dtype"] == "float16"
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(folder)
+    assert read.rope_parameters["rope_theta"] == 123456.0

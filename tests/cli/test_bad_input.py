@@ -29,8 +29,8 @@ def test_an_unknown_stage_kind_is_answered_with_the_nearest(recipe, here):
 
     assert ended.code == 2
     assert (
-        "unknown kind 'gtpq'. Did you mean \"gptq\"? Known: structured_prune, sparsify, round_to_nearest, gptq"
-        in ended.err
+        "unknown kind 'gtpq'. Did you mean \"gptq\"? Known: structured_prune, sparsify, smoothquant, awq, "
+        "round_to_nearest, gptq, bitsandbytes" in ended.err
     )
 
 

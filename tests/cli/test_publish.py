@@ -138,3 +138,30 @@ def test_no_network_ends_with_7(here, store, hub):
     hub.raises = ConnectionError("name resolution failed")
     ended = here("publish", "glass-int4", "me/glass", "--store", store)
     assert ended.code == 7 and "cannot be reached" in ended.err
+
+
+def waive(here, store: Path, gate: str) -> None:
+    asked = ("glass-int4", "r0001", "--gate", gate, "--reason", "a demo", "--until", "2099-01-01", "--by", "kim")
+    ended = here("waive", *asked, "--store", store)
+    assert ended.code == 0, ended.err
+
+
+def test_a_waiver_that_counts_lets_a_failed_version_out_and_one_that_does_not_count_does_not(
+    here, rejected, hub, tmp_path
+):
+    store = Path(shutil.copytree(rejected[0], tmp_path / "waived"))
+    asked = ("publish", "glass-int4@r0001", "me/glass", "--store", store, "--dry-run")
+    assert here(*asked).code == 3
+    waive(here, store, "divergence.held-out.mean_kl")
+    assert here(*asked).code == 0
+    # With allowed signers, a waiver that nobody signed does not count.
+    (store / "allowed_signers").write_text("anna@example.org ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAA\n")
+    ended = here(*asked)
+    assert ended.code == 3 and "no waiver that counts covers" in ended.err
+
+
+def test_a_copy_outside_a_store_has_no_waivers(here, rejected, hub, tmp_path):
+    copy = shutil.copytree(rejected[0] / "glass-int4" / "rejected" / "r0001", tmp_path / "r0001")
+    ended = here("publish", copy, "me/glass", "--dry-run")
+    assert ended.code == 3 and "its verdict is failed" in ended.err
+    assert here("report", copy).code == 0

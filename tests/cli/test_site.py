@@ -90,3 +90,48 @@ def test_a_place_below_a_file_is_a_mistake(here, store, tmp_path):
     (tmp_path / "file").write_text("x")
     ended = here("site", store, "--out", tmp_path / "file" / "site")
     assert ended.code == 2 and "a part of this path is a file" in ended.err
+
+
+@pytest.mark.parametrize("name", [".git", "CNAME", "precious.txt"])
+def test_a_site_beside_which_something_else_lies_is_not_written_over(here, store, tmp_path, name):
+    out = tmp_path / "site"
+    assert here("site", store, "--out", out).code == 0
+    (out / name).mkdir() if name == ".git" else (out / name).write_text("x")
+
+    ended = here("site", store, "--out", out)
+
+    assert ended.code == 2 and f"holds {name}, which this command did not write" in ended.err
+    assert (out / name).exists() and (out / "index.html").is_file()
+
+
+def test_another_programs_site_json_makes_no_site(here, store, tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "site.json").write_text('{"name": "my web project"}')
+    ended = here("site", store, "--out", tmp_path / "web")
+    assert ended.code == 2 and "is no site made by this command" in ended.err
+
+
+def test_a_site_that_a_killed_command_had_moved_away_comes_back(here, store, tmp_path, monkeypatch):
+    out, moved = tmp_path / "site", tmp_path / ".site.999999999.old"
+    assert here("site", store, "--out", out).code == 0
+    out.rename(moved)
+    monkeypatch.setattr("compress.steps.site.site", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+
+    ended = here("site", store, "--out", out)
+
+    assert ended.code == 6 and (out / "index.html").is_file() and not moved.exists()
+
+
+def test_a_failed_version_in_a_channel_is_marked_on_the_index(here, store, tmp_path):
+    until = "2099-01-01"
+    asked = ("glass-int4", "r0001", "--gate", "divergence.held-out.mean_kl", "--reason", "a demo", "--until", until)
+    assert here("waive", *asked, "--by", "kim", "--store", store).code == 0
+    promoted = here("promote", "glass-int4", "r0001", "--to", "production", "--store", store)
+    assert promoted.code == 0, promoted.err
+
+    assert here("site", store, "--out", tmp_path / "site").code == 0
+
+    index = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    assert "production: r0001 (failed, waived)" in index
+    listed = json.loads((tmp_path / "site" / "site.json").read_text())["models"][0]["versions"]
+    assert [(each["version"], each["waived"]) for each in listed] == [("v0001", False), ("r0001", True)]

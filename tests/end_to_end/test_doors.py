@@ -153,7 +153,7 @@ def test_an_fp8_cache_is_judged_and_halves_what_the_report_says_of_it(glass_reci
         ([KEPT, {"kind": "kv_cache"}], "gguf", "gguf has no place for scales of a KV cache; compressed-tensors has"),
         ([{"kind": "bitsandbytes", "type": "int8"}, {"kind": "awq"}], "plain", "works on plain weights"),
         ([{**KEPT, "inputs": "int8"}], "compressed-tensors", "int8 inputs go with bits: 8"),
-        ([W8A8], "gptq", "its inputs are not. Formats that can: compressed-tensors, plain"),
+        ([W8A8], "gptq", "its inputs are not. Formats that can: compressed-tensors"),
         ([KEPT, {"kind": "smoothquant"}], "compressed-tensors", "works on plain weights"),
     ],
 )
@@ -192,3 +192,126 @@ def test_a_format_whose_loader_is_not_here_is_judged_and_that_is_said(glass_reci
     assert report["measurements"]["compressed"]["divergence.held-out.mean_kl"] < 0.1
     planned = here("plan", tmp_path / "recipe.yaml")
     assert "its public loader needs no_such_module, not installed here" in planned.out
+
+
+def test_the_dtype_of_an_export_can_be_another(published, here):
+    asked = ("export", "glass-int4@v0001", "--format", "plain", "--set", "export.dtype=bfloat16", "--store", published)
+
+    ended = here(*asked, "--json")
+
+    assert ended.code == 0, ended.err
+    model = newest(published) / "model"
+    assert json.loads((model / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {Checkpoint(model).header(name)[0] for name in Checkpoint(model).names} == {"BF16"}
+
+
+def test_a_child_without_integers_names_its_parent(published, here):
+    here("export", "glass-int4@v0001", "--format", "gguf", "--store", published)
+    version = newest(published).name
+
+    ended = here("export", f"glass-int4@{version}", "--format", "plain", "--store", published)
+
+    assert ended.code == 2 and "Export from glass-int4@v0001 (compressed-tensors, gptq, bitsandbytes)" in ended.err
+
+
+def test_an_export_whose_source_is_gone_says_what_it_is_needed_for(glass_recipe, here, tmp_path):
+    import shutil
+
+    model = shutil.copytree(glass_recipe["model"]["path"], tmp_path / "model")
+    run(here, changed(glass_recipe, model={"path": str(model)}), tmp_path, [KEPT], "compressed-tensors")
+    shutil.rmtree(model)
+
+    ended = here("export", "glass-int4", "--format", "gguf", "--store", tmp_path / "store")
+
+    assert ended.code == 2 and "is judged again, for which its source is needed: model.path" in ended.err
+
+
+def test_an_export_of_a_rejected_run_says_so(glass_recipe, here, tmp_path):
+    gates = [{"kind": "threshold", "measure": "weight_bytes", "max": 780_000}]
+    run(here, glass_recipe, tmp_path, [KEPT], "compressed-tensors", code=3, gates=gates)
+
+    ended = here("export", "glass-int4@r0001", "--format", "gguf", "--store", tmp_path / "store", "--json")
+
+    assert "glass-int4@r0001, whose own verdict was failed" in json.loads(ended.out)["provenance"]["made_from"]
+
+
+def test_scales_of_a_sources_cache_stay_with_the_source(glass_recipe, here, tmp_path):
+    run(here, glass_recipe, tmp_path / "a", [{"kind": "kv_cache", "per": "head"}], "compressed-tensors")
+    source = {"path": str(newest(tmp_path / "a" / "store") / "model")}
+    judged = here("eval", "glass-int4", "--recipe", tmp_path / "a" / "recipe.yaml", "--store", tmp_path / "a" / "store")
+    assert judged.code == 0, judged.err
+
+    report = run(here, changed(glass_recipe, model=source), tmp_path / "b", [KEPT], "gguf")
+
+    assert report["memory"]["kv_cache"]["predicted"] == 2 * kv_bytes_of(tmp_path / "a")
+    planned = here("plan", tmp_path / "b" / "recipe.yaml")
+    assert "scales of an fp8 KV cache are left behind" in planned.out
+    again = run(here, changed(glass_recipe, model=source), tmp_path / "c", [KEPT], "compressed-tensors")
+    assert again["round_trip"]["passed"]
+    model = Checkpoint(newest(tmp_path / "c" / "store") / "model")
+    assert not model.kv_scales and model.config["quantization_config"]["kv_cache_scheme"] is None
+
+
+def kv_bytes_of(folder: Path) -> float:
+    report = json.loads((newest(folder / "store") / "reports" / "report.json").read_text())
+    return report["memory"]["kv_cache"]["predicted"]
+
+
+def test_eval_knows_a_cache_in_fp8(glass_recipe, here, tmp_path):
+    made = run(here, glass_recipe, tmp_path, [KEPT, {"kind": "kv_cache"}], "compressed-tensors")
+
+    judged = here("eval", "glass-int4", "--recipe", tmp_path / "recipe.yaml", "--store", tmp_path / "store", "--json")
+
+    name = "kv_cache_bytes"
+    assert json.loads(judged.out)["measurements"]["compressed"][name] == made["measurements"]["compressed"][name]
+
+
+@pytest.mark.parametrize(
+    "stage", [{"kind": "awq", "group_size": 32}, {"kind": "structured_prune", "mlp_channels": 320}]
+)
+def test_quantised_sources_are_scaled_and_pruned_as_what_they_are_worth(glass_recipe, here, tmp_path, stage):
+    run(here, glass_recipe, tmp_path / "a", [W8A8], "compressed-tensors")
+    source = {"path": str(newest(tmp_path / "a" / "store") / "model")}
+    if stage["kind"] == "structured_prune":
+        stage = {**stage, "compare": False}
+
+    report = run(
+        here, changed(glass_recipe, model=source), tmp_path / "b", [stage, KEPT], "compressed-tensors", gates=LOOSE
+    )
+
+    assert report["round_trip"]["passed"]
+
+
+LOOSE = [{"kind": "threshold", "measure": "divergence.held-out.mean_kl", "max": 9.0}]
+
+
+def test_pruning_and_w8a8_are_compared_with_quantising_alone(glass_recipe, here, tmp_path):
+    stages = [{"kind": "structured_prune", "mlp_channels": 320}, {**W8A8, "kind": "gptq"}]
+
+    report = run(here, glass_recipe, tmp_path, stages, "compressed-tensors", gates=LOOSE)
+
+    assert any("rounds inputs too" in caveat for caveat in report["quantised_alone"]["caveats"])
+
+
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ([{"kind": "smoothquant"}], "nothing quantises after it"),
+        ([{"kind": "smoothquant"}, KEPT], "smoothquant is for inputs: int8"),
+        ([{"kind": "awq", "bits": 3, "group_size": 32}, KEPT], "awq scales for bits 3, group_size 32"),
+    ],
+)
+def test_channels_scaled_for_nobody_are_a_warning(glass_recipe, here, tmp_path, stages, sentence):
+    format_ = "plain" if len(stages) == 1 else "compressed-tensors"
+    export = {"format": format_, "context": 128}
+    path = write_recipe(tmp_path / "recipe.yaml", changed(glass_recipe, stages=stages, export=export))
+
+    ended = here("plan", path, "--store", tmp_path / "store")
+
+    assert ended.code == 0 and sentence in ended.out
+
+
+def test_an_awq_group_that_is_no_number_of_columns_is_refused(glass_recipe, here, tmp_path):
+    stages = [{"kind": "awq", "group_size": 0}, KEPT]
+    ended = here("validate", write_recipe(tmp_path / "recipe.yaml", changed(glass_recipe, stages=stages)))
+    assert ended.code == 2 and "group_size is a number of columns" in ended.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -134,3 +135,40 @@ def test_larger_is_further_right_and_worse_is_higher() -> None:
 def test_one_point_and_points_that_are_not_finite() -> None:
     assert len(places(scatter([Point(1, 0.0, "a", "passed"), Point(2, float("nan"), "b", "passed")], "", ""))) == 1
     assert scatter([], "", "") == "" and scatter([Point(1, float("inf"), "a", "passed")], "", "") == ""
+
+
+def measured_against(source: str, text: str) -> Report:
+    """The example's report, measured against another source or on another text."""
+    report = example_report()
+    sets = [{**item, "digest": text} for item in report.evaluation]
+    provenance = {**report.provenance, "source": {**report.provenance["source"], "digest": source}}
+    return report.model_copy(update={"evaluation": sets, "provenance": provenance})
+
+
+def test_versions_of_another_source_or_text_than_most_stand_in_no_plot() -> None:
+    reports = [("a", "t"), ("a", "t"), ("b", "t"), ("a", "u")]
+    entries = [entry(f"v000{4 - at}", measured_against(*pair)) for at, pair in enumerate(reversed(reports))]
+
+    text = Page(site([Shelf("m", tuple(entries))], "x")["models/m/index.html"]).text
+
+    assert "Without such a number, or measured against another source or on another text: v0004, v0003." in text
+
+
+def test_waivers_that_do_not_count_are_listed_and_wave_nothing() -> None:
+    over = Waiver("kim", "why", "2020-01-01", ("perplexity.x",), "", counts=False, over=True)
+    forged = Waiver("eve", "why", "2099-01-01", ("perplexity.x",), "ssh SHA256:x", counts=False)
+    pages = site([Shelf("m", (entry("r0001", example_report("failed"), standing=Standing((), (over, forged))),))], "x")
+
+    text = Page(pages["models/m/r0001/report.html"]).text
+    assert "2020-01-01 (over)" in text and "2099-01-01 (does not count)" in text
+    assert "Waived, not passed" not in text and "Waived." not in Page(pages["models/m/index.html"]).text
+
+
+def test_labels_of_points_that_lie_together_do_not_lie_on_one_another() -> None:
+    from compress.reports.plots import _LINE, _label_places
+
+    places = _label_places([(100.0, 100.0, 30.0), (101.0, 100.0, 30.0), (102.0, 101.0, 30.0), (400.0, 100.0, 30.0)])
+
+    heights = sorted(height for _, height, _ in places[:3])
+    assert all(high - low >= _LINE for low, high in pairwise(heights))
+    assert places[3][1] == 94.0

@@ -28,7 +28,7 @@ STORED = torch.float16
 def text(glass):
     from transformers import AutoTokenizer
 
-    spec = WindowSpec(data=SelfGenerated(), windows=48, window_tokens=96)
+    spec = WindowSpec(data=SelfGenerated(), windows=96, window_tokens=96)
     return sample_windows(spec, Checkpoint(glass), AutoTokenizer.from_pretrained(glass), 1, CPU, Quiet())
 
 
@@ -246,7 +246,7 @@ def test_text_sampled_from_the_source_is_recorded(glass, solved, text, tmp_path)
     _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
 
     ledger = outcome.facts["self_generated"]
-    assert outcome.facts["windows_training"] == 42 + 4 and outcome.facts["windows_held_out"] == 6
+    assert outcome.facts["windows_training"] == 84 + 4 and outcome.facts["windows_held_out"] == 12
     assert ledger["tokens_obtained"] == 4 * 96
     assert ledger["digest"] != text.digest and len(ledger["digest"]) == 64
 

@@ -116,3 +116,36 @@ def test_recover_trains_scales_under_rounded_inputs(model, tmp_path):
 
     assert trained.schemes == done.schemes
     assert outcome.facts["held_out_kl_after"] <= outcome.facts["held_out_kl_before"]
+
+
+def test_every_linear_runs_on_integers_from_the_moment_it_is_solved(model, tmp_path, monkeypatch):
+    """The walk is held inside a linear's own call: that linear too must go on with integers."""
+    from compress.quantization.inputs import IntegerLinear
+
+    shapes: dict[tuple[int, ...], int] = {}
+    inner = IntegerLinear.__call__
+
+    def counted(self, inputs, bias):
+        shapes[tuple(self.codes.shape)] = shapes.get(tuple(self.codes.shape), 0) + 1
+        return inner(self, inputs, bias)
+
+    monkeypatch.setattr(IntegerLinear, "__call__", counted)
+    apply_stage(Gptq(**W8A8), model, tmp_path / "stage", random_windows(12))
+
+    # Two blocks, a call for each of 12 batches: q and o are 64 x 64, k and v 32 x 64, gate and up 96 x 64.
+    assert shapes == {(64, 64): 2 * 2 * 12, (32, 64): 2 * 2 * 12, (96, 64): 2 * 2 * 12, (64, 96): 2 * 12}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(model, tmp_path):
+    windows = random_windows(12)
+    for folder in ("whole", "cut"):
+        apply_stage(Gptq(**W8A8), model, tmp_path / folder, windows)
+    for path in tmp_path.glob("cut/block-00001.*"):
+        path.unlink()
+
+    apply_stage(Gptq(**W8A8), model, tmp_path / "cut", windows)
+
+    for index in range(2):
+        name = f"block-{index:05d}.safetensors"
+        expected, found = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name

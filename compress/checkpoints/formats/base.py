@@ -110,12 +110,15 @@ def write_folder(
     dtype: torch.dtype,
     shard_bytes: int,
     quantization: Mapping[str, Any] | None,
+    also: Mapping[str, Any] | None = None,
 ) -> Written:
-    """A Hugging Face model folder: safetensors, config.json with its section on quantisation, tokenizer."""
+    """A Hugging Face model folder: safetensors, config.json with its section on quantisation and what else is to be in
+    it (`also`), tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     total = write_sharded(folder, entries, shard_bytes)
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "quantization_config")}
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config |= also or {}
     if quantization:
         config["quantization_config"] = dict(quantization)
     write_json(folder / "config.json", config)

@@ -44,6 +44,8 @@ from compress.quantization.scheme import Scheme
 
 BLOCK = 32
 FILE = "model.gguf"
+ROUNDING = 2.0**-10
+"""What a float16 may be off by, relative, in its normal range."""
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
 
 
@@ -90,7 +92,8 @@ class Gguf(Format):
         del shard_bytes  # One file whatever its size: llama.cpp maps it into memory.
         folder.mkdir(parents=True, exist_ok=True)
         vocabulary = vocabulary_of(source.folder, int(source.config["vocab_size"]))
-        tensors = _tensors(source, dtype)
+        rounded: dict[str, float] = {}
+        tensors = _tensors(source, dtype, rounded)
         with atomic_path(folder / FILE) as temporary:
             _write_file(temporary, metadata(source.config), vocabulary, tensors)
         config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
@@ -100,7 +103,17 @@ class Gguf(Format):
             shutil.copyfile(path, folder / path.name)
         left_out = vocabulary.left_out
         events = [Event("tokenizer_left_out", FILE, left_out)] if left_out else []
+        for module, error in sorted(rounded.items()):
+            message = f"scales are below float16's normal range: up to {100 * error:.2g} % off as they are stored here"
+            events.append(Event("scales_rounded", module, message, {"relative_error": error}))
         return Written(sum(tensor.bytes for tensor in tensors), tuple(events))
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors of a file."""
+    import gguf
+
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(str(path)).tensors)
 
 
 def effective_bits(path: Path) -> float | None:
@@ -128,7 +141,8 @@ class Stored:
         return math.prod(self.shape) * {"F32": 4, "F16": 2, "BF16": 2}.get(self.kind, 1)
 
 
-def _tensors(source: Checkpoint, dtype: torch.dtype) -> list[Stored]:
+def _tensors(source: Checkpoint, dtype: torch.dtype, rounded: dict[str, float]) -> list[Stored]:
+    """Every tensor; modules whose scales lose more than float16's rounding go into `rounded` when they are loaded."""
     names = Names(source)
     found, done = [], set()
     for name in source.names:
@@ -137,7 +151,7 @@ def _tensors(source: Checkpoint, dtype: torch.dtype) -> list[Stored]:
             found.append(_dense(source, names, name, dtype))
         elif module not in done:
             done.add(module)
-            found.append(_blocks(source, names, module))
+            found.append(_blocks(source, names, module, rounded))
     factors = rope_factors(source.config)
     if factors is not None:
         found.append(Stored("rope_freqs.weight", "F32", tuple(factors.shape), factors.numpy))
@@ -158,7 +172,7 @@ def _dense(source: Checkpoint, names: Names, name: str, dtype: torch.dtype) -> S
     return Stored(names.of(name), kind, tuple(shape), load)
 
 
-def _blocks(source: Checkpoint, names: Names, module: str) -> Stored:
+def _blocks(source: Checkpoint, names: Names, module: str, rounded: dict[str, float]) -> Stored:
     scheme = source.schemes[module]
     rows, columns = source.matrix_shape(module)
     kind = str(type_of(scheme))
@@ -167,6 +181,10 @@ def _blocks(source: Checkpoint, names: Names, module: str) -> Stored:
         codes, grid = source.codes(module)
         order = names.order(f"{module}.weight", rows)
         zero = None if grid.zero is None else grid.zero[order]
+        halved = grid.scale.half().float()
+        error = float(((halved - grid.scale.float()).abs() / grid.scale.float().abs()).max())
+        if error > ROUNDING:
+            rounded[module] = error
         return blocks(codes[order], Grid(scheme, grid.scale[order], zero), kind, module).numpy()
 
     return Stored(names.of(f"{module}.weight"), kind, (rows, columns // BLOCK * BLOCK_BYTES[kind]), load)

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compress import __version__
 from compress.architecture import Architecture
 from compress.checkpoints.formats.base import Format, Shapes, Written, entries_of, write_folder
 from compress.checkpoints.reader import Checkpoint
@@ -84,7 +84,20 @@ class GptqLayout(Format):
         if section:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "quantize_config.json", section)
-        return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, section)
+        entries = entries_of(source, dtype, quantised)
+        return write_folder(source, folder, entries, dtype, shard_bytes, section, _older_names(source.config, dtype))
+
+
+def _older_names(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers before 5 reads from other keys: without them auto-gptq's takes a theta of 10000 for every
+    model, and no error. Newer ones read both."""
+    rope = config.get("rope_parameters") or {}
+    older: dict[str, Any] = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if "rope_theta" in rope and "rope_theta" not in config:
+        older["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default" and "rope_scaling" not in config:
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return older
 
 
 def _uneven(schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture) -> bool:
@@ -159,7 +172,7 @@ def quantization_config(schemes: Mapping[str, Scheme], architecture: Architectur
         **({"modules_in_block_to_quantize": [group for group in groups if group]} if kept else {}),
         # GPTQModel's and vLLM's way to leave linears alone; `-:` takes a module out.
         **({"dynamic": {f"-:.*\\.{re.escape(name)}$": {} for name in kept}} if kept else {}),
-        "meta": {"quantizer": [f"compress-models:{__version__}"]},
+        "meta": {"quantizer": [f"compress-models:{metadata.version('compress-models')}"]},
     }
 
 
@@ -173,21 +186,26 @@ def understood(config: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 
 def schemes_in(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """The one scheme, of every packed linear."""
+    """The one scheme, of every packed linear; asymmetric where zero points say so, whatever `sym` says."""
     config = checkpoint.config["quantization_config"]
     size = int(config["group_size"])
-    scheme = Scheme(int(config["bits"]), bool(config.get("sym", True)), None if size < 0 else size)
+    bits, span = int(config["bits"]), None if size < 0 else size
     modules = [name.removesuffix(".qweight") for name in checkpoint.names if name.endswith(".qweight")]
-    return dict.fromkeys(modules, scheme)
+    symmetric = {module: not bool(_zeros_of(checkpoint, module, bits).any()) for module in modules}
+    return {module: Scheme(bits, symmetric[module], span) for module in modules}
 
 
 def codes_of(checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[Tensor, Grid]:
-    """Codes int8 (rows, columns) and grid. Zero points are read even of symmetric checkpoints: some have others."""
-    offset = 1 << (scheme.bits - 1)
-    codes = unpack(checkpoint.read(f"{module}.qweight").T, scheme.bits) - offset
-    stored = unpack(checkpoint.read(f"{module}.qzeros"), scheme.bits).T
-    first = checkpoint.config["quantization_config"].get("checkpoint_format", V1) == V1
-    zero = (stored + first) % (1 << scheme.bits) - offset
+    """Codes int8 (rows, columns) and grid."""
+    codes = unpack(checkpoint.read(f"{module}.qweight").T, scheme.bits) - (1 << (scheme.bits - 1))
     scale = checkpoint.read(f"{module}.scales").T.contiguous()
-    kept = None if scheme.symmetric and not bool(zero.any()) else zero.to(torch.int8)
-    return codes.to(torch.int8), Grid(scheme, scale, kept)
+    zero = None if scheme.symmetric else _zeros_of(checkpoint, module, scheme.bits).to(torch.int8)
+    return codes.to(torch.int8), Grid(scheme, scale, zero)
+
+
+def _zeros_of(checkpoint: Checkpoint, module: str, bits: int) -> Tensor:
+    """Zero points int64 (rows, groups) from the middle of the range: 0 everywhere in a symmetric linear."""
+    stored = unpack(checkpoint.read(f"{module}.qzeros"), bits).T
+    first = checkpoint.config["quantization_config"].get("checkpoint_format", V1) == V1
+    zeros: Tensor = (stored + int(first)) % (1 << bits) - (1 << (bits - 1))
+    return zeros

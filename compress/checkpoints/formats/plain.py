@@ -21,7 +21,7 @@ class Plain(Format):
     transposed_linears = True
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
-        return None
+        return "its values do not say that inputs are rounded" if scheme.inputs else None
 
     def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
         return rows * columns * dtype_bytes

@@ -74,6 +74,9 @@ def channels(store: Store, name: str) -> list[tuple[str, ChannelMark]]:
 
 def waivers(store: Store, name: str, label: str) -> list[Waiver]:
     """Every waiver that a version was ever given, and whether it counts today."""
+    given = store.waivers(name, label)
+    if not given:
+        return []
     counting = {waiver.line for waiver in desk.counting(store, name, label)}
     return [
         Waiver(
@@ -85,5 +88,5 @@ def waivers(store: Store, name: str, label: str) -> list[Waiver]:
             counts=waiver.line in counting,
             over=waiver.expired(),
         )
-        for waiver in store.waivers(name, label)
+        for waiver in given
     ]

@@ -79,19 +79,10 @@ def test_private_is_private_or_nothing_is_uploaded(here, store, hub):
 
 def test_what_failed_is_refused_unless_asked_for(here, rejected, hub):
     refused = here("publish", "glass-int4@r0001", "me/glass", "--store", rejected[0])
-    assert refused.code == 2 and "its verdict is failed" in refused.err and "--rejected-too" in refused.err
+    assert refused.code == 3 and "its verdict is failed" in refused.err and "--rejected-too" in refused.err
     assert hub.calls == []
     assert here("publish", "glass-int4@r0001", "me/glass", "--store", rejected[0], "--rejected-too").code == 0
     assert hub.calls[1][1]["commit_message"].endswith("failed")
-
-
-def test_what_failed_may_go_out_with_a_waiver(rejected):
-    from compress.reports.standing import Waiver
-    from compress.steps.publishing import prepare
-
-    folder = rejected[0] / "glass-int4" / "rejected" / "r0001"
-    waiver = Waiver("kim", "a demo", "2026-05-01", ("divergence.held-out.mean_kl",), "SHA256:abc")
-    assert prepare(folder, "me/glass", False, False, (waiver,)).verdict == "failed"
 
 
 def test_without_a_token_it_ends_with_7_and_the_remedy(here, store, hub, monkeypatch):

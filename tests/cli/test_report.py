@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from compress.artifacts import desk
+from compress.artifacts.store import Store
 from compress.artifacts.verify import verify
 from compress.reports.report import Report
 
 
-def promote(store: Path, version: str, channel: str = "production", **changes: Any) -> None:
-    """The file that a promotion leaves."""
-    folder = store / "glass-int4" / "channels"
-    folder.mkdir(exist_ok=True)
-    facts = {
-        "name": "glass-int4",
-        "channel": channel,
-        "version": version,
-        "path": str(store / "glass-int4" / version),
-        "digest": "ab" * 32,
-        "since": "2026-01-05T10:00:00+00:00",
-        "by": "kim",
-    }
-    (folder / f"{channel}.json").write_text(json.dumps(facts | changes), encoding="utf-8")
+def promote(store: Path, version: str, channel: str = "production") -> None:
+    """Put a version into a channel, in January by kim."""
+    january = datetime(2026, 1, 5, 10, tzinfo=UTC)
+    desk.promote(Store(store), "glass-int4", version, channel, by="kim", now=january)
 
 
 @pytest.fixture
@@ -62,6 +54,7 @@ def test_json_is_the_report_with_its_standing(here, store, asked):
     ended = here("report", "glass-int4", "--store", store, *asked)
     document = json.loads(ended.out)
     standing = document.pop("standing")
+    assert standing.pop("served") is None
     assert standing == {
         "channels": [{"channel": "production", "since": "2026-01-05T10:00:00+00:00", "by": "kim"}],
         "waivers": [],
@@ -76,7 +69,11 @@ def test_with_json_and_out_stdout_has_the_document_and_nothing_else(here, store,
 
 
 def test_a_channel_of_another_version_is_not_shown(here, store):
-    promote(store, "v0002")
+    from tests.artifacts.conftest import overwrite
+
+    promote(store, "v0001")
+    path = store / "glass-int4" / "channels" / "production.json"
+    overwrite(path, path.read_text().replace("v0001", "v0002").encode())
     assert "In channel" not in here("report", "glass-int4", "--store", store).out
 
 
@@ -127,9 +124,11 @@ def test_a_report_that_cannot_be_read_says_what_to_do(here, store, content, says
 
 def test_a_channel_that_cannot_be_read_is_an_error_and_not_no_channel(here, store):
     promote(store, "v0001")
-    (store / "glass-int4" / "channels" / "production.json").write_text("{}")
+    path = store / "glass-int4" / "channels" / "production.json"
+    path.unlink()
+    path.write_text("{}")
     ended = here("report", "glass-int4", "--store", store)
-    assert ended.code == 1 and "production.json: no channel can be read from it" in ended.err
+    assert ended.code == 1 and "production.json: not a channel file" in ended.err
 
 
 def test_a_report_of_before_the_new_keys_is_drawn_too(here, store):

@@ -17,12 +17,12 @@ from .test_report import promote
 @pytest.fixture
 def store(published: tuple[Path, str], rejected, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(published[0], tmp_path / "store"))
+    promote(folder, "v0001")
     shutil.copytree(rejected[0] / "glass-int4" / "rejected", folder / "glass-int4" / "rejected")
     return folder
 
 
 def test_every_version_has_a_row_and_a_report(here, store, tmp_path):
-    promote(store, "v0001")
     ended = here("site", store, "--out", tmp_path / "site", "--title", "Ours")
     assert ended.code == 0 and ended.out == f"1 models, 2 versions: {tmp_path / 'site' / 'index.html'}\n"
     index = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
@@ -122,7 +122,8 @@ def test_a_site_that_a_killed_command_had_moved_away_comes_back(here, store, tmp
     assert ended.code == 6 and (out / "index.html").is_file() and not moved.exists()
 
 
-def test_a_failed_version_in_a_channel_is_marked_on_the_index(here, store, tmp_path):
+def test_a_failed_version_in_a_channel_is_marked_on_the_index(here, rejected, tmp_path):
+    store = Path(shutil.copytree(rejected[0], tmp_path / "store"))
     until = "2099-01-01"
     asked = ("glass-int4", "r0001", "--gate", "divergence.held-out.mean_kl", "--reason", "a demo", "--until", until)
     assert here("waive", *asked, "--by", "kim", "--store", store).code == 0
@@ -134,4 +135,4 @@ def test_a_failed_version_in_a_channel_is_marked_on_the_index(here, store, tmp_p
     index = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     assert "production: r0001 (failed, waived)" in index
     listed = json.loads((tmp_path / "site" / "site.json").read_text())["models"][0]["versions"]
-    assert [(each["version"], each["waived"]) for each in listed] == [("v0001", False), ("r0001", True)]
+    assert [(each["version"], each["waived"]) for each in listed] == [("r0001", True)]

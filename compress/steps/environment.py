@@ -134,14 +134,19 @@ def provenance() -> dict[str, Any]:
         "versions": versions(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "command": shlex.join(sys.argv).encode("utf-8", "backslashreplace").decode(),
-        "working_directory": str(Path.cwd()).encode("utf-8", "backslashreplace").decode(),
-        "user": os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid()),
+        "command": _readable(shlex.join(sys.argv)),
+        "working_directory": _readable(str(Path.cwd())),
+        "user": _readable(os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())),
         "host": platform.node(),
         "processes": parallel.met(),
         "git_of_working_directory": git_state(),
         "code": code_digest(),
     }
+
+
+def _readable(text: str) -> str:
+    """Bytes that are no UTF-8, as escapes: a report that holds them could not be written."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _processor() -> str:

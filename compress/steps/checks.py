@@ -12,7 +12,7 @@ from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.stages import Awq, SmoothQuant, Sparsify
+from compress.stages import Awq, Gptq, SmoothQuant, Sparsify
 from compress.stages.quantize import QuantizeStage
 from compress.stages.smooth import ScalingStage
 from compress.steps.power import Power
@@ -117,6 +117,8 @@ def _scaled_for_nobody(recipe: Recipe) -> list[str]:
             continue
         where, kind = f"stages[{index}]: ", recipe.stages[index].model_dump()["kind"]
         after = next((each for each in recipe.stages[index + 1 :] if isinstance(each, QuantizeStage)), None)
+        if isinstance(stage, Awq) and isinstance(after, Gptq):
+            found.append(where + "awq before gptq was measured to be worse than gptq alone; docs/benchmarks/w8a8.md")
         if after is None:
             found.append(where + f"{kind} changes what quantising costs, and nothing quantises after it")
         elif isinstance(stage, SmoothQuant) and after.inputs != "int8":

@@ -259,3 +259,30 @@ def test_scales_too_small_for_float16_are_an_event(tmp_path):
     found = [event for event in written.events if event.kind == "scales_rounded"]
     assert [event.where for event in found] == ["model.layers.0.mlp.up_proj"]
     assert found[0].data["relative_error"] > 0.01
+
+
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PIECES = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"\u2581": 0, "a": 1, "<0x0A>": 2}, "merges": []}}
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefix"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}, True),
+        ({"normalizer": REPLACE}, False),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}}, True),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"}}, False),
+    ],
+)
+def test_a_sentencepiece_like_tokenizer_says_whether_text_begins_with_a_space(tmp_path, parts, prefix):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**PIECES, **parts}))
+    keys = {key: value for key, value, _ in vocabulary_of(tmp_path, 3).keys}
+
+    assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.add_space_prefix"] is prefix
+    assert keys["tokenizer.ggml.token_type"] == [1, 1, 6]
+
+
+def test_a_sentencepiece_like_tokenizer_that_changes_text_is_left_out(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**PIECES, "normalizer": {"type": "Lowercase"}}))
+    assert "does not prepare text" in vocabulary_of(tmp_path, 3).left_out

@@ -14,6 +14,7 @@ from typing import Any
 
 Key = tuple[str, Any, str]
 """Key, value, and which of the writer's `add_` functions takes it."""
+SPACE = "\u2581"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPLITS = (
@@ -52,9 +53,11 @@ def vocabulary_of(folder: Path, size: int) -> Vocabulary:
     if model.get("type") != "BPE":
         return _none(folder, f"tokenizers of type {model.get('type')} are not written here, BPE ones are")
     if model.get("byte_fallback"):
-        kind, pre = "llama", "default"
+        kind, pre, prefix = "llama", "default", _space_prefix(content)
+        if prefix is None:
+            return _none(folder, "llama.cpp does not prepare text as its tokenizer does before it looks for pieces")
     else:
-        kind, pre = "gpt2", _pre_tokenizer(content.get("pre_tokenizer"))
+        kind, pre, prefix = "gpt2", _pre_tokenizer(content.get("pre_tokenizer")), None
         if not pre:
             return _none(folder, "llama.cpp has no name for how its tokenizer splits text into words")
     if content.get("normalizer") and kind == "gpt2" and content["normalizer"].get("type") != "NFC":
@@ -69,6 +72,7 @@ def vocabulary_of(folder: Path, size: int) -> Vocabulary:
         ("tokenizer.ggml.token_type", types, "array"),
     ]
     if kind == "llama":
+        keys.append(("tokenizer.ggml.add_space_prefix", bool(prefix), "bool"))
         keys.append(("tokenizer.ggml.scores", _scores(content, tokens), "array"))
     return Vocabulary(tuple(keys), folder, merges=kind == "gpt2")
 
@@ -92,6 +96,22 @@ def _pre_tokenizer(pre: Any) -> str:
         pattern = str((steps[0].get("pattern") or {}).get("Regex", ""))
         return next((name for part, name in _SPLITS if part in pattern), "")
     return ""
+
+
+def _space_prefix(content: dict[str, Any]) -> bool | None:
+    """Whether a SentencePiece-like tokenizer puts a space before a text, as its normaliser or its splitting says; None
+    where it does something else to text than to write spaces as \u2581."""
+    normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    prefix = False
+    for step in steps:
+        if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
+            prefix = True
+        elif step.get("type") != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
+            return None
+    if pre.get("type") == "Metaspace" and pre.get("replacement", SPACE) == SPACE:
+        return prefix or pre.get("prepend_scheme", "always") != "never"
+    return prefix if not pre and steps else None
 
 
 def _tokens(content: dict[str, Any], size: int, kind: str) -> tuple[list[str], list[int]]:

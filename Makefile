@@ -83,6 +83,7 @@ unit: demo-model glass  ## pytest, the whole suite
 
 loaders: demo-model  ## what we write, loaded by GPTQModel, auto-gptq and llama.cpp (heavy: builds .loaders/)
 	$(BIN)/python scripts/loaders/run.py
+	$(BIN)/python scripts/loaders/gguf_tokenizers.py
 
 format: install  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -35,16 +35,6 @@ class Format(Protocol):
         """Bytes of any other tensor."""
 
 
-class Unpacked:
-    """Every tensor in the stored dtype."""
-
-    def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
-        return rows * columns * dtype_bytes
-
-    def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
-        return math.prod(shape) * dtype_bytes
-
-
 def stored_bytes(
     parameters: dict[str, tuple[int, ...]],
     matrices: dict[str, tuple[int, int]],

@@ -7,22 +7,19 @@ reach the threshold in 16 bits. Sources: Dettmers et al., arXiv 2305.14314 (NF4)
 
 from __future__ import annotations
 
-import time
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.checkpoints.formats.bitsandbytes import RANGE, nested_scales, require
 from compress.checkpoints.formats.bitsandbytes import unpack as unpacked
-from compress.events import Event
 from compress.quantization.gptq import relative_error
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
-from compress.stages.data_free import each_block, record_of
+from compress.stages.data_free import quantise_each
 from compress.stages.quantize import checked_pattern, groups_that_do_not_divide, matches, patterns_that_match_nothing
 
 
@@ -62,38 +59,20 @@ class BitsAndBytesStage(Stage):
         ]
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
-        return {module: self.scheme for module in shapes if not self._ignores(module)}
-
-    def _ignores(self, module: str) -> bool:
-        return any(matches(pattern, module) for pattern in self.ignore)
+        found = {module: self.scheme_of(module) for module in shapes}
+        return {module: scheme for module, scheme in found.items() if scheme is not None}
 
     def apply(self, context: StageContext) -> StageOutcome:
-        seconds = {"solve": 0.0, "write": 0.0}
-        modules, events = each_block(context, "bitsandbytes", lambda index: self._block(context, index, seconds))
-        return StageOutcome(modules, events, seconds)
+        return quantise_each(context, self.kind, self.scheme_of, _quantised)
 
-    def _block(self, context: StageContext, index: int, seconds: dict[str, float]) -> dict[str, Any]:
-        source = context.source
-        prefix = source.architecture.block_name(index)
-        names = [f"{prefix}.{name}" for name in source.architecture.linears]
-        quantised, records = {}, []
-        for module in names:
-            if self._ignores(module):
-                continue
-            started = time.perf_counter()
-            weight = source.matrix(module).to(context.device).float()
-            codes, grid = quantised[module] = quantise(weight, self.scheme)
-            error = relative_error(weight, dequantize(codes, grid), None)
-            spent = time.perf_counter() - started
-            seconds["solve"] += spent
-            records.append(record_of(module, index, self.scheme, tuple(weight.shape), error, spent))
-        kept = [Event("module_kept", module, "left in its source precision: the recipe ignores it") for module in names]
-        events = [event.to_json() for event in kept if event.where not in quantised]
-        started = time.perf_counter()
-        record = {"modules": records, "events": events}
-        context.output.write_block(source, index, quantised, record)
-        seconds["write"] += time.perf_counter() - started
-        return record
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The stage's scheme, or None for a linear that is ignored."""
+        return None if any(matches(pattern, module) for pattern in self.ignore) else self.scheme
+
+
+def _quantised(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid, float]:
+    codes, grid = quantise(weight, scheme)
+    return codes, grid, relative_error(weight, dequantize(codes, grid).to(weight.device), None)
 
 
 def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
@@ -101,7 +80,7 @@ def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid]:
     functional = require()
     rows, columns = weight.shape
     if scheme.grid == "int":
-        codes, absmax, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        codes, absmax, _ = functional.int8_vectorwise_quant(weight.half())
         return codes.cpu(), Grid(scheme, (absmax.float() / RANGE).view(rows, 1).cpu(), None)
     packed, state = functional.quantize_4bit(
         weight.contiguous(), blocksize=scheme.group_size, quant_type=scheme.grid, compress_statistics=False

@@ -15,6 +15,7 @@ from compress.errors import nearest
 from compress.events import Event
 from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.stages.base import Shapes, Stage
+from compress.stages.data_free import kept
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 BitsOrPlanned = Literal[2, 3, 4, 5, 6, 8, "planned"]
@@ -166,11 +167,7 @@ class QuantizeStage(Stage):
 
     def kept_events(self, modules: list[str]) -> list[Event]:
         """One event for each linear that stays in its source precision."""
-        return [
-            Event("module_kept", module, "left in its source precision: the recipe ignores it")
-            for module in modules
-            if self.scheme_of(module) is None
-        ]
+        return [kept(module) for module in modules if self.scheme_of(module) is None]
 
 
 def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str], shapes: Shapes) -> list[str]:

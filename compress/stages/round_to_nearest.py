@@ -6,14 +6,16 @@ With `scales: mse` the grid itself is fitted to the weights (range shrunk where 
 
 from __future__ import annotations
 
-import time
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from compress.quantization.gptq import rounded
+from compress.quantization.grid import Grid
+from compress.quantization.scheme import Scheme
 from compress.stages.base import StageContext, StageOutcome
-from compress.stages.data_free import each_block, record_of
+from compress.stages.data_free import quantise_each
 from compress.stages.quantize import QuantizeStage
 
 
@@ -24,31 +26,8 @@ class RoundToNearest(QuantizeStage):
     scales: Literal["minmax", "mse"] = Field(default="mse", description="how scales are chosen")
 
     def apply(self, context: StageContext) -> StageOutcome:
-        return self.planned(context.source)._round(context)
-
-    def _round(self, context: StageContext) -> StageOutcome:
-        seconds = {"solve": 0.0, "write": 0.0}
-        modules, events = each_block(context, "round_to_nearest", lambda index: self._block(context, index, seconds))
-        return StageOutcome(modules, events, seconds)
-
-    def _block(self, context: StageContext, index: int, seconds: dict[str, float]) -> dict[str, Any]:
-        source = context.source
-        prefix = source.architecture.block_name(index)
-        names = [f"{prefix}.{name}" for name in source.architecture.linears]
-        quantised, records = {}, []
-        for module in names:
-            scheme = self.scheme_of(module)
-            if scheme is None:
-                continue
-            started = time.perf_counter()
-            weight = source.matrix(module).to(context.device).float()
+        def quantise(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Grid, float]:
             solution = rounded(weight, None, scheme, context.stored, self.scales)
-            quantised[module] = (solution.codes, solution.grid)
-            spent = time.perf_counter() - started
-            seconds["solve"] += spent
-            records.append(record_of(module, index, scheme, tuple(weight.shape), solution.error, spent))
-        started = time.perf_counter()
-        record = {"modules": records, "events": [event.to_json() for event in self.kept_events(names)]}
-        context.output.write_block(source, index, quantised, record)
-        seconds["write"] += time.perf_counter() - started
-        return record
+            return solution.codes, solution.grid, solution.error
+
+        return quantise_each(context, self.kind, self.planned(context.source).scheme_of, quantise)

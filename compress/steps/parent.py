@@ -88,7 +88,7 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
     if mistakes:
         raise RecipeError(mistakes)
     format_, size = FORMATS[recipe.export.format], plan.stored.itemsize
-    packed = format_ if format_.stays_packed(schemes.values()) else predict.Unpacked()
+    packed = format_ if format_.stays_packed(schemes.values()) else FORMATS["plain"]
     per_element = kv_bytes(bare, parent.checkpoint.config, plan.stored)
     return replace(
         plan,

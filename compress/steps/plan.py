@@ -159,7 +159,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
             last.matrices,
             schemes,
             stored.itemsize,
-            format_ if stays else predict.Unpacked(),
+            format_ if stays else FORMATS["plain"],
         ),
         kv_bytes=per_element,
         kv_cache_bytes=predict.kv_cache_bytes(

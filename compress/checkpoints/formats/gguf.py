@@ -166,7 +166,7 @@ def _dense(source: Checkpoint, names: Names, name: str, dtype: torch.dtype) -> S
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[kept]
 
     def load() -> Any:
-        value = cast(names.ordered(name, names.shifted(name, source.read(name))), kept, name).contiguous()
+        value = cast(names.ordered(name, source.read(name)), kept, name).contiguous()
         return value.view(torch.int16).numpy() if kept is torch.bfloat16 else value.numpy()
 
     return Stored(names.of(name), kind, tuple(shape), load)

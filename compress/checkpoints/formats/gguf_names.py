@@ -77,11 +77,6 @@ class Names:
     def ordered(self, name: str, tensor: Tensor) -> Tensor:
         return tensor[self.order(name, tensor.shape[0])] if self.llama else tensor
 
-    def shifted(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor as llama.cpp's graph multiplies with it; of the architectures here, as it is."""
-        del name
-        return tensor
-
 
 def metadata(config: Mapping[str, Any]) -> list[tuple[str, Any, str]]:
     """(key, value, type) of a model's sizes."""

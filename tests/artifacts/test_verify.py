@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from compress.artifacts import verify as module
-from compress.artifacts.verify import BrokenSafetensors, non_finite_counts, read_header, verify
+from compress.artifacts import verify_safetensors as module
+from compress.artifacts.verify import verify
+from compress.artifacts.verify_safetensors import BrokenSafetensors, non_finite_counts, read_header
 
 from .conftest import overwrite, shard
 

@@ -66,6 +66,7 @@ class Checkpoint:
             self._index(path)
         self._missing_prefix = self._detect_missing_prefix()
         self._layout = self._find_layout()
+        self._unpacked: tuple[str, tuple[Tensor, Grid]] | None = None
         if self._layout:
             self.schemes.update(self._layout.schemes_in(self))
 
@@ -198,7 +199,10 @@ class Checkpoint:
         """Codes int8 (rows, columns) and grid of a quantised linear."""
         scheme = self.schemes[module]
         if self._layout:
-            return self._layout.codes_of(self, module, scheme)
+            # Whoever writes a linear again asks for its shape, codes and scales in turn: unpack it once.
+            if self._unpacked is None or self._unpacked[0] != module:
+                self._unpacked = module, self._layout.codes_of(self, module, scheme)
+            return self._unpacked[1]
         zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
         nested = None
         if scheme.nested:

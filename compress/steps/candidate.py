@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Candidate:
     calibration_digest: str | None = None
     """Of the windows it was calibrated on, as its manifest recorded it."""
     loader_lacks: tuple[str, ...] = ()
-    """Packages without which its public loader cannot load it; `folder` is then a copy with the weights written out."""
+    """Packages without which its public loader cannot load it."""
     effective_bits: float | None = None
     """Of a .gguf, whose tensors are not looked at here."""
     events: tuple[Event, ...] = field(default=())
@@ -82,11 +83,16 @@ class Candidate:
         """Whether our reading and its loader's can be held against each other to rounding."""
         return self.checkpoint.folder == self.folder and not self.loader_lacks
 
+    @cached_property
+    def loadable(self) -> Path:
+        """What writes text: the folder, or a copy of the cache with the weights written out where its loader is not
+        here. Made when it is first asked for."""
+        return _written_out(self.checkpoint) if self.loader_lacks else self.folder
+
     @property
     def artifact(self) -> ArtifactRef:
         """How a report refers to it."""
-        where = self.files.folder if self.files else self.folder
-        return ArtifactRef(path=str(where), name=self.name, version=self.version, digest=self.digest)
+        return ArtifactRef(path=str(self.folder), name=self.name, version=self.version, digest=self.digest)
 
     def calibrated(self, recipe: Recipe) -> Recipe:
         """The recipe with the calibration text of this model, so that overlap is looked for where it could be."""
@@ -111,9 +117,8 @@ def exported(folder: Path, stored_bytes: int, progress: Progress) -> Candidate:
         )
     checkpoint = Checkpoint(folder)
     lacks = _lacks(checkpoint)
-    runs = _written_out(checkpoint) if lacks else folder
     return Candidate(
-        "export", runs, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={}, loader_lacks=lacks
+        "export", folder, checkpoint, checkpoint, checkpoint.weight_bytes, "", recorded={}, loader_lacks=lacks
     )
 
 
@@ -188,7 +193,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
     lacks = () if is_gguf else _lacks(files)
     return Candidate(
         noun="judged model",
-        folder=_written_out(files) if lacks else source.folder,
+        folder=source.folder,
         loader_lacks=lacks,
         checkpoint=measured,
         files=None if is_gguf else files,

@@ -31,7 +31,7 @@ def time_both(
         return replace(evidence, events=(*evidence.events, Event("latency_skipped", "latency", message)))
     machine = plan.machine
     with progress.task("time of both models", 1) as advance:
-        folders: tuple[Path, Path] = (reference.source.folder, candidate.folder)
+        folders: tuple[Path, Path] = (reference.source.folder, candidate.loadable)
         models = [load_model(folder, machine.device, machine.compute) for folder in folders]
         turns = take_turns(spec, models[0], models[1], plan.dimensions.vocabulary)
         advance("")

@@ -98,7 +98,8 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         matrices=shape.matrices,
         parameters_after=shape.parameters,
         schemes=schemes,
-        stored_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, format_),
+        stored_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, format_)
+        + format_.added_bytes(config),
         resident_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, packed),
         kv_cache_bytes=predict.kv_cache_bytes(
             shape.dimensions, recipe.export.context, recipe.export.concurrency, per_element

@@ -129,6 +129,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         raise RecipeError(mistakes)
     format_ = FORMATS[recipe.export.format]
     export_bytes = predict.stored_bytes(last.tensors, last.matrices, schemes, stored.itemsize, format_)
+    export_bytes += format_.added_bytes(last.config)
     export_bytes += sum(stage.added_bytes(last.dimensions, stored.itemsize) for stage in recipe.stages)
     per_element = kv_bytes(recipe, config, stored)
     stays = format_.stays_packed(schemes.values())
@@ -137,6 +138,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     trainings = trainings_of(recipe, shapes, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
     disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
+    disk += format_.reading_bytes(last.parameters)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
     warned = warnings_of(recipe, config, schemes, last.matrices, architecture, dimensions)

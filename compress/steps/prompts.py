@@ -75,7 +75,7 @@ def ask_candidate_prompts(
             f"prompts: the tokenizer or chat template of {candidate.folder} gives other prompts than the source's, so "
             "the answers cannot be compared"
         )
-    answers = _write(plan, candidate.folder, tokenizer, requests, progress, f"the {candidate.noun}'s answers")
+    answers = _write(plan, candidate.loadable, tokenizer, requests, progress, f"the {candidate.noun}'s answers")
     return Conversation(asked.spec, asked.prompts, requests, template, asked.source, tuple(answers), asked.events)
 
 

@@ -213,7 +213,7 @@ def ask_candidate(
     """
     if not tasks.prepared:
         return evidence
-    folder, label = candidate.folder, f"the {candidate.noun}'s answers"
+    folder, label = candidate.loadable, f"the {candidate.noun}'s answers"
     tokenizer = candidate.tokenizer or load_tokenizer(folder)
     check_same_prompts(str(folder), tokenizer, tasks, plan.recipe.seed)
     model = Model(folder, candidate.checkpoint, tokenizer, plan.machine, progress, label)

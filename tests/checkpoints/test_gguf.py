@@ -286,3 +286,25 @@ def test_a_sentencepiece_like_tokenizer_says_whether_text_begins_with_a_space(tm
 def test_a_sentencepiece_like_tokenizer_that_changes_text_is_left_out(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({**PIECES, "normalizer": {"type": "Lowercase"}}))
     assert "does not prepare text" in vocabulary_of(tmp_path, 3).left_out
+
+
+def test_llama_3s_rope_is_read_back_and_its_factors_are_counted(tmp_path):
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    }
+    done, path, written = exported(tmp_path, {"bits": 8}, rope_parameters=rope)
+    (tmp_path / "read").mkdir()
+    convert(path, tmp_path / "read", path.parent)
+    windows = random_windows(count=2, tokens=48)
+
+    assert FORMATS["gguf"].added_bytes(done.config) == 4 * 8
+    assert tensors_of(path)["rope_freqs.weight"].data.tolist() == rope_factors(done.config).tolist()
+    torch.testing.assert_close(
+        our_logits(tmp_path / "read", windows), our_logits(done.folder, windows), atol=2e-2, rtol=2e-2
+    )
+    assert written.bytes == sum(int(tensor.n_bytes) for tensor in tensors_of(path).values())

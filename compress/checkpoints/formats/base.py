@@ -85,6 +85,16 @@ class Format(ABC):
         """Bytes of a tensor that is not quantised."""
         return int(torch.Size(shape).numel()) * dtype_bytes
 
+    def added_bytes(self, config: Mapping[str, Any]) -> int:
+        """Bytes of tensors that the files have and the model has not."""
+        del config
+        return 0
+
+    def reading_bytes(self, parameters: int) -> int:
+        """Bytes of the cache that it takes to read the files back."""
+        del parameters
+        return 0
+
     def stays_packed(self, schemes: Iterable[Scheme]) -> bool:
         """Whether transformers keeps such linears packed once it has loaded them."""
         del schemes

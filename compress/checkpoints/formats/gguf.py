@@ -88,6 +88,13 @@ class Gguf(Format):
     def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
         return math.prod(shape) * (4 if len(shape) == 1 else dtype_bytes)
 
+    def added_bytes(self, config: Mapping[str, Any]) -> int:
+        factors = rope_factors(config)
+        return 0 if factors is None else 4 * factors.numel()
+
+    def reading_bytes(self, parameters: int) -> int:
+        return 4 * parameters  # transformers' reader gives float32
+
     def write(self, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> Written:
         del shard_bytes  # One file whatever its size: llama.cpp maps it into memory.
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,7 @@ from compress.artifacts import history, manifest, signing, waivers
 from compress.artifacts.allowed import Cover, cover, whole
 from compress.artifacts.lines import Draft
 from compress.artifacts.manifest import ManifestError
-from compress.artifacts.store import Store
+from compress.artifacts.store import Store, Version
 from compress.artifacts.waivers import Waiver, WaiverValue
 from compress.artifacts.words import not_utf8
 from compress.errors import RecipeError
@@ -43,43 +44,63 @@ def waive(
     if found.verdict == "passed" and not failed:
         raise RecipeError(f"{version.reference} passed every gate: there is nothing to waive")
     signers = waivers.signers_of(store.root)
-    mistakes = not_utf8(("--by", by), ("--reason", reason))
-    keys: tuple[str, ...] = _told(mistakes, lambda: waivers.named_gates(failed, gates), ())
-    ends = _told(mistakes, lambda: waivers.read_until(until, moment), moment)
-    if not reason.strip():
-        mistakes.append("--reason: say why; whoever reads this in a year knows nothing else")
-    if sign_with and gpg_key:
-        mistakes.append("--sign-with and --gpg-key: one signature is enough; give one of them")
-    signed_by = _told(mistakes, lambda: _key(sign_with, gpg_key), None)
-    if signers and signed_by is not None and not signed_by.startswith("ssh "):
-        mistakes.append(f"{signers} lists who may waive here; sign with one of these keys: --sign-with KEY")
-    if mistakes or signed_by is None:
-        raise RecipeError(mistakes)
-    value = WaiverValue(
-        name=name,
-        version=version.label,
-        digest=found.digest,
-        gates=keys,
-        reason=reason.strip(),
-        until=ends,
-        by=by or history.whoever(),
-        at=moment,
-        signed_by=signed_by,
-    )
-    signature = _sign(value.signed_bytes(), sign_with, signed_by)
+    asked = _Asked(tuple(gates), reason, until, by, sign_with, gpg_key)
+    value = _value(asked, version, found.digest, failed, signers, moment)
+    signature = _sign(value.signed_bytes(), sign_with, value.signed_by)
     _refuse_unlisted(value, signature, signers)
     draft = Draft(
         event="waived",
         who=value.by,
         version=version.label,
         digest=found.digest,
-        detail=f"{', '.join(keys)} until {ends:%Y-%m-%d}: {value.reason}",
+        detail=f"{', '.join(value.gates)} until {value.until:%Y-%m-%d}: {value.reason}",
         waiver=value.model_dump(mode="json"),
         signature=signature,
     )
     with store.locked(name) as past:
         line = history.append(store.home(name), past, [draft], at=moment)[0]
     return next(waiver for waiver in store.waivers(name, version.label) if waiver.line == line.seq)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What somebody gave for a waiver, unchecked."""
+
+    gates: tuple[str, ...]
+    reason: str
+    until: str
+    by: str | None
+    sign_with: Path | None
+    gpg_key: str | None
+
+
+def _value(
+    asked: _Asked, version: Version, digest: str, failed: Sequence[waivers.Gate], signers: Path | None, moment: datetime
+) -> WaiverValue:
+    """What will be signed. Raises RecipeError with every mistake together."""
+    mistakes = not_utf8(("--by", asked.by), ("--reason", asked.reason))
+    keys: tuple[str, ...] = _told(mistakes, lambda: waivers.named_gates(failed, asked.gates), ())
+    ends = _told(mistakes, lambda: waivers.read_until(asked.until, moment), moment)
+    if not asked.reason.strip():
+        mistakes.append("--reason: say why; whoever reads this in a year knows nothing else")
+    if asked.sign_with and asked.gpg_key:
+        mistakes.append("--sign-with and --gpg-key: one signature is enough; give one of them")
+    signed_by = _told(mistakes, lambda: _key(asked.sign_with, asked.gpg_key), None)
+    if signers and signed_by is not None and not signed_by.startswith("ssh "):
+        mistakes.append(f"{signers} lists who may waive here; sign with one of these keys: --sign-with KEY")
+    if mistakes or signed_by is None:
+        raise RecipeError(mistakes)
+    return WaiverValue(
+        name=version.name,
+        version=version.label,
+        digest=digest,
+        gates=keys,
+        reason=asked.reason.strip(),
+        until=ends,
+        by=asked.by or history.whoever(),
+        at=moment,
+        signed_by=signed_by,
+    )
 
 
 def counting(store: Store, name: str, label: str, now: datetime | None = None) -> list[Waiver]:

@@ -20,7 +20,7 @@ from compress.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestError
 from compress.artifacts.recovery import pending, unrecorded
 from compress.artifacts.store import Store
 from compress.artifacts.verify import VerifyResult, verify
-from compress.errors import CompressError, EnvironmentLacksError
+from compress.errors import CompressError, EnvironmentLacksError, RecipeError
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,15 @@ def audit_channel(store: Store, name: str, channel: str) -> VerifyResult:
     home = store.home(name)
     with read_lock(home / LOCK):
         state = channels.state(home, history.read(home), channel)
-        folder = store.find(f"{name}@{channel}")
-    result = verify(folder)
+        held = store.promoted(name, channel)
+    if held is None:
+        raise RecipeError(f'Nothing of "{name}" was ever promoted to {channel}; `compress promote` does.')
+    result = verify(held.path)
     about: list[str] = []
     if state.wrong and not state.interrupted:
         about.append(state.wrong)
-    if state.held and (found := _manifest(Version(name, state.held.version or "", folder))):
-        where = f"{channels.FOLDER}/{channel}.json"
-        if found.digest != state.held.digest:
-            about.append(
-                f"{where}: line {state.held.seq} of the history put {state.held.version} there with the digest "
-                f"{state.held.digest}; what is there has {found.digest}"
-            )
+    if (found := _manifest(held)) and (wrong := channels.other_bytes(state, channel, found)):
+        about.append(wrong)
     return replace(result, problems=(*about, *result.problems))
 
 

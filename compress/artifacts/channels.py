@@ -24,7 +24,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from compress.artifacts.history import History
 from compress.artifacts.layout import make_folder, refuse_link, relative_path
 from compress.artifacts.lines import MOVED, Line
-from compress.artifacts.manifest import Pin, Sha256
+from compress.artifacts.manifest import Manifest, Pin, Sha256
 from compress.errors import CompressError, RecipeError, nearest
 from compress.files import flush, write_text
 
@@ -182,6 +182,16 @@ def refuse_wrong(home: Path, history: History, channel: str, label: str) -> None
         raise CompressError(f"{home.name}/{found.wrong}")
     if found.held is None or found.held.version != label:
         raise CompressError(f"{home.name}: {channel} was changed by somebody else just now; look again, then repeat")
+
+
+def other_bytes(state: State, channel: str, found: Manifest) -> str:
+    """What is wrong if the version that a channel leads to has another digest than the one promoted; else empty."""
+    if state.held is None or found.digest == state.held.digest:
+        return ""
+    return (
+        f"{FOLDER}/{channel}.json: line {state.held.seq} of the history put {state.held.version} there with the digest "
+        f"{state.held.digest}; what is there has {found.digest}"
+    )
 
 
 def strangers(home: Path) -> list[str]:

@@ -30,11 +30,11 @@ from compress.artifacts.dedupe import make_read_only, share
 from compress.artifacts.history import History
 from compress.artifacts.layout import LOCK, NAME_RULE, REJECTED, STAGING, Version, make_folder, refuse_link
 from compress.artifacts.lines import Draft, Event, Line
-from compress.artifacts.locks import file_lock, try_lock
+from compress.artifacts.locks import file_lock, read_lock, try_lock
 from compress.artifacts.manifest import MANIFEST_NAME, Manifest, Verdict
 from compress.artifacts.recovery import made_draft, reconcile
 from compress.artifacts.waivers import Waiver
-from compress.errors import RecipeError, ResourceError, nearest
+from compress.errors import CompressError, RecipeError, ResourceError, nearest
 from compress.files import disk_errors, flush
 
 __all__ = ["NAME_RULE", "Reservation", "Store", "Version", "Waiver", "check_writable"]
@@ -255,7 +255,7 @@ class Store:
         """The folder of NAME (its newest published version), NAME@v0003, NAME@r0001, NAME@production, or of a path.
 
         A path (it has a slash, or is absolute) may lie anywhere: it is only read. Raises RecipeError with the nearest
-        known name or version when there is none.
+        known name or version when there is none, CompressError when a channel is not what the history says.
         """
         if "/" in reference or os.sep in reference:
             return _artifact_at(Path(reference))
@@ -264,10 +264,7 @@ class Store:
         if not versions:
             raise RecipeError(f'There is no "{name}" in the store {self.root}.{nearest(name, self.names())}')
         if label in channels.CHANNELS:
-            held = self.promoted(name, label)
-            if held is None:
-                raise RecipeError(f'Nothing of "{name}" was ever promoted to {label}; `compress promote` does.')
-            return held.path
+            return self._released(name, label).path
         if label:
             return layout.choose(versions, name, label).path
         published = [version for version in versions if not version.rejected]
@@ -276,6 +273,24 @@ class Store:
                 f'No version of "{name}" has passed its gates. The newest rejected run is {versions[-1].reference}.'
             )
         return published[-1].path
+
+    def _released(self, name: str, channel: str) -> Version:
+        """What a channel holds, if its file and the version are those that the history tells of."""
+        home = self.home(name)
+        with read_lock(home / LOCK):
+            state = channels.state(home, history_.read(home), channel)
+            held = self.promoted(name, channel)
+        wrong = "" if state.interrupted else state.wrong
+        if held is None and not wrong:
+            raise RecipeError(f'Nothing of "{name}" was ever promoted to {channel}; `compress promote` does.')
+        if held is not None and not wrong:
+            wrong = channels.other_bytes(state, channel, manifest.read(held.path))
+        if held is None or wrong:
+            raise CompressError(
+                f"{name}/{wrong}. `compress verify {name}@{channel}` tells more; to use a version all "
+                f"the same, name it as {name}@v0003"
+            )
+        return held
 
     def home(self, name: str) -> Path:
         """The folder of a name, which need not exist. Raises RecipeError for a bad name or a link."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -58,6 +59,39 @@ def test_find_says_when_nothing_was_promoted(store: Store, publish: Publish) -> 
     publish()
     with pytest.raises(RecipeError, match="ever promoted to production"):
         store.find("demo@production")
+
+
+def test_find_refuses_a_channel_that_the_history_does_not_tell_of(store: Store, publish: Publish) -> None:
+    first, second = publish(), publish()
+    promote(store, "demo", "v1", "production")
+    channel = store.root / "demo" / "channels" / "production.json"
+    kept = channel.read_text()
+    channel.write_text(kept.replace("v0001", "v0002"))
+    with pytest.raises(CompressError, match=r"is not what line 3(.|\n)*demo@v0003"):
+        store.find("demo@production")
+    publish()  # without a later line, a missing file would be a crash before it was written
+    channel.unlink()
+    with pytest.raises(CompressError, match="missing, though it should hold v0001"):
+        store.find("demo@production")
+    channel.write_text(kept)
+    assert store.find("demo@production") == first
+
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    with pytest.raises(CompressError, match="put v0001 there with the digest"):
+        store.find("demo@production")
+
+
+def test_find_of_a_promotion_that_a_crash_cut_gives_what_the_file_says(store: Store, publish: Publish) -> None:
+    first = publish()
+    publish()
+    promote(store, "demo", "v1", "production")
+    channel = store.root / "demo" / "channels" / "production.json"
+    before = channel.read_text()
+    promote(store, "demo", "v2", "production")
+    channel.write_text(before)  # the line was written, the file not replaced
+
+    assert store.find("demo@production") == first
 
 
 def test_promoting_what_is_there_already_changes_nothing(store: Store, publish: Publish) -> None:

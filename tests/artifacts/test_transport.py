@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +26,18 @@ Publish = Callable[..., Path]
 FILES = 6
 
 
-@pytest.fixture(params=["file", "memory"])
+# Kinds of object stores whose clients and servers are at hand: scripts/object_stores.py starts those.
+BUCKETS = [f"{kind}-bucket" for kind in os.environ.get("COMPRESS_OBJECT_STORES", "").split()]
+
+
+@pytest.fixture(params=["file", "memory", *BUCKETS])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    kind, bucket, _ = request.param.partition("-bucket")
+    if bucket:
+        name = f"b{secrets.token_hex(8)}"
+        fsspec.filesystem(kind).mkdir(name)
+        yield f"{kind}://{name}/models"
+        return
     memory = fsspec.filesystem("memory")
     memory.store.clear()
     memory.pseudo_dirs[:] = [""]

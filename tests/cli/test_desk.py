@@ -266,6 +266,14 @@ def test_verify_of_a_channel_says_when_it_is_not_what_was_promoted(desk, store):
     ended = desk("verify", "glass-int4@production")
 
     assert ended.code == 1 and "production.json: is not what line" in ended.err
+    for asked in (
+        ["show", "glass-int4@production"],
+        ["diff", "glass-int4@production", "glass-int4@v1"],
+        ["report", "glass-int4@production"],
+    ):
+        told = desk(*asked)
+        assert told.code == 1 and "production.json: is not what line" in told.err and "NAME" not in told.err
+    assert desk("show", "glass-int4@v1").code == 0
     path.write_text("{")
     assert desk("verify", "glass-int4@production").code == 1
     listed = desk("list", "--json")

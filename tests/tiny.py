@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.windows import Windows, digest_of
+from compress.checkpoints.formats.bitsandbytes import without_cpu_kernel
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Progress, Quiet
@@ -146,5 +147,6 @@ def load_publicly(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    without_cpu_kernel(model)
     model(torch.ones(1, 4, dtype=torch.int64))
     return torch.nn.Module.float(model)

@@ -16,6 +16,7 @@ Example: 6 GiB with 2.5 GiB of KV cache, 1 GiB of runtime and 0.2 GiB of activat
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.architecture import Dimensions
 from compress.memory.predict import kv_cache_bytes
+from compress.quantization.scheme import Scheme
 
 KINDS = ("effective_bits", "weight_bytes", "ratio", "serving_bytes")
 
@@ -48,11 +50,18 @@ class Sizes:
         dimensions: Dimensions,
         stored_bytes: int,
         source_bytes: int,
+        packed: Mapping[str, Scheme] | None = None,
     ) -> Sizes:
-        """`parameters`: the shape of every stored one; `matrices`: of the linears that will be quantised."""
-        every = sum(math.prod(shape) for shape in parameters.values())
-        inside = sum(rows * columns for rows, columns in matrices.values())
-        return cls(matrices, (every - inside) * stored_bytes, source_bytes, dimensions, stored_bytes)
+        """`parameters`: the shape of every stored one; `matrices`: of the linears that will be quantised; `packed`:
+        schemes of matrices that were quantised already, the embedding or the head."""
+        others = 0
+        for name, shape in parameters.items():
+            module = name.removesuffix(".weight")
+            if packed and module in packed:
+                others += packed[module].stored_bytes(shape[0], shape[1], stored_bytes)
+            elif module not in matrices or not name.endswith(".weight"):
+                others += math.prod(shape) * stored_bytes
+        return cls(matrices, others, source_bytes, dimensions, stored_bytes)
 
     @property
     def weights(self) -> int:

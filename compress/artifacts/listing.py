@@ -76,7 +76,7 @@ def rows(store: Store, names: Iterable[str], cache: Path) -> list[Row]:
 
 def _read(name: str, label: str, folder: str) -> Row:
     try:
-        found = manifest.read(Path(folder))
+        found = manifest.read(folder)
     except CompressError as error:
         return Row(name, label, folder, "damaged", "", None, "", str(error))
     return Row(name, label, folder, found.verdict, found.created.isoformat(), found.bytes, found.model_digest)

@@ -60,7 +60,7 @@ class Checkpoint:
         self.architecture: Architecture = architecture_of(self.config)
         self._files: dict[str, Path] = {}
         self.schemes: dict[str, Scheme] = {}
-        """Scheme of each quantised linear, by module name."""
+        """Scheme of each quantised matrix, by module name: linears, and the embedding and head where they are."""
         self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path in _weight_files(folder):
             self._index(path)
@@ -154,7 +154,8 @@ class Checkpoint:
     @property
     def tied_head(self) -> bool:
         """Whether the head is the embedding: said by the config, or implied by an absent head."""
-        return f"{self.architecture.head}.weight" not in self.names
+        prefix = self.architecture.head + "."
+        return not any(name.startswith(prefix) and not name.endswith(".bias") for name in self.names)
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -188,12 +189,16 @@ class Checkpoint:
             return self.read(f"{module}.weight")
         codes, grid = self.codes(module)
         value = dequantize(codes, grid)
-        return value.T if self.architecture.transposed_linears else value
+        return value.T if self._is_transposed(module) else value
+
+    def _is_transposed(self, module: str) -> bool:
+        """Whether a module keeps its weight as (inputs, outputs): embeddings and heads never do."""
+        return self.architecture.transposed_linears and self.architecture.block_index(module) is not None
 
     def matrix(self, module: str) -> Tensor:
         """The weight of a linear as (rows, columns) = (outputs, inputs), whatever the module's own layout."""
         weight = self.dense(module)
-        return weight.T if self.architecture.transposed_linears else weight
+        return weight.T if self._is_transposed(module) else weight
 
     def codes(self, module: str) -> tuple[Tensor, Grid]:
         """Codes int8 (rows, columns) and grid of a quantised linear."""
@@ -218,7 +223,7 @@ class Checkpoint:
         if module in self.schemes:
             return tuple(self.codes(module)[0].shape)  # type: ignore[return-value]
         first, second = self.header(f"{module}.weight")[1]
-        return (second, first) if self.architecture.transposed_linears else (first, second)
+        return (second, first) if self._is_transposed(module) else (first, second)
 
     def module_tensors(self, prefix: str) -> list[str]:
         """Names of the stored tensors under a module. Scales of a KV cache are none of them: they belong to the model

@@ -4,7 +4,7 @@
                               <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only),
                               <module>.nested_* (nested scales only); the schemes are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
-    outer.safetensors         everything outside the blocks
+    outer.safetensors         everything outside the blocks, embedding and head as codes where a stage rounded them
     precision.json            the scheme that later stages should give each linear, where one chose them
     candidates/               every linear in several schemes, where a stage solved them (see `candidates`)
     scratch/                  what a stage itself goes on from after a kill; removed when it is finished
@@ -82,13 +82,7 @@ class WorkingCheckpoint:
         kept = {module: source.codes(module) for module in schemes if module not in quantised}
         for module, (codes, grid) in {**kept, **quantised}.items():
             schemes[module] = grid.scheme
-            tensors[f"{module}.codes"] = codes.cpu().contiguous()
-            tensors[f"{module}.scale"] = grid.scale.cpu().contiguous()
-            if grid.zero is not None:
-                tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
-            if grid.nested is not None:
-                for leaf in NESTED:
-                    tensors[f"{module}.nested_{leaf}"] = getattr(grid.nested, leaf).cpu().contiguous()
+            tensors |= _parts(module, codes, grid)
         self.write_tensors(index, tensors, record, schemes)
 
     def write_tensors(
@@ -99,9 +93,8 @@ class WorkingCheckpoint:
         schemes: Mapping[str, Scheme] | None = None,
     ) -> None:
         """Write block `index` from its tensors by full name; `schemes` of the linears among them that are codes."""
-        labels = {name: scheme.to_json() for name, scheme in sorted((schemes or {}).items())}
         with atomic_path(self.folder / f"block-{index:05d}.safetensors") as temporary:
-            save_file(tensors, temporary, {SCHEMES_KEY: json.dumps(labels)})
+            save_file(tensors, temporary, _labels(schemes or {}))
         write_json(self.folder / f"block-{index:05d}.json", record)
 
     def write_outer(
@@ -109,15 +102,32 @@ class WorkingCheckpoint:
         source: Checkpoint,
         replaced: Mapping[str, Tensor] | None = None,
         config: Mapping[str, Any] | None = None,
+        quantised: Mapping[str, tuple[Tensor, Grid]] | None = None,
     ) -> None:
         """Copy everything outside the blocks, and the files that travel with a model.
 
         `replaced` gives new values to tensors outside the blocks, by full name (the final norm); `config` is the
-        model's where its sizes changed.
+        model's where its sizes changed; `quantised` are new codes and grids of the embedding or the head.
         """
-        names = [name for name in source.names if source.architecture.block_index(name) is None]
-        entries = [_entry(source, name, replaced or {}) for name in names]
-        write_safetensors(self.folder / "outer.safetensors", entries)
+        new = dict(quantised or {})
+        kept = {
+            module: source.codes(module)
+            for module in source.schemes
+            if source.architecture.block_index(module) is None and module not in new
+        }
+        entries = []
+        for name in source.names:
+            module, _, leaf = name.rpartition(".")
+            inside = source.architecture.block_index(name) is not None
+            if inside or source.quantised_owner(name) or (module in new and leaf != "bias"):
+                continue
+            entries.append(_entry(source, name, replaced or {}))
+        schemes = {}
+        for module, (codes, grid) in {**kept, **new}.items():
+            schemes[module] = grid.scheme
+            for name, tensor in _parts(module, codes, grid).items():
+                entries.append(_held(name, tensor))
+        write_safetensors(self.folder / "outer.safetensors", entries, _labels(schemes))
         for path in companion_files(source.folder):
             if path.name != "config.json":
                 shutil.copyfile(path, self.folder / path.name)
@@ -136,15 +146,34 @@ class WorkingCheckpoint:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
+def _parts(module: str, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    """The tensors that a quantised matrix is kept as, by full name."""
+    tensors = {f"{module}.codes": codes.cpu().contiguous(), f"{module}.scale": grid.scale.cpu().contiguous()}
+    if grid.zero is not None:
+        tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
+    if grid.nested is not None:
+        tensors |= {f"{module}.nested_{leaf}": getattr(grid.nested, leaf).cpu().contiguous() for leaf in NESTED}
+    return tensors
+
+
+def _labels(schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """The schemes of a file's quantised matrices, for its metadata."""
+    return {SCHEMES_KEY: json.dumps({name: scheme.to_json() for name, scheme in sorted(schemes.items())})}
+
+
 def _entry(source: Checkpoint, name: str, replaced: Mapping[str, Tensor]) -> Entry:
     if name in replaced:
-        new = replaced[name]
-        return Entry(name, new.dtype, tuple(new.shape), lambda: new)
+        return _held(name, replaced[name])
     tensor_dtype, shape = source.header(name)
     from compress.checkpoints.stream import DTYPE_NAMES
 
     dtype = next(dtype for dtype, label in DTYPE_NAMES.items() if label == tensor_dtype)
     return Entry(name, dtype, shape, lambda: source.read(name))
+
+
+def _held(name: str, tensor: Tensor) -> Entry:
+    """A tensor that is in memory already."""
+    return Entry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
 def _read(path: Path) -> dict[str, Any]:

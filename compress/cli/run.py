@@ -102,6 +102,7 @@ def plan(
         *_pruned_row(facts),
         ["device", f"{facts['device']}, artifact in {facts['stored_dtype']}"],
         ["quantised", f"{facts['quantised_linears']} of {facts['linears']} linears: {', '.join(facts['schemes'])}"],
+        *([name, label] for name, label in facts["vocabulary"].items()),
         ["effective bits", f"{facts['effective_bits']:.3f}" if facts["effective_bits"] else "-"],
         ["stored", f"{console.bytes_text(facts['stored_bytes'])} (source {console.bytes_text(facts['source_bytes'])})"],
         ["resident", console.bytes_text(facts["resident_bytes"])],

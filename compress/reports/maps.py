@@ -120,6 +120,8 @@ def _by_place(report: Report) -> dict[tuple[str, int], ModuleRecord]:
     """{(kind, block): record}; where a block holds several of one kind, as experts do, the largest error's."""
     found: dict[tuple[str, int], ModuleRecord] = {}
     for module in last_records(report).values():
+        if module.block is None:
+            continue
         key = module.name.rpartition(".")[2], module.block
         if key not in found or (module.error or 0.0) > (found[key].error or 0.0):
             found[key] = module

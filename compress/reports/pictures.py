@@ -45,7 +45,8 @@ def block_error_panels(modules: Sequence[ModuleRecord]) -> list[tuple[str, Marku
     worst is drawn. Values that are missing, zero or not finite have no place on a logarithmic axis and leave a gap.
     """
     kinds: dict[str, list[ModuleRecord]] = {}
-    for module in modules:
+    inside = [module for module in modules if module.block is not None]
+    for module in inside:
         kinds.setdefault(module.name.rpartition(".")[2], []).append(module)
     solved = {kind: _worst(members, "error") for kind, members in kinds.items()}
     rounded = {kind: _worst(members, "rounding_error") for kind, members in kinds.items()}
@@ -53,7 +54,7 @@ def block_error_panels(modules: Sequence[ModuleRecord]) -> list[tuple[str, Marku
     if not values:
         return []
     axis = _axis(min(values), max(values))
-    last = max(module.block for module in modules)
+    last = max(module.block or 0 for module in inside)
     return [(kind, _panel(kind, solved[kind], rounded[kind], axis, last)) for kind in kinds]
 
 
@@ -62,7 +63,7 @@ def _worst(members: Sequence[ModuleRecord], field: str) -> dict[int, float]:
     worst: dict[int, float] = {}
     for module in members:
         value = getattr(module, field)
-        if value is not None and math.isfinite(value) and value > 0:
+        if module.block is not None and value is not None and math.isfinite(value) and value > 0:
             worst[module.block] = max(value, worst.get(module.block, 0.0))
     return worst
 

@@ -73,7 +73,7 @@ class ModuleRecord(Value):
     """What a stage did to one linear."""
 
     name: str
-    block: int
+    block: int | None = Field(description="None for embedding and head")
     scheme: str = Field(description="e.g. int4 symmetric group 64")
     error: float | None = Field(
         description="relative output error tr(dW H dW^T) / tr(W H W^T) on calibration inputs, W the (shifted) target"

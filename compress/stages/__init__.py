@@ -17,6 +17,7 @@ from compress.stages.sensitivity import Sensitivity
 from compress.stages.smooth import Awq, SmoothQuant
 from compress.stages.sparsify import Sparsify
 from compress.stages.structured_prune import StructuredPrune
+from compress.stages.vocabulary import Vocabulary
 
 AnyStage = Annotated[
     StructuredPrune
@@ -29,6 +30,7 @@ AnyStage = Annotated[
     | Recover
     | Sensitivity
     | MixedPrecision
+    | Vocabulary
     | KvCache,
     Field(discriminator="kind"),
 ]
@@ -44,6 +46,7 @@ STAGES: dict[str, type[Stage]] = {
     "recover": Recover,
     "sensitivity": Sensitivity,
     "mixed_precision": MixedPrecision,
+    "vocabulary": Vocabulary,
     "kv_cache": KvCache,
 }
 
@@ -64,4 +67,5 @@ __all__ = [
     "StageContext",
     "StageOutcome",
     "StructuredPrune",
+    "Vocabulary",
 ]

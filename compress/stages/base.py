@@ -22,7 +22,7 @@ from compress.training.footprint import Mode
 from compress.training.trained import Trainable
 
 Shapes = dict[str, tuple[int, int]]
-"""(rows, columns) of every linear of every block, by full module name."""
+"""(rows, columns) of every linear of every block, by full module name; or of embedding and head (`on_vocabulary`)."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class Stage(BaseModel):
     """Whether several processes may apply the stage together, each on its share of the windows: `compress.parallel`."""
     batches_at_least: ClassVar[int] = 1
     """Batches that calibration text is cut into where it has as many windows."""
+    on_vocabulary: ClassVar[bool] = False
+    """Works on the embedding and the head: `check` and `schemes` are then given their shapes, not those of linears."""
     version: ClassVar[int] = 1
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 

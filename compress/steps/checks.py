@@ -7,7 +7,7 @@ from typing import Any
 
 from compress.architecture import Architecture, Dimensions
 from compress.checkpoints.formats import FORMATS, able
-from compress.checkpoints.formats.support import limits_of, unserved
+from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
@@ -26,14 +26,14 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
     found = [
         f"stages[{index}]: {sentence}"
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
-        for sentence in stage.check(shape.matrices, architecture)
+        for sentence in stage.check(shape.of(stage), architecture)
     ]
     found += out_of_order(recipe)
     found += nothing_to_train(recipe, shapes)
     if not any(stage.plans_precision for stage in recipe.stages):
         schemes: dict[str, Scheme] = {}
         for stage, shape in zip(recipe.stages, shapes.before, strict=True):
-            schemes |= stage.schemes(shape.matrices)
+            schemes |= stage.schemes(shape.of(stage))
         found += format_mistakes(recipe, shapes.last, schemes)
     if dimensions.max_context:
         texts = [("calibration", recipe.calibration)] if recipe.calibration else []
@@ -50,21 +50,20 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
 
 def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> list[str]:
     """What the export's format cannot hold of the result, with the formats that can."""
-    schemes = {module: scheme for module, scheme in schemes.items() if module in last.matrices}
+    shapes = last.everything
+    schemes = {module: scheme for module, scheme in schemes.items() if module in shapes}
     format_ = FORMATS[recipe.export.format]
     # Groups that divide no row are said by the stage, and no format can size them.
-    if any(not scheme.divides(last.matrices[module][1]) for module, scheme in schemes.items()):
+    if any(not scheme.divides(shapes[module][1]) for module, scheme in schemes.items()):
         return []
-    found = format_.mistakes(schemes, last.matrices, last.architecture) + format_.refuses_config(last.config)
+    found = format_.mistakes(schemes, shapes, last.architecture) + format_.refuses_config(last.config)
     if not format_.keeps_kv_scales and any(stage.kv_bytes for stage in recipe.stages):
         able_ = [name for name, each in FORMATS.items() if each.keeps_kv_scales]
         return [f"export.format: {format_.name} has no place for scales of a KV cache; {', '.join(able_)} has"]
     if not found:
         return []
     others = [
-        name
-        for name in able(schemes, last.matrices, last.architecture)
-        if not FORMATS[name].refuses_config(last.config)
+        name for name in able(schemes, shapes, last.architecture) if not FORMATS[name].refuses_config(last.config)
     ]
     can = f"Formats that can: {', '.join(others)}" if others else "No format can"
     return [f"export.format: {sentence}. {can}" for sentence in found]
@@ -101,6 +100,8 @@ def warnings_of(
             "no round trip is made, and what is judged is our own reading of the files"
         )
     found += unserved("vLLM", recipe.export.format, schemes, shapes)
+    if any(scheme.grid != "int" for scheme in schemes.values()):
+        found += unserved(BNB_ON_AVX512, recipe.export.format, schemes, shapes)
     found += limits_of("vLLM", recipe.export.format, schemes)
     if dimensions.max_context and recipe.export.context > dimensions.max_context:
         found.append(f"export.context {recipe.export.context} is more than the model's {dimensions.max_context} tokens")

@@ -98,11 +98,11 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         matrices=shape.matrices,
         parameters_after=shape.parameters,
         schemes=schemes,
-        stored_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, format_)
+        stored_bytes=predict.stored_bytes(shape.tensors, shape.everything, schemes, size, format_)
         + format_.added_bytes(config),
-        resident_bytes=predict.stored_bytes(shape.tensors, shape.matrices, schemes, size, packed),
+        resident_bytes=predict.stored_bytes(shape.tensors, shape.everything, schemes, size, packed),
         kv_cache_bytes=predict.kv_cache_bytes(
             shape.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
-        effective_bits=predict.effective_bits(shape.matrices, schemes, size, format_),
+        effective_bits=predict.effective_bits(shape.matrices, shape.linear_schemes(schemes), size, format_),
     )

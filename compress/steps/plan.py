@@ -66,6 +66,11 @@ class Plan:
     budgets: tuple[str, ...] = ()
     """Of stages that choose precision, what of each budget goes where."""
 
+    @property
+    def linear_schemes(self) -> dict[str, Scheme]:
+        """Of linears; `schemes` has those of embedding and head too."""
+        return {module: scheme for module, scheme in self.schemes.items() if module in self.matrices}
+
     def to_json(self) -> dict[str, Any]:
         """Flat, for `plan --json`."""
         return {
@@ -77,9 +82,10 @@ class Plan:
             "blocks": self.dimensions.blocks,
             "device": str(self.machine.device),
             "stored_dtype": str(self.stored).removeprefix("torch."),
-            "quantised_linears": len(self.schemes),
+            "quantised_linears": len(self.linear_schemes),
             "linears": len(self.matrices),
-            "schemes": sorted({scheme.label for scheme in self.schemes.values()}),
+            "schemes": sorted({scheme.label for scheme in self.linear_schemes.values()}),
+            "vocabulary": {name: each.label for name, each in self.schemes.items() if name not in self.matrices},
             "effective_bits": self.effective_bits,
             "source_bytes": self.source_bytes,
             "stored_bytes": self.stored_bytes,
@@ -128,7 +134,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     if mistakes:
         raise RecipeError(mistakes)
     format_ = FORMATS[recipe.export.format]
-    export_bytes = predict.stored_bytes(last.tensors, last.matrices, schemes, stored.itemsize, format_)
+    export_bytes = predict.stored_bytes(last.tensors, last.everything, schemes, stored.itemsize, format_)
     export_bytes += format_.added_bytes(last.config)
     export_bytes += sum(stage.added_bytes(last.dimensions, stored.itemsize) for stage in recipe.stages)
     per_element = kv_bytes(recipe, config, stored)
@@ -141,7 +147,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     disk += format_.reading_bytes(last.parameters)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
-    warned = warnings_of(recipe, config, schemes, last.matrices, architecture, dimensions)
+    warned = warnings_of(recipe, config, schemes, last.everything, architecture, dimensions)
     plan = Plan(
         recipe=recipe,
         config=config,
@@ -158,7 +164,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         stored_bytes=export_bytes,
         resident_bytes=predict.stored_bytes(
             last.tensors,
-            last.matrices,
+            last.everything,
             schemes,
             stored.itemsize,
             format_ if stays else FORMATS["plain"],
@@ -171,7 +177,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
-        effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
+        effective_bits=predict.effective_bits(last.matrices, last.linear_schemes(schemes), stored.itemsize, format_),
         warnings=tuple(warned + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),

@@ -38,6 +38,11 @@ def out_of_order(recipe: Recipe) -> list[str]:
                 found.append(
                     where + "nothing follows its plan; add a stage such as {kind: gptq, bits: planned} after it"
                 )
+        if stage.on_vocabulary and planned:
+            found.append(
+                where
+                + f"{stage.kind} changes what a mixed_precision stage before it has measured and counted; put it first"
+            )
         if isinstance(stage, Sensitivity):
             if not (after and isinstance(after[0], MixedPrecision)):
                 found.append(where + "sensitivity is read by a mixed_precision stage right after it, and there is none")
@@ -50,7 +55,7 @@ def out_of_order(recipe: Recipe) -> list[str]:
 def expected_schemes(
     recipe: Recipe, shapes: Shapes, stored_bytes: int, source_bytes: int
 ) -> tuple[dict[str, Scheme], list[str], list[str]]:
-    """The scheme of each linear after all stages, budgets that nothing fits, and each budget explained. Where a stage
+    """The scheme of each matrix after all stages, budgets that nothing fits, and each budget explained. Where a stage
     will choose, a choice of about the same bytes stands in for its own."""
     schemes: dict[str, Scheme] = {}
     explained = []
@@ -60,12 +65,13 @@ def expected_schemes(
         if isinstance(stage, MixedPrecision):
             units = stage.units(shape.architecture, matrices)
             chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
-            sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes)
+            packed = {module: scheme for module, scheme in schemes.items() if module in shape.vocabulary}
+            sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes, packed)
             explained.append(stage.budget.explained(sizes))
             try:
                 schemes.update(stage.schemes_within(sizes, units))
             except RecipeError as error:
                 mistakes.append(f"stages[{index}]: {error}")
         else:
-            schemes.update(stage.schemes(matrices))
+            schemes.update(stage.schemes(shape.of(stage)))
     return schemes, mistakes, explained

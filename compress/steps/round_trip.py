@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from compress.calibration.windows import Windows
+from compress.checkpoints.formats.bitsandbytes import without_cpu_kernel
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Head, Skeleton
 from compress.steps.environment import Machine
@@ -65,6 +66,7 @@ def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tenso
 
     with _silence():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(machine.device).eval()
+    without_cpu_kernel(model)
     resident = _bytes(model)
     with torch.no_grad():
         # The first forward unpacks the weights, in their stored dtype; only then may the model become float32.

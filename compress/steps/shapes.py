@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from compress.architecture import Architecture, Dimensions, dimensions_of
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import RecipeError
+from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
+from compress.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ class Shape:
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(rows, columns) of every linear of every block, by full module name."""
         return self.skeleton.linear_shapes()
+
+    @cached_property
+    def vocabulary(self) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of the embedding, and of the head unless it is tied, by module name."""
+        names = (f"{module}.weight" for module in (self.architecture.embedding, self.architecture.head))
+        found = {name: self.tensors[name] for name in names if name in self.tensors}
+        return {name.removesuffix(".weight"): (rows, columns) for name, (rows, columns) in found.items()}
+
+    @property
+    def everything(self) -> dict[str, tuple[int, int]]:
+        """All that stages can quantise."""
+        return self.matrices | self.vocabulary
+
+    def of(self, stage: Stage) -> dict[str, tuple[int, int]]:
+        """What a stage works on: linears, or embedding and head."""
+        return self.vocabulary if stage.on_vocabulary else self.matrices
+
+    def linear_schemes(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
+        """Those of linears."""
+        return {module: scheme for module, scheme in schemes.items() if module in self.matrices}
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:

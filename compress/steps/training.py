@@ -57,7 +57,7 @@ def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
                 "before them"
             )
         matrices = shapes.before[index].matrices
-        coded |= set(matrices) if stage.follows_plan else set(stage.schemes(matrices))
+        coded |= set(matrices) if stage.follows_plan else set() if stage.on_vocabulary else set(stage.schemes(matrices))
     return found
 
 

@@ -42,8 +42,10 @@ def training_load(
     kept_tokens: int,
     compute: torch.dtype,
 ) -> predict.TrainingLoad:
-    """What decides the memory of training, from shapes. `kept_tokens`: tokens of all windows."""
+    """What decides the memory of training, from shapes. `schemes`: of what is quantised, of which linears count;
+    `kept_tokens`: tokens of all windows."""
     shapes = skeleton.linear_shapes()
+    schemes = {module: scheme for module, scheme in schemes.items() if module in shapes}
     quantised = sum(shapes[module][0] * shapes[module][1] for module in schemes)
     scales = sum(shapes[module][0] * scheme.groups(shapes[module][1]) for module, scheme in schemes.items())
     block = [*skeleton.block(0).parameters()]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS, able
-from compress.checkpoints.formats.bitsandbytes import pack, unpack
+from compress.checkpoints.formats.bitsandbytes import pack, unpack, without_cpu_kernel
 from compress.checkpoints.reader import Checkpoint
 from compress.quantization.grid import FLOATING_GRIDS, dequantize
 from compress.quantization.scheme import Scheme
@@ -63,6 +63,20 @@ def test_four_bits_load_in_transformers_with_our_logits(tmp_path, grid, nested):
         assert abs(stored - predicted) < 8, "all but the digits of a number in the state's text"
 
 
+@pytest.mark.skipif(not bitsandbytes.functional.has_avx512bf16(), reason="this CPU has no AVX512-BF16")
+def test_the_kernel_for_avx512_bf16_computes_the_same_but_for_bfloat16(tmp_path):
+    """As users on such CPUs load it: nothing is told to the library."""
+    from transformers import AutoModelForCausalLM
+
+    _, folder, _ = exported(tmp_path, type="nf4")
+    windows = random_windows(count=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+    theirs, ours = their_logits(model, windows), our_logits(folder, windows)
+
+    assert 1e-4 < float((theirs - ours).square().mean().sqrt() / ours.square().mean().sqrt()) < 2e-2
+
+
 def test_codes_are_read_back_as_they_were_written(tmp_path):
     done, folder, _ = exported(tmp_path, type="nf4")
     read = Checkpoint(folder)
@@ -103,6 +117,7 @@ def test_a_model_that_the_library_saved_is_read_with_its_logits(tmp_path):
     windows = random_windows(count=2)
 
     read = Checkpoint(tmp_path / "saved")
+    without_cpu_kernel(theirs)
 
     assert read.is_understood and len(read.schemes) == 14
     torch.testing.assert_close(

@@ -68,6 +68,28 @@ def test_an_export_is_a_new_version_with_the_same_measurements_that_names_its_pa
     assert json.loads(judged.out)["measurements"]["compressed"][kl] == found[kl]
 
 
+def test_embedding_and_head_are_quantised_where_the_format_holds_them(glass_recipe, here, tmp_path):
+    plain = run(here, glass_recipe, tmp_path / "plain", [KEPT], "gguf")
+    report = run(here, glass_recipe, tmp_path / "rounded", [{"kind": "vocabulary", "group_size": 32}, KEPT], "gguf")
+
+    memory, before = report["memory"], plain["memory"]
+    assert memory["stored"]["predicted"] == memory["stored"]["measured"]
+    weights = 1024 * 128  # of the embedding, which the head is tied to
+    assert before["stored"]["measured"] - memory["stored"]["measured"] == 2 * weights - weights * 34 // 32
+    (module,) = report["stages"][0]["modules"]
+    assert module["name"] == "model.embed_tokens" and module["block"] is None
+    assert report["measurements"]["compressed"]["effective_bits"] == 4.5  # of linears
+    kl = "divergence.held-out.mean_kl"
+    found, other = report["measurements"]["compressed"][kl], plain["measurements"]["compressed"][kl]
+    assert found != other and found == pytest.approx(other, rel=0.2)
+    page = (Path(report["artifact"]["path"]) / "reports" / "report.html").read_text()
+    assert "model.embed_tokens" in page
+
+    path = write_recipe(tmp_path / "refused.yaml", changed(glass_recipe, stages=[{"kind": "vocabulary"}, KEPT]))
+    refused = here("plan", path)
+    assert refused.code == 2 and "the head is tied to it" in refused.err and "gguf, plain" in refused.err
+
+
 def test_a_flipped_bit_in_a_gguf_is_named(published, here, tmp_path):
     import shutil
 
@@ -133,6 +155,10 @@ def test_bitsandbytes_is_published_and_comes_back_equal(glass_recipe, here, tmp_
     assert report["round_trip"]["passed"] and report["round_trip"]["mean_kl"] < 1e-4
     predicted, measured = (report["memory"]["stored"][side] for side in ("predicted", "measured"))
     assert predicted == pytest.approx(measured, rel=1e-3)
+    assert report["round_trip"]["passed"]
+    warned = here("plan", tmp_path / "recipe.yaml", "--json")
+    of_rows = [each for each in json.loads(warned.out)["warnings"] if "rows divide by 32" in each]
+    assert len(of_rows) == (type_ == "nf4"), "glass has linears of 341 rows"
 
 
 def test_an_fp8_cache_is_judged_and_halves_what_the_report_says_of_it(glass_recipe, here, tmp_path):

@@ -26,13 +26,15 @@ def integers(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [1, 37, EXACT_COLUMNS, EXACT_COLUMNS + 1, 3 * EXACT_COLUMNS + 5])
-def test_the_product_is_that_of_int_mm_bit_for_bit(columns):
+def test_the_product_is_that_of_integers_and_of_int_mm_bit_for_bit(columns):
     left, right = integers(19, columns, 1), integers(8, columns, 2)
 
     product = integer_product(left, right)
 
     assert product.dtype == torch.int32
-    assert torch.equal(product, torch._int_mm(left, right.T.contiguous()))
+    assert torch.equal(product.long(), left.long() @ right.long().T)
+    if columns > 1:  # on CPUs with AMX, torch 2.13's _int_mm of a single column returns memory that nobody wrote
+        assert torch.equal(product, torch._int_mm(left, right.T.contiguous()))
 
 
 @pytest.mark.parametrize(("rows", "columns", "outputs"), [(1, 341, 7), (17, 8, 8), (40, 37, 12)])

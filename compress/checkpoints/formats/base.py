@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -43,6 +43,8 @@ class Format(ABC):
     """Modules that transformers needs beside itself to load it."""
     keeps_kv_scales: ClassVar[bool] = False
     """Whether scales of an fp8 KV cache have a place in it."""
+    vocabulary: ClassVar[Literal["kept", "head", "any"]] = "kept"
+    """Whether embedding and head can be quantised in it: neither, a head of its own, or both, also as one."""
     transposed_linears: ClassVar[bool] = False
     """Whether GPT-2's Conv1D can be quantised in it."""
 
@@ -66,7 +68,28 @@ class Format(ABC):
         for reason, modules in reasons.items():
             more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
             found.append(f"{self.name} cannot hold {modules[0]}{more} in {reason}")
-        return found + self.refuses(schemes, shapes, architecture)
+        return [
+            *found,
+            *self._refuses_vocabulary(schemes, shapes, architecture),
+            *self.refuses(schemes, shapes, architecture),
+        ]
+
+    def _refuses_vocabulary(
+        self, schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture
+    ) -> list[str]:
+        """What it cannot hold of a quantised embedding and head; `shapes` has the head if it is not tied."""
+        modules = [module for module in (architecture.embedding, architecture.head) if module in schemes]
+        if modules and self.vocabulary == "kept":
+            return [f"{self.name} keeps embedding and head in 16 bits, and {' and '.join(modules)} are quantised"]
+        if architecture.embedding in modules and self.vocabulary == "head":
+            remedy = "the head is tied to it, so both stay in 16 bits"
+            if architecture.head in shapes:
+                remedy = "use parts: head"
+            return [
+                f"{self.name} cannot hold a quantised embedding: transformers unpacks linears only, so the model would "
+                f"not run; {remedy}"
+            ]
+        return []
 
     def refuses(self, schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
         """What is wrong with the model as a whole, though each linear could be expressed."""
@@ -176,4 +199,4 @@ def dense_linears(source: Checkpoint) -> list[str]:
     """nn.Linear modules that stay dense: unquantised ones in blocks, and the head."""
     arch = source.architecture
     linears = [f"{arch.block_name(index)}.{name}" for index in range(source.block_count) for name in arch.linears]
-    return [arch.head, *(name for name in linears if name not in source.schemes)]
+    return [name for name in (arch.head, *linears) if name not in source.schemes]

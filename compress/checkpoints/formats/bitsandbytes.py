@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.architecture import Architecture
 from compress.checkpoints.formats.base import Format, Shapes, Written, dense_linears, entries_of, write_folder
@@ -166,6 +166,17 @@ def understood(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     del config
     leaves = {name.rpartition(".")[2] for name in names}
     return "SCB" in leaves or any(leaf.startswith("bitsandbytes__") for leaf in leaves)
+
+
+def without_cpu_kernel(model: nn.Module) -> None:
+    """Let a loaded model compute from the values as they are stored, in the dtype of its inputs.
+
+    On a CPU with AVX512-BF16, 0.50 repacks 4-bit weights in the first forward for a kernel in bfloat16, and stops at
+    linears whose rows do not divide by 32. What that changes is the library's arithmetic, not what the files say.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def schemes_in(checkpoint: Checkpoint) -> dict[str, Scheme]:

@@ -36,6 +36,7 @@ class CompressedTensors(Format):
     name = "compressed-tensors"
     description = "packed integers, 2-8 bits, per-module mixes, int8 inputs; loads in transformers and vLLM"
     packs = True
+    vocabulary = "head"
     keeps_kv_scales = True
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:

@@ -66,6 +66,7 @@ class Gguf(Format):
     name = "gguf"
     description = "one .gguf file for llama.cpp, from the same codes: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, mixes of them"
     packs = True
+    vocabulary = "any"
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if type_of(scheme) is None:

@@ -102,10 +102,15 @@ def _older_names(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any
 
 def _uneven(schemes: Mapping[str, Scheme], shapes: Shapes, architecture: Architecture) -> bool:
     """Whether blocks differ in which linears are quantised."""
-    kinds: dict[int | None, set[str]] = {architecture.block_index(module): set() for module in shapes}
+    kinds: dict[int, set[str]] = {}
+    for module in shapes:
+        index = architecture.block_index(module)
+        if index is not None:  # embedding and head are refused elsewhere
+            kinds.setdefault(index, set())
     for module in schemes:
         index = architecture.block_index(module)
-        kinds[index].add(module.removeprefix(f"{architecture.blocks}.{index}."))
+        if index is not None:
+            kinds[index].add(module.removeprefix(f"{architecture.blocks}.{index}."))
     return len({frozenset(kind) for kind in kinds.values()}) > 1
 
 

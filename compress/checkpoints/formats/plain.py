@@ -18,6 +18,7 @@ class Plain(Format):
     name = "plain"
     description = "dense safetensors with the quantised values written out; loads anywhere, saves no memory"
     packs = False
+    vocabulary = "any"
     transposed_linears = True
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:

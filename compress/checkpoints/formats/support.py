@@ -69,6 +69,7 @@ def _by_32(rows: int, columns: int) -> bool:
     return rows % 32 == 0 and columns % 32 == 0
 
 
+BNB_ON_AVX512 = "bitsandbytes on CPUs with AVX512-BF16"
 _MARLIN_SHAPES = "rows divide by 64, columns by 128, after tensor parallelism has split them"
 
 SUPPORT: tuple[Row, ...] = (
@@ -160,6 +161,13 @@ SUPPORT: tuple[Row, ...] = (
         _floats,
         *("64", "no", "columns divide by the group", "CPU and CUDA; 0.50 or newer tested on the CPU"),
         f"{TESTS}test_bitsandbytes.py",
+    ),
+    Row(
+        *(BNB_ON_AVX512, "bitsandbytes", "nf4, fp4"),
+        _floats,
+        *("64", "no", "rows divide by 32", "computes in bfloat16; other rows stop the first forward (0.50)"),
+        f"{TESTS}test_bitsandbytes.py",
+        lambda rows, columns: rows % 32 == 0,
     ),
     Row(
         *("transformers", "bitsandbytes", "LLM.int8"),

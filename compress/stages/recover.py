@@ -40,6 +40,7 @@ from compress.training.clock import Clock
 from compress.training.descent import Course
 from compress.training.footprint import Choice, Mode, choose, training_load
 from compress.training.material import Material, material
+from compress.training.products import Products, chosen
 from compress.training.setting import Setting
 from compress.training.student import AsExported
 from compress.training.trained import Trainable, What, require_peft
@@ -78,6 +79,11 @@ class Recover(Stage):
     patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
     self_generated_windows: int = Field(
         default=0, ge=0, description="training windows sampled from the source model, beside the calibration text"
+    )
+    products: Products = Field(
+        default="auto",
+        description="what linears multiply in while they train; auto: bfloat16 on a CPU with AMX, else the walk's; "
+        "what ships is judged in the walk's",
     )
     mode: Mode = Field(
         default="auto",
@@ -197,6 +203,7 @@ class _Run:
             "mode": mode,
             "train": self.stage.train,
             "learning_rate": self.stage.learning_rate,
+            "products": str(setting.products).removeprefix("torch."),
             "windows_training": len(text.training),
             "windows_held_out": len(text.held_out),
             "tokens_training": text.tokens(text.training),
@@ -218,6 +225,7 @@ class _Run:
             skeleton=Skeleton(source.config, context.device, context.compute),
             material=text,
             training=replace(stage._trained, seed=context.seed),
+            products=chosen(stage.products, context.device, context.compute),
             hidden_share=stage.hidden_share,
             course=Course(stage.epochs, stage.learning_rate, stage.patience, context.seed),
             folder=self.folder,

@@ -25,6 +25,7 @@ from compress.training import saved
 from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence
 from compress.training.material import Material
+from compress.training.products import multiplying_in
 from compress.training.setting import Outcome, Setting
 from compress.training.student import teacher_head, trained_block
 from compress.training.trained import AllTrained, factors, rates, stored_values
@@ -41,6 +42,7 @@ class OneBlock:
     inputs: Tensor
     targets: Tensor
     trained: AllTrained
+    products: torch.dtype = torch.float32
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
@@ -53,7 +55,8 @@ class OneBlock:
     def loss(self, rows: Tensor) -> Tensor | None:
         real = self.material.real(rows)
         wanted = self.targets[rows][real].to(self.skeleton.device).float()
-        got = _through(self.skeleton, self.material, self.index, self.block, self.inputs, rows)[real].float()
+        with multiplying_in(self.products, self.skeleton):
+            got = _through(self.skeleton, self.material, self.index, self.block, self.inputs, rows)[real].float()
         return (got - wanted).square().mean() / wanted.square().mean() if len(wanted) else None
 
     @torch.no_grad()
@@ -116,7 +119,7 @@ def _train_block(
             setting.teacher.loaded(setting.origin, skeleton.architecture.block_name(index)) as teacher,
         ):
             targets = _all_through(setting.teacher, material, index, teacher, states)
-        objective = OneBlock(skeleton, material, index, block, states, targets, trained)
+        objective = OneBlock(skeleton, material, index, block, states, targets, trained, setting.products)
         done = descend(objective, material, setting.course, step, setting.clock, advance)
         facts = done.facts() | {"error_before": done.before, "error_after": done.after}
         saved.save(path, objective.factors, facts)

@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_inputs = gradient @ _weight(scale, codes, zero, ctx.scheme, ctx.stored, gradient.dtype)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
-            to_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+            to_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2).to(gradient.dtype)
             grouped = to_weight.view(*scale.shape, -1).float()
             to_scale = (grouped * codes.view_as(grouped)).sum(-1)
             if zero is not None:

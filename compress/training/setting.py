@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.checkpoints.reader import Checkpoint
@@ -31,6 +32,7 @@ class Setting:
     skeleton: Skeleton
     material: Material
     training: Trainable
+    products: torch.dtype
     hidden_share: float
     course: Course
     folder: Path

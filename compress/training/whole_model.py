@@ -22,6 +22,7 @@ from compress.training import saved
 from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence, mean_divergence
 from compress.training.material import Material
+from compress.training.products import multiplying_in
 from compress.training.setting import Outcome, Setting
 from compress.training.student import teacher_head, train_norm, trained_block
 from compress.training.trained import AllTrained, factors, rates, stored_values
@@ -39,6 +40,8 @@ class WholeModel:
     blocks: list[nn.Module]
     heads: tuple[Head, Head]
     trained: AllTrained
+    products: torch.dtype = torch.float32
+    """What linears multiply in while they train. Judging is in the compute dtype."""
     hidden_share: float = 0.0
     """Of the loss: the squared difference of final hidden states over the teacher's square."""
 
@@ -54,7 +57,9 @@ class WholeModel:
         counts = self.material.counts(rows)
         if not bool(counts.any()):
             return None
-        states, targets = self._states(rows, keep_inside=False)[counts], self._targets(rows)[counts]
+        with multiplying_in(self.products, self.skeleton):
+            states = self._states(rows, keep_inside=False)[counts]
+        targets = self._targets(rows)[counts]
         divergence = mean_divergence((self.heads[0], targets), (self.heads[1], states))
         if not self.hidden_share:
             return divergence
@@ -135,4 +140,6 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             path = skeleton.architecture.final_norm
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
         heads = teacher_head(setting.origin, head), head
-        yield WholeModel(skeleton, material, inputs, targets, blocks, heads, trained, setting.hidden_share)
+        yield WholeModel(
+            skeleton, material, inputs, targets, blocks, heads, trained, setting.products, setting.hidden_share
+        )

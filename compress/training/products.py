@@ -1,0 +1,35 @@
+"""What a training step multiplies in: bfloat16 where the processor has units for it, and float32 around it.
+
+Mixed precision as in arXiv 1710.03740: products take bfloat16 and add up in float32; parameters, their steps, norms,
+losses and all judging stay as they are. On a CPU with AMX that is several times as many operations a second.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from compress.checkpoints.skeleton import Skeleton
+
+Products = Literal["auto", "float32", "bfloat16"]
+
+
+def chosen(asked: Products, device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """The dtype of products. `auto`: bfloat16 on a CPU with AMX, else what the walk computes in."""
+    if asked == "auto":
+        return torch.bfloat16 if device.type == "cpu" and has_amx() else compute
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+
+
+def has_amx() -> bool:
+    """Whether the CPU has units for products of bfloat16 matrices."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def multiplying_in(products: torch.dtype, skeleton: Skeleton) -> AbstractContextManager[object]:
+    """Linears inside multiply in `products`; nothing changes where they do already."""
+    if products == skeleton.dtype or products != torch.bfloat16:
+        return nullcontext()
+    return torch.autocast(skeleton.device.type, products)

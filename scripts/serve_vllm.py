@@ -145,9 +145,11 @@ def compare(served: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
 
 def found(artifact: str, store: Path) -> Path:
     """The artifact's folder, or a model folder that is none."""
-    from compress.artifacts.store import Store
+    if Path(artifact).is_dir():
+        return Path(artifact)
+    from compress.artifacts.store import Store  # a folder can be served where compress is not installed
 
-    return Path(artifact) if Path(artifact).is_dir() else Store(store).find(artifact)
+    return Store(store).find(artifact)
 
 
 def model_folder(artifact: Path) -> Path:

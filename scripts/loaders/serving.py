@@ -162,9 +162,10 @@ def served(folder: Path, dtype: str, prompts: list[list[int]], tokens: int, gene
 def why(log: str, code: int) -> str:
     """The line of a log that says what went wrong, or the signal."""
     lines = [line.strip() for line in log.splitlines()]
-    said = [line for line in lines if "what():" in line or "Error: " in line or "Value error," in line]
+    thrown = [line for line in lines if line.startswith("what():")]
+    said = thrown or [line for line in lines if "Error: " in line or "Value error," in line]
     reasons = [line for line in lines if "cannot implement due to" in line and line.startswith("CPU")]
-    if code < 0 and not [line for line in said if "what():" in line]:
+    if code < 0 and not thrown:
         return f"the process ended by signal {-code}"
     return (reasons or said[-1:] or lines[-1:] or [f"exit code {code}"])[-1].split(" [type=")[0][:300]
 

@@ -195,6 +195,18 @@ def rows_of(name: str, folder: Path, dtypes: tuple[str, ...], count: int, tokens
     return rows
 
 
+def keep(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into the .json, in place of older ones of the same artifacts, and write the page anew."""
+    path = out.with_suffix(".json")
+    before = json.loads(path.read_text())["results"] if path.is_file() else []
+    again = {(row["artifact"], row["dtype"]) for row in rows}
+    machine = {"device": cpu_in_use()["device"], "cores": os.cpu_count(), "platform": platform.platform()}
+    kept = [row for row in before if (row["artifact"], row["dtype"]) not in again]
+    result = {"machine": machine, "versions": _versions(VLLM), "results": kept + rows}
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    out.with_suffix(".md").write_text(page(result))
+
+
 def page(result: dict[str, Any]) -> str:
     """docs/benchmarks/serving.md."""
     served_ = [row for row in result["results"] if "refused" not in row]
@@ -249,26 +261,13 @@ def main() -> int:
         for case in CASES
         if (not arguments.only and not arguments.also) or case.name.startswith(tuple(arguments.only or ["\0"]))
     ]
-    rows = []
     for case in cases:
         folder = Path(compress("run", str(recipe_of(case)))["artifact"]["path"]) / "model"
-        rows += rows_of(case.name, folder, case.dtypes, arguments.prompts, 80)
+        keep(arguments.out, rows_of(case.name, folder, case.dtypes, arguments.prompts, 80))
     for given in arguments.also:
         name, _, place = given.partition("=")
         folder_name, _, dtype = place.partition("@")
-        rows += rows_of(name, Path(folder_name).resolve(), (dtype or "auto",), arguments.prompts, 128)
-    path = arguments.out.with_suffix(".json")
-    kept = json.loads(path.read_text())["results"] if path.is_file() else []
-    again = {(row["artifact"], row["dtype"]) for row in rows}
-    rows = [row for row in kept if (row["artifact"], row["dtype"]) not in again] + rows
-    machine = {
-        "device": cpu_in_use()["device"],
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-    }
-    result = {"machine": machine, "versions": _versions(VLLM), "results": rows}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    arguments.out.with_suffix(".md").write_text(page(result))
+        keep(arguments.out, rows_of(name, Path(folder_name).resolve(), (dtype or "auto",), arguments.prompts, 128))
     return 0
 
 

@@ -91,7 +91,14 @@ CASES = (
     ),
     Case(
         "W8A8, down_proj int4",
-        (rounded(8, "channel", inputs="int8", overrides=[{"match": "mlp.down_proj", "bits": 4, "inputs": "none"}]),),
+        (
+            rounded(
+                8,
+                "channel",
+                inputs="int8",
+                overrides=[{"match": "mlp.down_proj", "bits": 4, "group_size": 64, "inputs": "none"}],
+            ),
+        ),
         dtypes=("bfloat16",),
     ),
     Case("fp8 KV cache", ({"kind": "kv_cache"},)),
@@ -161,7 +168,7 @@ def served(folder: Path, dtype: str, prompts: list[list[int]], tokens: int, gene
 
 def why(log: str, code: int) -> str:
     """The line of a log that says what went wrong, or the signal."""
-    lines = [line.strip() for line in log.splitlines()]
+    lines = [line.strip().removeprefix("[rank0]: ") for line in log.splitlines()]
     thrown = [line for line in lines if line.startswith("what():")]
     said = thrown or [line for line in lines if "Error: " in line or "Value error," in line]
     reasons = [line for line in lines if "cannot implement due to" in line and line.startswith("CPU")]

@@ -17,7 +17,7 @@ PYTHON ?= $(shell for candidate in python3.11 python3; do \
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo-model glass quickstart test check lint types layers reference recipes unit loaders object-stores format constraints clean
+.PHONY: help install demo-model glass quickstart test check lint types layers reference recipes unit loaders object-stores serve-vllm format constraints clean
 
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -87,6 +87,9 @@ loaders: demo-model  ## what we write, loaded by GPTQModel, auto-gptq and llama.
 
 object-stores: install  ## push and pull through S3's, Google's and Azure's protocols, spoken by emulators
 	$(BIN)/python scripts/object_stores.py
+
+serve-vllm: install glass  ## artifacts of every kind, served by vLLM on a CPU (heavy: builds .loaders/vllm, 2 GB)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python scripts/loaders/serving.py
 
 format: install  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ import json
 import sys
 import types
 
+import psutil
 import pytest
 import torch
 
@@ -37,7 +38,8 @@ def standing_in(shift):
     module.__version__ = "0"
 
     class Llm:
-        def __init__(self, folder, **_):
+        def __init__(self, folder, **settings):
+            module.settings = settings
             from transformers import AutoModelForCausalLM
 
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -61,18 +63,50 @@ def standing_in(shift):
 
 def test_log_probabilities_are_compared_token_by_token(script, glass, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", standing_in(-0.01))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "stand-in")
-    prompts = [prompt[:40] for prompt in script.prompts_of(glass, 3)]
+    on_cpu(script, monkeypatch)
+    prompts = script.prompts_of(glass, 3, tokens=40)
 
-    served, read = script.by_vllm(glass, prompts, 128), script.by_transformers(glass, prompts)
+    served, read = script.by_vllm(glass, prompts, 128), script.by_transformers(glass, prompts, "float32")
     result = script.compare(served, read)
 
     assert result["prompts"] == 3 and result["tokens"] == 3 * 39
     assert result["mean_abs_logprob_difference"] == pytest.approx(0.01, rel=0.1)
     assert result["perplexity_ratio"] == pytest.approx(1.01005, rel=1e-3)
     assert result["same_most_likely_token"] > 0.95
-    assert served["device_bytes_in_use"] == 40 and served["output_tokens_per_second"] > 0
+    assert served["output_tokens_per_second"] > 0
+
+
+def on_cpu(script, monkeypatch):
+    """No GPU is there; what is set for vLLM's CPU build is unset again after the test."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, value in script.ON_CPU.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_gpu_memory_is_the_peak_of_the_process_and_is_called_so(script, glass, monkeypatch):
+    stand_in = standing_in(0.0)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    on_cpu(script, monkeypatch)
+
+    served = script.by_vllm(glass, script.prompts_of(glass, 1, tokens=16), 128, "float32", generated=2)
+
+    assert "device_bytes_in_use" not in served and served["device"].startswith("CPU ")
+    assert 2**26 < served["peak_resident_bytes"] < psutil.virtual_memory().total
+    assert stand_in.settings["dtype"] == "float32"
+    assert stand_in.settings["enforce_eager"] and stand_in.settings["kv_cache_memory_bytes"] == 2**30
+
+
+def test_on_a_gpu_memory_is_what_is_in_use_there(script, glass, monkeypatch):
+    stand_in = standing_in(0.0)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+
+    served = script.by_vllm(glass, script.prompts_of(glass, 1, tokens=16), 128)
+
+    assert (served["device"], served["device_bytes_in_use"]) == ("a card", 40)
+    assert "peak_resident_bytes" not in served and "enforce_eager" not in stand_in.settings
 
 
 def test_it_is_kept_beside_the_version_which_never_changes(script, tmp_path):
@@ -100,7 +134,12 @@ def test_the_report_says_how_it_was_served(script, tmp_path):
 
     assert sentence.startswith("Served with vLLM 0.20 on H100: over 1 prompts log-probabilities differ")
     assert "by 0.01 nats a token (0.02 at most)" in sentence and "the same in 50.0 % of places" in sentence
-    assert "1,234 tokens a second, 2.0 GiB" in sentence
+    assert sentence.endswith("1,234 tokens a second, 2.0 GiB of device memory.")
+    del beside["device_bytes_in_use"]
+    beside["peak_resident_bytes"] = 3 * 2**30
+    path.write_text(json.dumps({**script.compare(*sides), **beside, "versions": {"vllm": "0.32"}}))
+    (sentence,) = sentences(standing_of(Store(tmp_path), "name", "v0003"))
+    assert sentence.endswith("1,234 tokens a second, 3.0 GiB of resident memory at the process's peak.")
     assert sentences(standing_of(Store(tmp_path), "name", "v0004")) == []
     path.write_text("{}")
     with pytest.raises(CompressError, match="not what serving was measured as"):

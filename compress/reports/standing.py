@@ -38,7 +38,8 @@ class Waiver:
 @dataclass(frozen=True)
 class Served:
     """What scripts/serve_vllm.py found: a runtime's log-probabilities against those of transformers on the same files,
-    in nats a token, over `prompts`; tokens a second with all of them at once."""
+    in nats a token, over `prompts`; tokens a second with all of them at once. Bytes in use of a GPU, or, on a CPU, the
+    most that were resident in the process."""
 
     runtime: str
     device: str
@@ -48,7 +49,8 @@ class Served:
     same_token: float
     perplexity_ratio: float
     tokens_per_second: float
-    device_bytes: int
+    device_bytes: int | None = None
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,20 @@ def sentences(standing: Standing) -> list[str]:
 
 
 def _served(served: Served) -> str:
+    memory = [
+        f", {count / 2**30:.1f} GiB of {what}"
+        for count, what in (
+            (served.device_bytes, "device memory"),
+            (served.resident_bytes, "resident memory at the process's peak"),
+        )
+        if count is not None
+    ]
     return (
         f"Served with {served.runtime} on {served.device}: over {served.prompts} prompts log-probabilities differ from "
         f"transformers' by {served.mean_difference:.2g} nats a token ({served.largest_difference:.2g} at most), the "
         f"most likely token is the same in {100 * served.same_token:.1f} % of places, perplexity is "
-        f"{served.perplexity_ratio:.4g} times as high; {served.tokens_per_second:,.0f} tokens a second, "
-        f"{served.device_bytes / 2**30:.1f} GiB of device memory."
+        f"{served.perplexity_ratio:.4g} times as high; {served.tokens_per_second:,.0f} tokens a second"
+        f"{''.join(memory)}."
     )
 
 

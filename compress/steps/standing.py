@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from compress.artifacts import desk
 from compress.artifacts.channels import CHANNELS, read
@@ -36,12 +37,17 @@ def served(store: Store, name: str, label: str) -> Served | None:
             same_token=float(facts["same_most_likely_token"]),
             perplexity_ratio=float(facts["perplexity_ratio"]),
             tokens_per_second=float(facts["output_tokens_per_second"]),
-            device_bytes=int(facts["device_bytes_in_use"]),
+            device_bytes=_bytes(facts, "device_bytes_in_use"),
+            resident_bytes=_bytes(facts, "peak_resident_bytes"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressError(
             f"{path}: not what serving was measured as ({error!r}); remove it or serve again"
         ) from error
+
+
+def _bytes(facts: dict[str, Any], key: str) -> int | None:
+    return int(facts[key]) if key in facts else None
 
 
 def standing_at(folder: Path, name: str, label: str) -> Standing:

@@ -43,7 +43,7 @@ class BitsAndBytes(Format):
     """One of bitsandbytes' schemes for the whole model; linears may be left out."""
 
     name = "bitsandbytes"
-    description = "NF4, FP4 or LLM.int8 as bitsandbytes saves them; loads in transformers, and in vLLM on GPUs"
+    description = "NF4, FP4 or LLM.int8 as bitsandbytes saves them; loads in transformers (vLLM 0.32 dropped it)"
     packs = True
     loader_needs = ("bitsandbytes",)
 

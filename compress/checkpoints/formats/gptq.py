@@ -10,10 +10,11 @@ Per linear with `rows` outputs and `columns` inputs, everything transposed:
 Two conventions for `qzeros` exist. `checkpoint_format: gptq` (v1, AutoGPTQ's) stores each zero point less one, which
 loaders add again; it is what symmetric schemes are written in, and every loader reads it: a zero point of 8 is stored
 as 7. A zero point of 0 would be stored as -1, which loaders disagree about, so asymmetric schemes are written as
-`gptq_v2`, where zero points are stored as they are; GPTQModel and vLLM read that, auto-gptq does not.
+`gptq_v2`, where zero points are stored as they are; GPTQModel reads that, auto-gptq does not, and vLLM 0.32 takes no
+asymmetric scheme in this layout.
 
 config.json and quantize_config.json carry the same section. Sources: AutoGPTQ's qlinear modules, GPTQModel's
-`convert_gptq_v1_to_v2_format`, vLLM's gptq.py.
+`convert_gptq_v1_to_v2_format`, vLLM's auto_gptq.py.
 """
 
 from __future__ import annotations

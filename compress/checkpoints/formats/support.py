@@ -1,7 +1,9 @@
 """What each runtime serves of each format: one table, which `plan` warns by and docs/formats.md shows.
 
 A row is about one kind of scheme. `source` says where it is from: a test of ours, a recorded run of a loader
-(`make loaders`, docs/benchmarks/loaders.md), or what the runtime's own documentation or code says (read in 2026-11).
+(`make loaders`, docs/benchmarks/loaders.md; `make serve-vllm`, docs/benchmarks/serving.md), or what the runtime's own
+documentation or code says (read in 2026-11, vLLM's in 0.32.0). `vLLM` is vLLM on GPUs, not run by us; `vLLM on a CPU`
+is its CPU build, whose kernels are others and fewer.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from dataclasses import dataclass
 from compress.checkpoints.formats.base import Shapes
 from compress.quantization.scheme import Scheme
 
-VLLM = "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/layers/quantization"
+VLLM = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor"
 VLLM_DOCS = "https://docs.vllm.ai/en/latest/features/quantization"
-MARLIN = f"{VLLM}/utils/marlin_utils.py"
+MARLIN = f"[marlin.py]({VLLM}/kernels/linear/mixed_precision/marlin.py) of 0.32.0"
+HUMMING = f"[humming.py]({VLLM}/kernels/linear/mixed_precision/humming.py) of 0.32.0"
+AUTO_GPTQ = f"[auto_gptq.py]({VLLM}/layers/quantization/auto_gptq.py) of 0.32.0"
+METHODS = f"[its methods]({VLLM}/layers/quantization/__init__.py) of 0.32.0"
 TESTS = "tested here: tests/checkpoints/"
 LOADERS = "run here: docs/benchmarks/loaders.md"
+SERVING = "run here with 0.32.0: docs/benchmarks/serving.md"
 SERVED_GROUPS = (32, 64, 128, None)
 """What Marlin takes; None is a scale a row."""
 
@@ -61,8 +67,8 @@ def _llm_int8(scheme: Scheme) -> bool:
     return scheme.outliers is not None
 
 
-def _marlin_fits(rows: int, columns: int) -> bool:
-    return rows % 64 == 0 and columns % 128 == 0
+def _none(scheme: Scheme) -> bool:
+    return False
 
 
 def _by_32(rows: int, columns: int) -> bool:
@@ -70,7 +76,7 @@ def _by_32(rows: int, columns: int) -> bool:
 
 
 BNB_ON_AVX512 = "bitsandbytes on CPUs with AVX512-BF16"
-_MARLIN_SHAPES = "rows divide by 64, columns by 128, after tensor parallelism has split them"
+_PADDED = "any; padded, which costs time, where rows do not divide by 64 and columns by 128, or the other way round"
 
 SUPPORT: tuple[Row, ...] = (
     Row(
@@ -93,28 +99,43 @@ SUPPORT: tuple[Row, ...] = (
     Row(
         *("vLLM", "compressed-tensors", "4, 8 bits symmetric"),
         _weights(4, 8, served=True),
-        *("32, 64, 128, a row", "yes", _MARLIN_SHAPES, "Marlin from Ampere on; Machete on Hopper"),
-        f"[marlin_utils.py]({MARLIN})",
-        _marlin_fits,
+        *("32, 64, 128, a row", "yes", _PADDED, "NVIDIA GPUs: Marlin from Turing on, Machete on Hopper"),
+        MARLIN,
     ),
     Row(
-        *("vLLM", "compressed-tensors", "2, 3, 5, 6 bits symmetric"),
-        _weights(2, 3, 5, 6, served=True),
-        *("32, 64, 128, a row", "yes", "any", "Humming; columns in order"),
-        "[vllm#46389](https://github.com/vllm-project/vllm/pull/46389)",
+        *("vLLM", "compressed-tensors", "4 bits asymmetric"),
+        _weights(4, symmetric=False, served=True),
+        *("32, 64, 128, a row", "yes", _PADDED, "NVIDIA GPUs: Marlin with zero points, from Turing on"),
+        MARLIN,
     ),
     Row(
-        *("vLLM", "compressed-tensors", "4, 8 bits asymmetric"),
-        _weights(4, 8, symmetric=False, served=True),
-        *("32, 64, 128, a row", "yes", _MARLIN_SHAPES, "Marlin with zero points"),
-        f"[marlin_utils.py]({MARLIN})",
-        _marlin_fits,
+        *("vLLM", "compressed-tensors", "2, 3, 5, 6 bits; 8 asymmetric"),
+        lambda scheme: (
+            _weights(2, 3, 5, 6, symmetric=None, served=True)(scheme)
+            or _weights(8, symmetric=False, served=True)(scheme)
+        ),
+        *("32, 64, 128, a row", "yes", "any", "NVIDIA GPUs from Turing on, with the package humming; columns in order"),
+        f"{HUMMING}; [vllm#46389](https://github.com/vllm-project/vllm/pull/46389)",
     ),
     Row(
         *("vLLM", "compressed-tensors", "8 bits, int8 inputs (W8A8)"),
         _w8a8,
         *("a row", "yes", "any", "compute capability 7.5 to 9.0: not on Blackwell (10.0 and up)"),
         f"[INT8 W8A8]({VLLM_DOCS}/int8/)",
+    ),
+    Row(
+        *("vLLM on a CPU", "compressed-tensors", "4 bits"),
+        _weights(4, symmetric=None),
+        *("even ones, a row", "yes", "rows and columns divide by 32"),
+        "float16, or bfloat16; where AMX is, bfloat16 rounds inputs to 8 bits and does not take a scale a row",
+        SERVING,
+        _by_32,
+    ),
+    Row(
+        *("vLLM on a CPU", "compressed-tensors", "8 bits, int8 inputs (W8A8)"),
+        _w8a8,
+        *("a row", "yes", "any", "where AMX is, bfloat16 only: float16 ends the process"),
+        SERVING,
     ),
     Row(
         *("transformers", "gptq", "2, 3, 4, 8 bits"),
@@ -138,22 +159,16 @@ SUPPORT: tuple[Row, ...] = (
         _by_32,
     ),
     Row(
-        *("vLLM", "gptq", "4, 8 bits symmetric"),
+        *("vLLM", "gptq", "4, 8 bits symmetric; no others"),
         _weights(4, 8, served=True),
-        *("32, 64, 128, a row", "no", _MARLIN_SHAPES, "Marlin from Ampere on"),
-        f"[marlin_utils.py]({MARLIN})",
-        _marlin_fits,
+        *("32, 64, 128, a row", "no", _PADDED, "NVIDIA GPUs: Marlin from Turing on"),
+        AUTO_GPTQ,
     ),
     Row(
-        *("vLLM", "gptq", "2, 3 bits symmetric; 2, 3, 4, 8 asymmetric"),
-        lambda scheme: _weights(2, 3)(scheme) or _weights(2, 3, 4, 8, symmetric=False)(scheme),
-        *(
-            "any that divides",
-            "no",
-            "rows and columns divide by 32",
-            "the older kernel; zero points of `gptq_v2`: #26092",
-        ),
-        "[vllm#26092](https://github.com/vllm-project/vllm/pull/26092)",
+        *("vLLM on a CPU", "gptq", "4 bits symmetric"),
+        _weights(4, served=True),
+        *("32, 64, 128, a row", "no", "rows and columns divide by 32", "as 4 bits in `compressed-tensors`"),
+        SERVING,
         _by_32,
     ),
     Row(
@@ -176,10 +191,10 @@ SUPPORT: tuple[Row, ...] = (
         f"{TESTS}test_bitsandbytes.py",
     ),
     Row(
-        *("vLLM", "bitsandbytes", "nf4, fp4, LLM.int8"),
-        lambda scheme: _floats(scheme) or _llm_int8(scheme),
-        *("64", "no", "any", "NVIDIA GPUs; slower than Marlin"),
-        f"[bitsandbytes]({VLLM_DOCS}/bnb/)",
+        *("vLLM, vLLM on a CPU", "bitsandbytes", "none: no method of 0.32.0, as it was of earlier ones"),
+        _none,
+        *("none", "no", "none", "refused while the config is read"),
+        f"{METHODS}; {SERVING}",
     ),
     Row(
         *("llama.cpp", "gguf", "up to 5 bits; 6, 8 bits symmetric"),
@@ -203,23 +218,29 @@ SUPPORT: tuple[Row, ...] = (
     Row(
         *("vLLM", "gguf", "the same"),
         lambda scheme: _weights(2, 3, 4, 5, symmetric=None)(scheme) or _weights(6, 8)(scheme),
-        *("multiples of 32", "yes", "columns divide by 32", "vLLM calls it highly experimental"),
-        f"[GGUF]({VLLM_DOCS}/gguf/)",
+        *("multiples of 32", "yes", "columns divide by 32"),
+        "GPUs, with vllm-gguf-plugin: 0.32.0 itself has no such method, and the plugin (0.0.5) needs CUDA",
+        METHODS,
         lambda rows, columns: columns % 32 == 0,
     ),
     Row(
-        *("transformers, vLLM", "plain", "values written out"),
+        *("transformers, vLLM, vLLM on a CPU", "plain", "values written out"),
         lambda scheme: scheme.inputs is None,
         *("any", "yes", "any", "no memory saved; integer inputs are lost"),
-        "tested here: tests/test_architecture.py",
+        f"tested here: tests/test_architecture.py; {SERVING}",
     ),
 )
+
+
+def rows_of(runtime: str, format_name: str) -> list[Row]:
+    """The rows of one runtime and format. vLLM and vLLM on a CPU are two runtimes."""
+    return [row for row in SUPPORT if runtime in row.runtime.split(", ") and row.format == format_name]
 
 
 def unserved(runtime: str, format_name: str, schemes: Mapping[str, Scheme], shapes: Shapes) -> list[str]:
     """What a runtime does not serve of a model, by its rows: kinds of schemes, and linears with shapes that no kernel
     takes. Empty where the runtime has no row for the format: nothing is known then."""
-    rows = [row for row in SUPPORT if runtime in row.runtime and row.format == format_name]
+    rows = rows_of(runtime, format_name)
     if not rows:
         return []
     unknown: dict[str, int] = {}
@@ -248,6 +269,6 @@ def limits_of(runtime: str, format_name: str, schemes: Mapping[str, Scheme]) -> 
     used = set(schemes.values())
     return [
         f"{runtime} serves {row.what} on {row.limits}"
-        for row in SUPPORT
-        if runtime in row.runtime and row.format == format_name and row.takes is _w8a8 and any(map(row.takes, used))
+        for row in rows_of(runtime, format_name)
+        if row.takes is _w8a8 and any(map(row.takes, used))
     ]

@@ -23,7 +23,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.architecture import Dimensions
-from compress.memory.predict import kv_cache_bytes
+from compress.memory.predict import Format, kv_cache_bytes
+from compress.memory.predict import stored_bytes as weight_bytes
 from compress.quantization.scheme import Scheme
 
 KINDS = ("effective_bits", "weight_bytes", "ratio", "serving_bytes")
@@ -50,17 +51,15 @@ class Sizes:
         dimensions: Dimensions,
         stored_bytes: int,
         source_bytes: int,
-        packed: Mapping[str, Scheme] | None = None,
+        format_: Format,
+        packed: Mapping[str, Scheme],
     ) -> Sizes:
         """`parameters`: the shape of every stored one; `matrices`: of the linears that will be quantised; `packed`:
-        schemes of matrices that were quantised already, the embedding or the head."""
-        others = 0
-        for name, shape in parameters.items():
-            module = name.removesuffix(".weight")
-            if packed and module in packed:
-                others += packed[module].stored_bytes(shape[0], shape[1], stored_bytes)
-            elif module not in matrices or not name.endswith(".weight"):
-                others += math.prod(shape) * stored_bytes
+        schemes of matrices that were quantised already, the embedding or the head; `format_`: what will hold them."""
+        outside = {name: shape for name, shape in parameters.items() if name.removesuffix(".weight") not in matrices}
+        shapes = {module: parameters[f"{module}.weight"] for module in packed}
+        of_packed = {module: (rows, columns) for module, (rows, columns) in shapes.items()}
+        others = weight_bytes(outside, of_packed, dict(packed), stored_bytes, format_)
         return cls(matrices, others, source_bytes, dimensions, stored_bytes)
 
     @property

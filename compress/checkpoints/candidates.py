@@ -1,6 +1,7 @@
 """Every candidate of every linear, kept beside a model: what a mixture of schemes is put together from.
 
-    <folder>/candidates/block-00003.safetensors     <module>#<k>.codes and .scale: the linear in its k-th candidate
+    <folder>/candidates/block-00003.safetensors     <module>#<k>.codes, .scale and, where its scheme is asymmetric,
+                                                    .zero_point: the linear in its k-th candidate
 
 A model with one candidate chosen for each linear is read as any other checkpoint is, without being written.
 """
@@ -23,12 +24,14 @@ FOLDER = "candidates"
 
 
 def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Tensor, Grid]]]) -> None:
-    """Keep the candidates of one block's linears (codes (rows, columns) and grid each, symmetric), in their order."""
+    """Keep the candidates of one block's linears (codes (rows, columns) and grid each), in their order."""
     tensors = {}
     for module, options in found.items():
         for number, (codes, grid) in enumerate(options):
             tensors[f"{module}#{number}.codes"] = codes.cpu().contiguous()
             tensors[f"{module}#{number}.scale"] = grid.scale.cpu().contiguous()
+            if grid.zero is not None:
+                tensors[f"{module}#{number}.zero_point"] = grid.zero.cpu().contiguous()
     path = _path(folder, block)
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
@@ -51,8 +54,9 @@ class Assigned(Checkpoint):
         with safe_open(_path(self.folder, block), framework="pt") as file:
             for module in modules:
                 number = self.chosen[module]
-                scale = file.get_tensor(f"{module}#{number}.scale")
-                grid = Grid(self._candidates[module][number], scale, None)
+                scheme = self._candidates[module][number]
+                zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")
+                grid = Grid(scheme, file.get_tensor(f"{module}#{number}.scale"), zero)
                 value = dequantize(file.get_tensor(f"{module}#{number}.codes"), grid)
                 leaf = f"{module.removeprefix(prefix + '.')}.weight"
                 state[leaf] = value.T if self.architecture.transposed_linears else value

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress.allocation.units import Unit, units_of
 from compress.architecture import Architecture
 from compress.calibration.windows import Windows
+from compress.checkpoints.formats import FORMATS
+from compress.checkpoints.formats.base import Format
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
@@ -23,11 +25,12 @@ from compress.stages.quantize import (
 
 
 class Candidate(BaseModel):
-    """A symmetric scheme that linears may get; written as a number of bits where the group size is the stage's."""
+    """A scheme that linears may get; written as a number of bits where the group size is the stage's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Bits
     group_size: GroupSize | None = Field(default=None, description="the stage's where left out")
+    symmetric: bool = Field(default=True, description="false, for llama.cpp alone: with a zero point")
 
     _size = field_validator("group_size")(checked_size)
 
@@ -58,15 +61,31 @@ DEFAULT_CANDIDATES = (
     Candidate(bits=6),
     Candidate(bits=8),
 )
+LLAMA_CPP_CANDIDATES = (
+    Candidate(bits=4, group_size=32),
+    Candidate(bits=4, group_size=32, symmetric=False),
+    Candidate(bits=5, group_size=32),
+    Candidate(bits=5, group_size=32, symmetric=False),
+    Candidate(bits=8, group_size=32),
+)
+"""Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: fewer bits than a block type has are stored as its own."""
+Runtime = Literal["vllm", "transformers", "llama.cpp"]
+FORMAT_OF: dict[str, str] = {"vllm": "compressed-tensors", "transformers": "compressed-tensors", "llama.cpp": "gguf"}
 
 
 class CandidateStage(Stage):
     """Fields of both stages; where a recipe names both, these must be the same."""
 
+    runtime: Runtime = Field(
+        default="vllm",
+        description="what will serve the result: candidates are those that it runs, and bytes those of its format "
+        "(gguf for llama.cpp, compressed-tensors for the others)",
+    )
     candidates: tuple[Candidate, ...] = Field(
         default=DEFAULT_CANDIDATES,
         min_length=2,
-        description="schemes to choose from: a number of bits, or {bits, group_size}; all symmetric",
+        description="schemes to choose from: a number of bits, or {bits, group_size, symmetric}; left out for "
+        "llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
     )
     group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
@@ -77,6 +96,19 @@ class CandidateStage(Stage):
     needs_calibration: ClassVar[bool] = True
 
     _size = field_validator("group_size")(checked_size)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_runtime(cls, data: Any) -> Any:
+        """Fill in the runtime's candidates, so that a resolved recipe says what they were."""
+        if isinstance(data, dict) and data.get("runtime") == "llama.cpp":
+            return {"candidates": LLAMA_CPP_CANDIDATES, **data}
+        return data
+
+    @property
+    def format(self) -> Format:
+        """The format whose bytes are counted."""
+        return FORMATS[FORMAT_OF[self.runtime]]
 
     @field_validator("ignore")
     @classmethod
@@ -96,7 +128,7 @@ class CandidateStage(Stage):
         for override in self.overrides:
             if matches(override.match, module):
                 size = override.group_size
-        return Scheme(candidate.bits, True, None if size == "channel" else size)
+        return Scheme(candidate.bits, candidate.symmetric, None if size == "channel" else size)
 
     def options(self, module: str) -> list[Scheme]:
         """Schemes of a module, one a candidate and in their order; empty if it is ignored."""
@@ -113,12 +145,19 @@ class CandidateStage(Stage):
             mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
         for candidate in self.candidates:
             schemes = {module: scheme for module in shapes if (scheme := self.scheme_for(module, candidate))}
-            mistakes += groups_that_do_not_divide(schemes, shapes, architecture)
+            undivided = groups_that_do_not_divide(schemes, shapes, architecture)
+            mistakes += undivided or self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:
             split = self._split_by_ignore(fused, shapes, architecture)
             if split:
                 mistakes.append(split)
         return list(dict.fromkeys(mistakes))
+
+    def _not_held(self, schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
+        """What the runtime's format cannot hold of one candidate, were it everywhere or in a mixture."""
+        if self.format.name != "gguf" and any(not scheme.symmetric for scheme in schemes.values()):
+            return [f"candidates: {self.format.name} holds no mixtures with zero points; leave out symmetric: false"]
+        return [f"runtime {self.runtime}: {said}" for said in self.format.mistakes(schemes, shapes, architecture)]
 
     def _split_by_ignore(self, fused: tuple[str, ...], shapes: Shapes, architecture: Architecture) -> str | None:
         for index in sorted({block for name in shapes if (block := architecture.block_index(name)) is not None}):

@@ -55,6 +55,7 @@ class Choices:
             dimensions_of(skeleton.config),
             context.stored.itemsize,
             context.origin.weight_bytes,
+            stage.format,
             {name: scheme for name, scheme in self.source.schemes.items() if name not in matrices},
         )
         found = candidates_in(self.source.folder, self.blocks)

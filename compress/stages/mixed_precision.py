@@ -63,7 +63,8 @@ class MixedPrecision(CandidateStage):
         everywhere: what `plan` predicts bytes from. Raises RecipeError naming the smallest budget that is feasible."""
         options = [[[self.options(module)[k] for module in unit.modules] for k in self._numbers] for unit in units]
         bytes_ = [
-            [_bytes(unit, schemes, sizes) for schemes in choices] for unit, choices in zip(units, options, strict=True)
+            [self._bytes(unit, schemes, sizes) for schemes in choices]
+            for unit, choices in zip(units, options, strict=True)
         ]
         costs = [
             [
@@ -107,15 +108,14 @@ class MixedPrecision(CandidateStage):
             "or give candidates with fewer bits."
         )
 
+    def _bytes(self, unit: Unit, schemes: list[Scheme], sizes: Sizes) -> int:
+        return sum(
+            self.format.stored_bytes(scheme, *sizes.matrices[module], sizes.stored_bytes)
+            for module, scheme in zip(unit.modules, schemes, strict=True)
+        )
+
     def apply(self, context: StageContext) -> StageOutcome:
         return _Run(self, context).outcome()
-
-
-def _bytes(unit: Unit, schemes: list[Scheme], sizes: Sizes) -> int:
-    return sum(
-        scheme.stored_bytes(*sizes.matrices[module], scale_bytes=sizes.stored_bytes)
-        for module, scheme in zip(unit.modules, schemes, strict=True)
-    )
 
 
 class _Run:

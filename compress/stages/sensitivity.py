@@ -197,6 +197,8 @@ class _Block:
                 "scheme": scheme.to_json(),
                 "cost": cost,
                 "error": solution.error,
-                "bytes": scheme.stored_bytes(weight.shape[0], weight.shape[1], self.run.context.stored.itemsize),
+                "bytes": self.run.stage.format.stored_bytes(
+                    scheme, weight.shape[0], weight.shape[1], self.run.context.stored.itemsize
+                ),
             }
         )

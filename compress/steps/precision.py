@@ -30,6 +30,11 @@ def out_of_order(recipe: Recipe) -> list[str]:
             found.append(where + f"{stage.kind} calibrates the cache of the finished model; put it last")
         if isinstance(stage, MixedPrecision):
             planned = True
+            if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
+                found.append(
+                    f"{where}runtime {stage.runtime}: its budget counts bytes of {stage.format.name}, and "
+                    f"export.format is {recipe.export.format}; make them agree"
+                )
             before = recipe.stages[index - 1] if index else None
             if isinstance(before, Sensitivity) and before.choice_fields != stage.choice_fields:
                 differing = [name for name, value in before.choice_fields.items() if value != getattr(stage, name)]
@@ -66,7 +71,7 @@ def expected_schemes(
             units = stage.units(shape.architecture, matrices)
             chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
             packed = {module: scheme for module, scheme in schemes.items() if module in shape.vocabulary}
-            sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes, packed)
+            sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes, stage.format, packed)
             explained.append(stage.budget.explained(sizes))
             try:
                 schemes.update(stage.schemes_within(sizes, units))

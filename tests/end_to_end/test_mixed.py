@@ -128,6 +128,18 @@ def test_another_budget_finds_the_candidates_finished(published, glass_recipe, h
         ),
         (
             [
+                {
+                    "kind": "mixed_precision",
+                    "runtime": "llama.cpp",
+                    "budget": {"ratio": 0.5},
+                    "ignore": ["*.down_proj"],
+                },
+                {"kind": "gptq", "bits": "planned"},
+            ],
+            "its budget counts bytes of gguf, and export.format is compressed-tensors",
+        ),
+        (
+            [
                 {"kind": "mixed_precision", "budget": {"ratio": 0.5}, "candidates": [4, 5], "group_size": 32},
                 {"kind": "gptq", "bits": "planned"},
             ],

@@ -10,7 +10,10 @@ import torch
 from compress.allocation.budget import Budget, Sizes, activation_bytes
 from compress.architecture import dimensions_of
 from compress.checkpoints.candidates import Assigned
+from compress.checkpoints.export import export
+from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.compressed_tensors import quantization_config
+from compress.checkpoints.formats.gguf import effective_bits, type_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.working import WorkingCheckpoint
@@ -18,7 +21,7 @@ from compress.errors import RecipeError
 from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
-from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, StageContext
+from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, StageContext, Vocabulary
 from compress.stages.choices import candidates_in
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
 
@@ -61,6 +64,51 @@ def test_a_plan_keeps_its_budget_and_its_units_together(solved, model, tmp_path,
         for together in checkpoint.architecture.fused:
             assert len({plan[f"{checkpoint.architecture.block_name(index)}.{name}"] for name in together}) == 1
     assert outcome.facts["kl"] == min(outcome.facts["kl"], *(each["kl"] for each in outcome.facts["uniform"]))
+
+
+LLAMA_CPP = {"runtime": "llama.cpp", "tuning_windows": 4}
+SIZES = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("budget", [{"effective_bits": 5.2}, {"weight_bytes": 64_000}])
+def test_for_llama_cpp_a_budget_is_of_gguf_bytes_and_the_file_has_them(tmp_path, budget):
+    """Block types, with minimums among them, and an embedding rounded before: all counted as they are written."""
+    random_model("llama", tmp_path / "model", torch.float16, **SIZES)
+    apply_stage(Vocabulary(group_size=32), tmp_path / "model", tmp_path / "rounded")
+    more = {"origin": tmp_path / "model", "windows": WINDOWS}
+    apply_stage(Sensitivity(**LLAMA_CPP), tmp_path / "rounded", tmp_path / "solved", **more)
+    stage = MixedPrecision(**LLAMA_CPP, budget=budget, probes=2, proposals=2)
+
+    checkpoint, outcome = apply_stage(stage, tmp_path / "solved", tmp_path / "plan", **more)
+    done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "done", **more)
+    written = export(done, tmp_path / "export", "gguf", torch.float16, 10**9)
+
+    assert len(set(checkpoint.precision_plan.values())) > 1 and outcome.facts["plan"] == "mixed"
+    bits = effective_bits(tmp_path / "export" / "model.gguf")
+    assert bits == pytest.approx(outcome.facts["effective_bits"])
+    if "weight_bytes" in budget:
+        assert 0.97 * budget["weight_bytes"] < written.bytes <= budget["weight_bytes"]
+    else:
+        assert 0.97 * 5.2 < bits <= 5.2
+
+
+def test_for_llama_cpp_candidates_are_its_block_types():
+    kinds = [type_of(scheme) for scheme in Sensitivity(runtime="llama.cpp").options("model.layers.0.mlp.up_proj")]
+    assert kinds == ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    assert Sensitivity(runtime="llama.cpp", candidates=(4, 8)).candidates == Sensitivity(candidates=(4, 8)).candidates
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"runtime": "llama.cpp", "candidates": (4, 8), "group_size": 16}, "blocks are 32 columns wide"),
+        ({"candidates": (4, {"bits": 4, "symmetric": False}), "group_size": 32}, "no mixtures with zero points"),
+    ],
+)
+def test_candidates_that_the_runtime_does_not_run_are_refused(model, fields, said):
+    checkpoint = Checkpoint(model)
+    shapes = Skeleton(checkpoint.config, CPU, torch.float32).linear_shapes()
+    assert any(said in each for each in Sensitivity(**fields).check(shapes, checkpoint.architecture))
 
 
 def test_what_follows_a_plan_has_its_schemes(solved, model, tmp_path):
@@ -188,7 +236,9 @@ def test_serving_bytes_leave_weights_what_the_cache_and_the_runtime_do_not_take(
     checkpoint = Checkpoint(model)
     skeleton = Skeleton(checkpoint.config, CPU, torch.float32)
     shapes, dimensions = skeleton.linear_shapes(), dimensions_of(skeleton.config)
-    sizes = Sizes.of(skeleton.parameter_shapes(), shapes, dimensions, 2, checkpoint.weight_bytes)
+    sizes = Sizes.of(
+        skeleton.parameter_shapes(), shapes, dimensions, 2, checkpoint.weight_bytes, FORMATS["compressed-tensors"], {}
+    )
     budget = Budget(serving_bytes=10**7, context=64, concurrency=3, kv_cache_bits=8, runtime_bytes=10**6)
     cache = kv_cache_bytes(dimensions, 64, 3, 1)
     left = 10**7 - 10**6 - cache - activation_bytes(sizes, 2048, 3) - sizes.other_bytes

@@ -74,7 +74,8 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "r.yaml:9: stages[0].bits: found 7, expected 2, 3, 4, 5, 6, 8 or 'planned'",
         *[mistake for mistake in found if "group_sise" in mistake],
         "r.yaml:10: stages[1]: unknown kind 'gtpq'. Did you mean \"gptq\"? Known: structured_prune, sparsify, "
-        "smoothquant, awq, round_to_nearest, gptq, bitsandbytes, recover, sensitivity, mixed_precision, vocabulary, kv_cache",
+        "smoothquant, awq, round_to_nearest, gptq, bitsandbytes, recover, sensitivity, mixed_precision, "
+        "vocabulary, kv_cache",
         "r.yaml:11: stages[2]: give its `kind`; `compress kinds` lists them",
         "r.yaml:12: export.format: found 'compresed-tensors', expected 'compressed-tensors', 'gptq', "
         "'bitsandbytes', 'gguf' or 'plain' "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def apply_stage(
     origin: Path | None = None,
     progress: Progress | None = None,
     compute: torch.dtype = torch.float32,
+    after_block: Callable[[int], None] = lambda index: None,
 ) -> tuple[Checkpoint, StageOutcome]:
     """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
     context = StageContext(
@@ -118,6 +120,7 @@ def apply_stage(
         tokens_at_once=48,
         seed=0,
         progress=progress or Quiet(),
+        after_block=after_block,
     )
     outcome = stage.apply(context)
     context.output.finish({"done": True})

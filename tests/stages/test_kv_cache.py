@@ -11,7 +11,7 @@ from compress.architecture import architecture_of
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.quantization.kv_cache import LARGEST, RoundedCache, rounded, scale_of
-from compress.stages import Gptq, KvCache
+from compress.stages import Gptq, KvCache, Vocabulary
 from tests.tiny import apply_stage, config_of, load_publicly, our_logits, random_model, random_windows, their_logits
 
 
@@ -102,3 +102,24 @@ def test_bytes_that_scales_add_are_predicted(tmp_path):
     stored = sum(done.tensor_bytes(name) for name in done.kv_scales)
 
     assert stored == KvCache(per="head").added_bytes(dimensions_of(config_of("llama")), 2)
+
+
+@pytest.mark.parametrize("stage", [KvCache(per="head"), Vocabulary()], ids=lambda stage: stage.kind)
+def test_a_run_killed_between_blocks_ends_with_the_same_bytes(tmp_path, stage):
+    random_model("llama", tmp_path / "model", torch.float16)
+    whole, outcome = apply_stage(stage, tmp_path / "model", tmp_path / "whole", random_windows(8))
+
+    def stop(index: int) -> None:
+        raise KeyboardInterrupt
+
+    solved: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        apply_stage(stage, tmp_path / "model", tmp_path / "killed", random_windows(8), after_block=stop)
+    done, again = apply_stage(
+        stage, tmp_path / "model", tmp_path / "killed", random_windows(8), after_block=solved.append
+    )
+
+    assert solved == [1], "the first block was written before the kill"
+    assert done.digest() == whole.digest() and done.schemes == whole.schemes
+    assert again.facts == outcome.facts
+    assert [record["error"] for record in again.modules] == [record["error"] for record in outcome.modules]

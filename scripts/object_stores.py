@@ -28,6 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / ".loaders" / "object-stores"
+RECORD = ROOT / "docs" / "benchmarks" / "object-stores.json"
 PACKAGES = (
     "s3fs==2026.9.0",
     "gcsfs==2026.10.1",
@@ -112,7 +113,9 @@ def _wait(kind: str, process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, help="JSON with what passed, by kind of URL")
+    parser.add_argument(
+        "--out", type=Path, default=RECORD, help="JSON with what passed, by kind of URL (default: docs/benchmarks)"
+    )
     arguments = parser.parse_args()
     packages = build()
     results = PLACE / "results.xml"
@@ -127,9 +130,8 @@ def main() -> None:
         said = {child.tag for child in case}
         counts[kind]["failed" if said & {"failure", "error"} else "skipped" if "skipped" in said else "passed"] += 1
     print(json.dumps(counts, indent=2))
-    if arguments.out:
-        document = {"packages": [*PACKAGES, AZURITE], "date": time.strftime("%Y-%m-%d"), "tests": counts}
-        arguments.out.write_text(json.dumps(document, indent=2) + "\n")
+    document = {"packages": [*PACKAGES, AZURITE], "date": time.strftime("%Y-%m-%d"), "tests": counts}
+    arguments.out.write_text(json.dumps(document, indent=2) + "\n")
     raise SystemExit(code)
 
 

@@ -140,7 +140,7 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
         return "give its `kind`; `compress kinds` lists them"
     if kind == "string_type" and isinstance(value, dict):
         return ""
-    if kind == "too_short" and _at(data, path):
+    if kind == "too_short" and len(_at(data, path) or ()) >= int(context["min_length"]):
         return ""  # pydantic counts valid entries; the invalid ones are reported themselves
     if kind in ("model_attributes_type", "model_type") and isinstance(value, str):
         return ""

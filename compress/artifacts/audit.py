@@ -20,7 +20,7 @@ from compress.artifacts.manifest import MANIFEST_NAME, Manifest, ManifestError
 from compress.artifacts.recovery import pending, unrecorded
 from compress.artifacts.store import Store
 from compress.artifacts.verify import VerifyResult, verify
-from compress.errors import CompressError, EnvironmentLacksError, RecipeError
+from compress.errors import CompressError, EnvironmentLacksError
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,13 @@ def _check_name(
 def audit_channel(store: Store, name: str, channel: str) -> VerifyResult:
     """What a channel holds: is its file what the history says, and the version the one that was promoted, and whole?
 
-    Raises RecipeError where nothing was ever promoted there, CompressError when the file cannot be read.
+    Raises RecipeError where nothing was ever promoted there.
     """
-    home = store.home(name)
-    with read_lock(home / LOCK):
-        state = channels.state(home, history.read(home), channel)
-        held = store.promoted(name, channel)
+    held, wrong = store.holding(name, channel)
     if held is None:
-        raise RecipeError(f'Nothing of "{name}" was ever promoted to {channel}; `compress promote` does.')
+        return VerifyResult(store.home(name) / channels.FOLDER / f"{channel}.json", (wrong,), 0, 0, 0)
     result = verify(held.path)
-    about: list[str] = []
-    if state.wrong and not state.interrupted:
-        about.append(state.wrong)
-    if (found := _manifest(held)) and (wrong := channels.other_bytes(state, channel, found)):
-        about.append(wrong)
-    return replace(result, problems=(*about, *result.problems))
+    return replace(result, problems=(*([wrong] if wrong else []), *result.problems))
 
 
 def _recorded(home: Path, past: History, versions: list[Version]) -> Iterator[str]:

@@ -118,12 +118,20 @@ def read(home: Path, channel: str) -> Channel | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        remedy = "`compress rollback --to VERSION` writes it again"
-        raise CompressError(f"{path}: not a channel file ({type(error).__name__}); {remedy}") from error
+        remedy = f"`compress rollback {home.name} --channel {channel} --to VERSION` writes it again"
+        raise CompressError(f"{path}: not a channel file ({_why(error)}); {remedy}") from error
     expected = (home.name, channel, relative_path(home.name, found.version))
     if (found.name, found.channel, found.path) != expected:
         raise CompressError(f"{path}: says {found.name}, {found.channel}, {found.path}: it has been edited or moved")
     return found
+
+
+def _why(error: OSError | ValidationError) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def write(home: Path, line: Line) -> Channel:

@@ -264,7 +264,13 @@ class Store:
         if not versions:
             raise RecipeError(f'There is no "{name}" in the store {self.root}.{nearest(name, self.names())}')
         if label in channels.CHANNELS:
-            return self._released(name, label).path
+            held, wrong = self.holding(name, label)
+            if held is None or wrong:
+                raise CompressError(
+                    f"{name}/{wrong}. `compress verify {name}@{label}` tells more; to use a version all the same, name "
+                    f"it by its number, as {versions[0].reference}"
+                )
+            return held.path
         if label:
             return layout.choose(versions, name, label).path
         published = [version for version in versions if not version.rejected]
@@ -274,23 +280,27 @@ class Store:
             )
         return published[-1].path
 
-    def _released(self, name: str, channel: str) -> Version:
-        """What a channel holds, if its file and the version are those that the history tells of."""
+    def holding(self, name: str, channel: str) -> tuple[Version | None, str]:
+        """What a channel holds, and what is wrong with it by the history: its file, or the version's digest.
+
+        Empty words: nothing is wrong. No version, and words: its file leads to none. Raises RecipeError where nothing
+        was ever promoted there.
+        """
         home = self.home(name)
         with read_lock(home / LOCK):
             state = channels.state(home, history_.read(home), channel)
-            held = self.promoted(name, channel)
-        wrong = "" if state.interrupted else state.wrong
-        if held is None and not wrong:
-            raise RecipeError(f'Nothing of "{name}" was ever promoted to {channel}; `compress promote` does.')
-        if held is not None and not wrong:
-            wrong = channels.other_bytes(state, channel, manifest.read(held.path))
-        if held is None or wrong:
-            raise CompressError(
-                f"{name}/{wrong}. `compress verify {name}@{channel}` tells more; to use a version all "
-                f"the same, name it as {name}@v0003"
-            )
-        return held
+            wrong = "" if state.interrupted else state.wrong
+            try:
+                held = self.promoted(name, channel)
+            except CompressError as error:
+                return None, wrong or str(error)
+            if held is None and state.interrupted:
+                raise RecipeError(f"{name}/{state.wrong}, and nothing was promoted to {channel} before; promote again")
+            if held is None and not wrong:
+                raise RecipeError(f'Nothing of "{name}" was ever promoted to {channel}; `compress promote` does.')
+            if held is not None and not wrong:
+                wrong = channels.other_bytes(state, channel, manifest.read(held.path))
+        return held, wrong
 
     def home(self, name: str) -> Path:
         """The folder of a name, which need not exist. Raises RecipeError for a bad name or a link."""

@@ -189,16 +189,16 @@ class Checkpoint:
             return self.read(f"{module}.weight")
         codes, grid = self.codes(module)
         value = dequantize(codes, grid)
-        return value.T if self._is_transposed(module) else value
+        return value.T if self.is_transposed(module) else value
 
-    def _is_transposed(self, module: str) -> bool:
+    def is_transposed(self, module: str) -> bool:
         """Whether a module keeps its weight as (inputs, outputs): embeddings and heads never do."""
         return self.architecture.transposed_linears and self.architecture.block_index(module) is not None
 
     def matrix(self, module: str) -> Tensor:
         """The weight of a linear as (rows, columns) = (outputs, inputs), whatever the module's own layout."""
         weight = self.dense(module)
-        return weight.T if self._is_transposed(module) else weight
+        return weight.T if self.is_transposed(module) else weight
 
     def codes(self, module: str) -> tuple[Tensor, Grid]:
         """Codes int8 (rows, columns) and grid of a quantised linear."""
@@ -223,7 +223,7 @@ class Checkpoint:
         if module in self.schemes:
             return tuple(self.codes(module)[0].shape)  # type: ignore[return-value]
         first, second = self.header(f"{module}.weight")[1]
-        return (second, first) if self._is_transposed(module) else (first, second)
+        return (second, first) if self.is_transposed(module) else (first, second)
 
     def module_tensors(self, prefix: str) -> list[str]:
         """Names of the stored tensors under a module. Scales of a KV cache are none of them: they belong to the model

@@ -89,7 +89,7 @@ class Scheme:
         return cls(**data)
 
 
-def usable_group_sizes(columns: int, nearby: int) -> list[int]:
+def usable_group_sizes(columns: int, nearby: int, multiples_of: int = 1) -> list[int]:
     """Up to three divisors of `columns` closest to `nearby`: what an error message can offer instead."""
-    divisors = [size for size in range(4, columns + 1) if columns % size == 0]
+    divisors = [size for size in range(4, columns + 1) if columns % size == 0 and size % multiples_of == 0]
     return sorted(sorted(divisors, key=lambda size: abs(math.log(size / nearby)))[:3])

@@ -179,6 +179,7 @@ def _body(report: Report, source: Mapping[str, Any]) -> str:
         report={"artifact": report.artifact, "stages": stages},
         headline=words.headline(report),
         gguf=_format(report) == "gguf",
+        token_ids_only=any(event.kind == "tokenizer_left_out" for event in report.events),
         base=_Ready(_base_model(source)),
         source_name=_source_name(source),
         loader=report.round_trip.loader if report.round_trip and report.round_trip.passed else "",

@@ -78,8 +78,8 @@ def alone_sentence(report: Report, alone: AlternativeRecord) -> str:
     """The answer in words."""
     if alone.scheme is None:
         return (
-            f"Quantising alone cannot be compared: even 2 bits everywhere take more than the {size(alone.limit_bytes)} "
-            "of this artifact."
+            "Quantising alone cannot be compared: the smallest scheme takes more than the "
+            f"{size(alone.limit_bytes)} of this artifact."
         )
     ours = report.measurements.compressed
     shared = [name for name in alone.values if name.endswith(".mean_kl") and name in ours]

@@ -168,7 +168,7 @@ class TaskRecord(Value):
 class AlternativeRecord(Value):
     """What quantising alone, nothing pruned, gives at no more bytes than the artifact takes."""
 
-    scheme: str | None = Field(description="of all linears, solved by gptq; None where not even 2 bits take so little")
+    scheme: str | None = Field(description="of all linears, solved by gptq; None where no scheme takes so little")
     weight_bytes: int | None = Field(description="tensor bytes of the whole model in that scheme, packed")
     limit_bytes: int = Field(description="tensor bytes of the artifact")
     values: dict[str, float] = Field(description="measures on the evaluation texts, named as in `measurements`")

@@ -55,7 +55,7 @@ class BitsAndBytesStage(Stage):
         require()
         return [
             *patterns_that_match_nothing(self.ignore, [], shapes),
-            *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+            *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture, multiples_of=0),
         ]
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:

@@ -62,13 +62,15 @@ DEFAULT_CANDIDATES = (
     Candidate(bits=8),
 )
 LLAMA_CPP_CANDIDATES = (
-    Candidate(bits=4, group_size=32),
-    Candidate(bits=4, group_size=32, symmetric=False),
-    Candidate(bits=5, group_size=32),
-    Candidate(bits=5, group_size=32, symmetric=False),
-    Candidate(bits=8, group_size=32),
+    Candidate(bits=4),
+    Candidate(bits=4, symmetric=False),
+    Candidate(bits=5),
+    Candidate(bits=5, symmetric=False),
+    Candidate(bits=8),
 )
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: fewer bits than a block type has are stored as its own."""
+LLAMA_CPP_GROUP = 32
+"""Of those types; wider groups take as many bytes."""
 Runtime = Literal["vllm", "transformers", "llama.cpp"]
 FORMAT_OF: dict[str, str] = {"vllm": "compressed-tensors", "transformers": "compressed-tensors", "llama.cpp": "gguf"}
 
@@ -87,7 +89,9 @@ class CandidateStage(Stage):
         description="schemes to choose from: a number of bits, or {bits, group_size, symmetric}; left out for "
         "llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
     )
-    group_size: GroupSize = Field(default=64, description="input columns that share a scale, or 'channel'")
+    group_size: GroupSize = Field(
+        default=64, description="input columns that share a scale, or 'channel'; left out for llama.cpp: 32"
+    )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[GroupOverride, ...] = Field(default=(), description="other group sizes by pattern, for all bits")
     tuning_windows: int = Field(
@@ -102,7 +106,7 @@ class CandidateStage(Stage):
     def _of_runtime(cls, data: Any) -> Any:
         """Fill in the runtime's candidates, so that a resolved recipe says what they were."""
         if isinstance(data, dict) and data.get("runtime") == "llama.cpp":
-            return {"candidates": LLAMA_CPP_CANDIDATES, **data}
+            return {"candidates": LLAMA_CPP_CANDIDATES, "group_size": LLAMA_CPP_GROUP, **data}
         return data
 
     @property
@@ -145,7 +149,8 @@ class CandidateStage(Stage):
             mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
         for candidate in self.candidates:
             schemes = {module: scheme for module in shapes if (scheme := self.scheme_for(module, candidate))}
-            undivided = groups_that_do_not_divide(schemes, shapes, architecture)
+            of_blocks = LLAMA_CPP_GROUP if self.format.name == "gguf" else 1
+            undivided = groups_that_do_not_divide(schemes, shapes, architecture, of_blocks)
             mistakes += undivided or self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:
             split = self._split_by_ignore(fused, shapes, architecture)

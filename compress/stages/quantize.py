@@ -195,8 +195,13 @@ def integer_inputs_that_do_not_fit(schemes: dict[str, Scheme]) -> list[str]:
     ]
 
 
-def groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
-    """One sentence for each (kind of linear, width, group size), naming the first module and how many more."""
+def groups_that_do_not_divide(
+    schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture, multiples_of: int = 1
+) -> list[str]:
+    """One sentence for each (kind of linear, width, group size), naming the first module and how many more.
+
+    `multiples_of`: what a group must be one of beside, and a whole row too; 0 where modules have no sizes of their own.
+    """
     found: dict[tuple[str, int, int], list[str]] = {}
     for module, scheme in schemes.items():
         columns = shapes[module][1]
@@ -205,10 +210,13 @@ def groups_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes, archit
             found.setdefault(key, []).append(module)
     sentences = []
     for (leaf, columns, size), modules in found.items():
-        sizes = usable_group_sizes(columns, size)
+        offered = [*map(str, usable_group_sizes(columns, size, multiples_of))] if multiples_of else []
+        offered += ["channel"] * bool(multiples_of and columns % multiples_of == 0)
+        change = f"use group_size {_either(offered)} for {leaf} (overrides), or ignore it" if offered else "ignore it"
         more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
-        sentences.append(
-            f"{modules[0]}{more}: {columns} input columns do not divide into groups of {size}; use group_size "
-            f"{', '.join(map(str, sizes))} or channel for {leaf} (overrides), or ignore it"
-        )
+        sentences.append(f"{modules[0]}{more}: {columns} input columns do not divide into groups of {size}; {change}")
     return sentences
+
+
+def _either(words: list[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

@@ -28,6 +28,7 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
         for sentence in stage.check(shape.of(stage), architecture)
     ]
+    found += _rounded_twice(recipe, shapes)
     found += out_of_order(recipe)
     found += nothing_to_train(recipe, shapes)
     if not any(stage.plans_precision for stage in recipe.stages):
@@ -45,6 +46,19 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
             for where, spec in texts
             if spec is not None and spec.window_tokens > dimensions.max_context
         ]
+    return found
+
+
+def _rounded_twice(recipe: Recipe, shapes: Shapes) -> list[str]:
+    """Stages that round an embedding or a head which one before them has rounded."""
+    found, seen = [], dict[str, int]()
+    for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
+        if not stage.on_vocabulary:
+            continue
+        for module in stage.schemes(shape.vocabulary):
+            if module in seen:
+                found.append(f"stages[{index}]: {module} was rounded by stages[{seen[module]}] already; leave one out")
+            seen.setdefault(module, index)
     return found
 
 

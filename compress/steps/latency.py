@@ -32,7 +32,7 @@ def time_both(
     machine = plan.machine
     with progress.task("time of both models", 1) as advance:
         folders: tuple[Path, Path] = (reference.source.folder, candidate.loadable)
-        models = [load_model(folder, machine.device, machine.compute) for folder in folders]
+        models = [load_model(folder, machine.device, machine.compute, as_served=True) for folder in folders]
         turns = take_turns(spec, models[0], models[1], plan.dimensions.vocabulary)
         advance("")
     del models

@@ -1,7 +1,8 @@
 """The honest question behind pruning: at the bytes that were reached, would quantising alone have been better?
 
-The source is quantised, nothing pruned, with the best uniform scheme that takes no more bytes than the artifact, and
-measured on the same windows. It is published nowhere, and no gate sees it.
+The source is quantised, nothing pruned, with the best uniform scheme that takes no more bytes than the artifact, its
+embedding and head rounded as the artifact's are, and measured on the same windows. It is published nowhere, and no gate
+sees it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from compress.checkpoints.formats import FORMATS
+from compress.checkpoints.formats.base import Format
 from compress.evaluation.measure import score, summarise, walk_states
 from compress.events import Progress
 from compress.memory import predict
@@ -39,15 +41,28 @@ class Uniform:
     bytes: int
 
     @classmethod
-    def of(cls, scheme: Scheme, shape: Shape, scale_bytes: int) -> Uniform:
+    def of(cls, scheme: Scheme, shape: Shape, plan: Plan) -> Uniform | None:
+        """None where the format of the comparison cannot hold the scheme."""
         undivided = tuple(name for name, (_, columns) in shape.matrices.items() if not scheme.divides(columns))
         schemes = dict.fromkeys(shape.matrices, scheme) | dict.fromkeys(undivided, _a_scale_a_row(scheme))
-        size = predict.stored_bytes(shape.tensors, shape.matrices, schemes, scale_bytes, FORMATS["compressed-tensors"])
+        format_ = _format(plan, shape)
+        if any(format_.refusal(each, *shape.matrices[name]) for name, each in schemes.items()):
+            return None
+        rounded = {name: each for name, each in plan.schemes.items() if name in shape.vocabulary}
+        size = predict.stored_bytes(shape.tensors, shape.everything, schemes | rounded, plan.stored.itemsize, format_)
         return cls(scheme, undivided, size)
 
     @property
     def label(self) -> str:
         return self.scheme.label + (" (a scale a row where that does not divide)" if self.undivided else "")
+
+
+def _format(plan: Plan, shape: Shape) -> Format:
+    """Whose bytes are compared: those of packed integers of any width, or gguf's where that is the recipe's format and
+    holds the source at all."""
+    own, eight = FORMATS[plan.recipe.export.format], Scheme(8, True, None)
+    whole = not any(own.refusal(eight, *matrix) for matrix in shape.matrices.values())
+    return own if own.name == "gguf" and whole else FORMATS["compressed-tensors"]
 
 
 def _a_scale_a_row(scheme: Scheme) -> Scheme:
@@ -56,14 +71,10 @@ def _a_scale_a_row(scheme: Scheme) -> Scheme:
 
 def best_within(plan: Plan, limit: int) -> Uniform | None:
     """The scheme with the least rounding error to be expected of those that take at most `limit` bytes; None where
-    not even 2 bits do."""
+    none does."""
     shape = Shape(plan.config)
-    found = [
-        Uniform.of(Scheme(bits, True, group), shape, plan.stored.itemsize)
-        for bits in get_args(Bits)
-        for group in GROUP_SIZES
-    ]
-    fitting = [each for each in found if each.bytes <= limit]
+    found = [Uniform.of(Scheme(bits, True, group), shape, plan) for bits in get_args(Bits) for group in GROUP_SIZES]
+    fitting = [each for each in found if each and each.bytes <= limit]
     return min(fitting, key=lambda each: expected_error(each.scheme), default=None)
 
 
@@ -91,8 +102,8 @@ def quantised_alone(
         return AlternativeRecord(scheme=None, weight_bytes=None, values={}, limit_bytes=limit, caveats=[])
     stage = _like_the_recipes(plan, best)
     machine = plan.machine
-    (done,) = fold(
-        (stage,),
+    *_, done = fold(
+        (*(stage for stage in plan.recipe.stages if stage.on_vocabulary), stage),
         source.checkpoint,
         source.digest,
         texts.calibration,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from compress.artifacts import manifest
-from compress.artifacts.audit import audit
+from compress.artifacts.audit import audit, audit_channel
 from compress.artifacts.desk import promote, rollback, waive
 from compress.artifacts.store import Store
 from compress.errors import CompressError, RecipeError, RefusedError
@@ -67,12 +67,19 @@ def test_find_refuses_a_channel_that_the_history_does_not_tell_of(store: Store, 
     channel = store.root / "demo" / "channels" / "production.json"
     kept = channel.read_text()
     channel.write_text(kept.replace("v0001", "v0002"))
-    with pytest.raises(CompressError, match=r"is not what line 3(.|\n)*demo@v0003"):
+    with pytest.raises(CompressError, match=r"is not what line 3(.|\n)*as demo@v0001"):
         store.find("demo@production")
     publish()  # without a later line, a missing file would be a crash before it was written
     channel.unlink()
     with pytest.raises(CompressError, match="missing, though it should hold v0001"):
         store.find("demo@production")
+    result = audit_channel(store, "demo", "production")
+    assert not result.ok and "missing, though it should hold v0001" in result.problems[0]
+    channel.write_text(kept.replace("v0001", "v0009"))
+    with pytest.raises(CompressError, match="is not what line 3") as raised:
+        store.find("demo@production")
+    assert not isinstance(raised.value, RecipeError)
+    assert "is not what line 3" in audit_channel(store, "demo", "production").problems[0]
     channel.write_text(kept)
     assert store.find("demo@production") == first
 

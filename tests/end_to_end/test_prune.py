@@ -83,6 +83,21 @@ def test_the_model_card_says_how_it_was_made(chained):
     assert "weights trained; mean KL on calibration windows kept out of training" in card and "no linears" not in card
 
 
+def test_what_is_compared_has_its_embedding_rounded_like_the_artifacts(glass_recipe, tmp_path):
+    from tests.helpers import changed, run_cli, write_recipe
+
+    stages = [PRUNE, {"kind": "vocabulary", "group_size": 32}, {"kind": "gptq", "bits": 4, "group_size": 32}]
+    made = changed(glass_recipe, stages=stages, export={"format": "gguf", "context": 128})
+    run = run_cli("run", write_recipe(tmp_path / "recipe.yaml", made), "--store", tmp_path / "store")
+    report, _ = report_in(tmp_path / "store")
+
+    assert run.code in (0, 3), run.err
+    assert report["memory"]["stored"]["predicted"] == report["memory"]["stored"]["measured"]
+    alone = report["quantised_alone"]
+    # 16 bits of embedding would take 128 KiB more than the whole artifact leaves at three bits.
+    assert alone["scheme"] is not None and alone["weight_bytes"] <= alone["limit_bytes"]
+
+
 def test_the_gate_rejects_what_was_pruned_too_far(recipe, here, tmp_path, glass_recipe):
     stages = [{"kind": "structured_prune", "mlp_channels": 32, "importance": "magnitude", "compensate": False}]
     gates = [{"kind": "relative", "measure": "perplexity.held-out", "max_ratio": 1.05}]

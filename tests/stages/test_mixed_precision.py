@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress.allocation.budget import Budget, Sizes, activation_bytes
-from compress.architecture import dimensions_of
+from compress.architecture import architecture_of, dimensions_of
 from compress.checkpoints.candidates import Assigned
 from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS
@@ -90,6 +90,17 @@ def test_for_llama_cpp_a_budget_is_of_gguf_bytes_and_the_file_has_them(tmp_path,
         assert 0.97 * budget["weight_bytes"] < written.bytes <= budget["weight_bytes"]
     else:
         assert 0.97 * 5.2 < bits <= 5.2
+
+
+def test_for_llama_cpp_groups_are_32_columns_unless_others_are_given():
+    groups = {scheme.group_size for scheme in Sensitivity(runtime="llama.cpp", candidates=(4, 8)).options("a.b")}
+    assert groups == {32}
+    wide = Sensitivity(runtime="llama.cpp", group_size=64)
+    assert {scheme.group_size for scheme in wide.options("a.b")} == {64}
+    (said,) = {
+        each.partition("; ")[2] for each in wide.check({"b.0.x": (8, 352)}, architecture_of({"model_type": "llama"}))
+    }
+    assert said == "use group_size 32, 352 or channel for x (overrides), or ignore it"
 
 
 def test_for_llama_cpp_candidates_are_its_block_types():

@@ -80,7 +80,7 @@ class Format(ABC):
         """What it cannot hold of a quantised embedding and head; `shapes` has the head if it is not tied."""
         modules = [module for module in (architecture.embedding, architecture.head) if module in schemes]
         if modules and self.vocabulary == "kept":
-            return [f"{self.name} keeps embedding and head in 16 bits, and {' and '.join(modules)} are quantised"]
+            return [f"{self.name} keeps embedding and head in 16 bits; leave {' and '.join(modules)} as they are"]
         if architecture.embedding in modules and self.vocabulary == "head":
             remedy = "the head is tied to it, so both stay in 16 bits"
             if architecture.head in shapes:

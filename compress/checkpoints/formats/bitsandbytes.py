@@ -37,6 +37,8 @@ from compress.quantization.scheme import Scheme
 NESTED_RUN = 256
 """Scales that share a scale."""
 RANGE = 127.0
+KERNEL_ROWS = 32
+"""Rows that the kernel for AVX512-BF16 takes at a time; it stops at a remainder."""
 
 
 class BitsAndBytes(Format):
@@ -168,14 +170,16 @@ def understood(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     return "SCB" in leaves or any(leaf.startswith("bitsandbytes__") for leaf in leaves)
 
 
-def without_cpu_kernel(model: nn.Module) -> None:
-    """Let a loaded model compute from the values as they are stored, in the dtype of its inputs.
+def without_cpu_kernel(model: nn.Module, where_it_stops: bool = False) -> None:
+    """Let a loaded model compute from the values as they are stored, in the dtype of its inputs; with `where_it_stops`
+    only linears that the kernel refuses.
 
     On a CPU with AVX512-BF16, 0.50 repacks 4-bit weights in the first forward for a kernel in bfloat16, and stops at
     linears whose rows do not divide by 32. What that changes is the library's arithmetic, not what the files say.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        stops = getattr(module, "out_features", 0) % KERNEL_ROWS != 0
+        if hasattr(module, "support_avx512bf16_for_cpu") and (stops or not where_it_stops):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 

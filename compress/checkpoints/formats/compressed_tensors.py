@@ -27,6 +27,7 @@ from compress.checkpoints.stream import Entry
 from compress.quantization.grid import Grid
 from compress.quantization.scheme import Scheme
 
+_IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
 
@@ -144,8 +145,8 @@ def codes_of(checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[Tenso
 def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) -> dict[str, Any]:
     """The config.json section. `other_linears` are nn.Linear modules left dense (the head, ignored modules).
 
-    One scheme: the group targets every Linear and ignores the rest. Several: each group names its modules by regular
-    expression, blocks folded together.
+    One scheme: the group targets every Linear and ignores the rest; a head is named beside, since to vLLM it is none.
+    Several: each group names its modules by regular expression, blocks folded together.
     """
     by_scheme: dict[Scheme, list[str]] = defaultdict(list)
     for module, scheme in schemes.items():
@@ -153,7 +154,9 @@ def quantization_config(schemes: dict[str, Scheme], other_linears: list[str]) ->
     ordered = sorted(by_scheme, key=lambda scheme: (-len(by_scheme[scheme]), scheme.label))
     groups = {
         f"group_{number}": {
-            "targets": ["Linear"] if len(ordered) == 1 else _patterns(by_scheme[scheme]),
+            "targets": _patterns(by_scheme[scheme])
+            if len(ordered) > 1
+            else ["Linear", *_patterns([module for module in schemes if not _IN_BLOCK.fullmatch(module)])],
             "weights": _weights(scheme),
             "input_activations": _inputs(scheme),
             "output_activations": None,
@@ -242,7 +245,7 @@ def _patterns(modules: list[str]) -> list[str]:
     """One regular expression per module name with the block number folded: re:^model\\.layers\\.(0|3)\\.mlp\\.up$."""
     numbers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module in modules:
-        match = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", module)
+        match = _IN_BLOCK.fullmatch(module)
         if match:
             numbers[(match[1], match[3])].append(match[2])
         else:

@@ -30,7 +30,7 @@ class Plain(Format):
     def write(self, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> Written:
         def quantised(module: str, scheme: Scheme) -> list[Entry]:
             rows, columns = source.matrix_shape(module)
-            own = (columns, rows) if source.architecture.transposed_linears else (rows, columns)
+            own = (columns, rows) if source.is_transposed(module) else (rows, columns)
             return [Entry(f"{module}.weight", dtype, own, lambda: source.dense(module))]
 
         return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, None)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.checkpoints.formats.bitsandbytes import without_cpu_kernel
 from compress.events import Progress
 
 
@@ -63,13 +64,15 @@ def write_texts(
     return [texts[index] for index in range(len(requests))]
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model in `dtype`. A quantised one unpacks in its first forward; only then may its dtype change."""
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, as_served: bool = False) -> Any:
+    """The model in `dtype`. A quantised one unpacks in its first forward; only then may its dtype change. `as_served`:
+    with the arithmetic of its loader's own kernels, where they run at all."""
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings(), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        without_cpu_kernel(model, where_it_stops=as_served)
         model(torch.ones(1, 2, dtype=torch.int64, device=device), use_cache=False)
     torch.nn.Module.to(model, dtype)
     return model

@@ -88,7 +88,7 @@ def test_kinds_lists_every_registered_kind_with_its_fields(here):
     catalogue = json.loads(here("kinds", "--json").out)
 
     quantising = {"gptq", "mixed_precision", "recover", "round_to_nearest", "sensitivity"}
-    quantising |= {"bitsandbytes", "smoothquant", "awq", "kv_cache"}
+    quantising |= {"bitsandbytes", "smoothquant", "awq", "kv_cache", "vocabulary"}
     assert set(catalogue["stages"]) == quantising | {"structured_prune", "sparsify"}
     assert {"threshold", "relative", "non_inferiority", "size", "memory", "latency", "events"} == set(
         catalogue["gates"]

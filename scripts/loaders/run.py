@@ -82,8 +82,10 @@ def build(loader: Loader) -> None:
     print(f"building {loader.name} in {stamp.parent}", flush=True)
     if not loader.python.exists():
         venv.create(stamp.parent, with_pip=True, symlinks=True)
+    # Built for the machine itself, llama.cpp was seen to end with an illegal instruction (AMX on a virtual machine).
+    environment = {"CMAKE_ARGS": "-DGGML_NATIVE=OFF", **os.environ}
     for step in loader.installs:
-        subprocess.run([loader.python, "-m", "pip", "install", "--quiet", *step], check=True)
+        subprocess.run([loader.python, "-m", "pip", "install", "--quiet", *step], check=True, env=environment)
     stamp.write_text(wanted)
 
 

@@ -66,7 +66,7 @@ def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tenso
 
     with _silence():
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(machine.device).eval()
-    without_cpu_kernel(model)
+    plainly = without_cpu_kernel(model)
     resident = _bytes(model)
     with torch.no_grad():
         # The first forward unpacks the weights, in their stored dtype; only then may the model become float32.
@@ -87,6 +87,7 @@ def reload(folder: Path, checkpoint: Checkpoint, windows: Windows, states: Tenso
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
             count += ours.shape[0]
     name = f"transformers AutoModelForCausalLM ({type(model).__name__})"
+    name += ", bitsandbytes' bfloat16 kernel for this CPU left off" if plainly else ""
     tokens = prompt.shape[1]
     del model, cache
     gc.collect()

@@ -77,6 +77,23 @@ def test_the_kernel_for_avx512_bf16_computes_the_same_but_for_bfloat16(tmp_path)
     assert 1e-4 < float((theirs - ours).square().mean().sqrt() / ours.square().mean().sqrt()) < 2e-2
 
 
+def test_the_kernel_is_left_off_everywhere_or_only_where_it_would_stop():
+    """As if this CPU had AVX512-BF16, whose kernel takes 32 rows at a time."""
+
+    def built():
+        model = torch.nn.ModuleList(torch.nn.Linear(8, rows) for rows in (64, 33))
+        for linear in model:
+            linear.support_avx512bf16_for_cpu = True
+        return model
+
+    everywhere, where_it_stops = built(), built()
+
+    assert without_cpu_kernel(everywhere) and without_cpu_kernel(where_it_stops, where_it_stops=True)
+    assert [linear.support_avx512bf16_for_cpu for linear in everywhere] == [False, False]
+    assert [linear.support_avx512bf16_for_cpu for linear in where_it_stops] == [True, False]
+    assert not without_cpu_kernel(everywhere) and not without_cpu_kernel(torch.nn.Linear(8, 33))
+
+
 def test_codes_are_read_back_as_they_were_written(tmp_path):
     done, folder, _ = exported(tmp_path, type="nf4")
     read = Checkpoint(folder)

@@ -84,6 +84,8 @@ def test_embedding_and_head_are_quantised_where_the_format_holds_them(glass_reci
     assert found != other and found == pytest.approx(other, rel=0.2)
     page = (Path(report["artifact"]["path"]) / "reports" / "report.html").read_text()
     assert "model.embed_tokens" in page
+    card = (Path(report["artifact"]["path"]) / "model" / "README.md").read_text()
+    assert report["event_counts"]["tokenizer_left_out"] == 1 and "llama-cli" not in card and "token ids" in card
 
     path = write_recipe(tmp_path / "refused.yaml", changed(glass_recipe, stages=[{"kind": "vocabulary"}, KEPT]))
     refused = here("plan", path)
@@ -150,7 +152,8 @@ def test_w8a8_is_published_with_a_round_trip_and_read_back(glass_recipe, here, t
 def test_bitsandbytes_is_published_and_comes_back_equal(glass_recipe, here, tmp_path, type_):
     pytest.importorskip("bitsandbytes")
     stages = [{"kind": "bitsandbytes", "type": type_, "ignore": ["*.down_proj"]}]
-    report = run(here, glass_recipe, tmp_path, stages, "bitsandbytes")
+    evaluation = [*glass_recipe["evaluation"], {"kind": "prompts", "max_new_tokens": 4}]
+    report = run(here, glass_recipe, tmp_path, stages, "bitsandbytes", evaluation=evaluation)
 
     assert report["round_trip"]["passed"] and report["round_trip"]["mean_kl"] < 1e-4
     predicted, measured = (report["memory"]["stored"][side] for side in ("predicted", "measured"))
@@ -175,6 +178,8 @@ def test_an_fp8_cache_is_judged_and_halves_what_the_report_says_of_it(glass_reci
 @pytest.mark.parametrize(
     ("stages", "format_", "sentence"),
     [
+        ([{"kind": "vocabulary", "group_size": 32}] * 2 + [KEPT], "gguf", "was rounded by stages[0] already"),
+        ([{"kind": "vocabulary", "parts": "head"}, KEPT], "gguf", "is tied to its embedding"),
         ([{"kind": "kv_cache"}, KEPT], "compressed-tensors", "calibrates the cache of the finished model; put it last"),
         ([KEPT, {"kind": "kv_cache"}], "gguf", "gguf has no place for scales of a KV cache; compressed-tensors has"),
         ([{"kind": "bitsandbytes", "type": "int8"}, {"kind": "awq"}], "plain", "works on plain weights"),

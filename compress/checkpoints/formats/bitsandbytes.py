@@ -170,17 +170,20 @@ def understood(config: Mapping[str, Any], names: Iterable[str]) -> bool:
     return "SCB" in leaves or any(leaf.startswith("bitsandbytes__") for leaf in leaves)
 
 
-def without_cpu_kernel(model: nn.Module, where_it_stops: bool = False) -> None:
+def without_cpu_kernel(model: nn.Module, where_it_stops: bool = False) -> bool:
     """Let a loaded model compute from the values as they are stored, in the dtype of its inputs; with `where_it_stops`
-    only linears that the kernel refuses.
+    only linears that the kernel refuses. Returns whether there were any that would have run it.
 
     On a CPU with AVX512-BF16, 0.50 repacks 4-bit weights in the first forward for a kernel in bfloat16, and stops at
     linears whose rows do not divide by 32. What that changes is the library's arithmetic, not what the files say.
     """
+    changed = False
     for module in model.modules():
         stops = getattr(module, "out_features", 0) % KERNEL_ROWS != 0
-        if hasattr(module, "support_avx512bf16_for_cpu") and (stops or not where_it_stops):
+        if getattr(module, "support_avx512bf16_for_cpu", False) and (stops or not where_it_stops):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            changed = True
+    return changed
 
 
 def schemes_in(checkpoint: Checkpoint) -> dict[str, Scheme]:

@@ -294,3 +294,9 @@ def test_tasks_need_names_of_their_own_and_a_text_beside_them(tmp_path, glass_re
     only = {**glass_recipe, "evaluation": [task], "gates": gates}
     with pytest.raises(RecipeError, match="no text is evaluated; add a perplexity or a divergence"):
         load_recipe(write_recipe(tmp_path / "r.yaml", only))
+
+
+def test_too_few_candidates_are_told_with_their_line(tmp_path):
+    (said,) = mistakes(write(tmp_path, GOOD.replace("kind: gptq, bits: 4", "kind: sensitivity, candidates: [4]")))
+
+    assert said.startswith("r.yaml:6: stages[0].candidates: ") and "at least 2" in said

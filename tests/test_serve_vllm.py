@@ -149,3 +149,18 @@ def test_the_report_says_how_it_was_served(script, tmp_path):
 def test_too_short_a_text_is_an_error(script, glass):
     with pytest.raises(SystemExit, match="passages"):
         script.prompts_of(glass, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("here", "code", "said"), [(False, 7, "vLLM is not installed here"), (True, 2, 'There is no "nope" in the store')]
+)
+def test_what_is_missing_is_said_without_a_traceback(script, tmp_path, monkeypatch, capsys, here, code, said):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: object() if here else None)
+    monkeypatch.setattr(sys, "argv", ["serve_vllm.py", "nope", "--store", str(tmp_path)])
+
+    try:
+        ended = script.main()
+    except SystemExit as error:
+        ended = error.code
+
+    assert ended == code and said in capsys.readouterr().err

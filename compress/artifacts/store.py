@@ -293,7 +293,7 @@ class Store:
             try:
                 held = self.promoted(name, channel)
             except CompressError as error:
-                return None, wrong or str(error)
+                return None, wrong or f"{channels.FOLDER}/{channel}.json: {error}"
             if held is None and state.interrupted:
                 raise RecipeError(f"{name}/{state.wrong}, and nothing was promoted to {channel} before; promote again")
             if held is None and not wrong:

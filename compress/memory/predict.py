@@ -56,7 +56,9 @@ def stored_bytes(
 def effective_bits(
     matrices: dict[str, tuple[int, int]], schemes: dict[str, Scheme], dtype_bytes: int, format_: Format
 ) -> float | None:
-    """8 x stored bytes of the quantised linears, with scales, zero points and shapes / their parameters."""
+    """8 x stored bytes of the quantised linears, with scales, zero points and shapes / their parameters. Schemes of
+    an embedding or a head, which are not among `matrices`, do not count."""
+    schemes = {name: scheme for name, scheme in schemes.items() if name in matrices}
     if not schemes:
         return None
     stored = sum(format_.stored_bytes(scheme, *matrices[name], dtype_bytes) for name, scheme in schemes.items())

@@ -11,6 +11,7 @@ from compress.architecture import Architecture
 from compress.calibration.windows import Windows
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.base import Format
+from compress.checkpoints.formats.gguf import BLOCK
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
@@ -69,8 +70,6 @@ LLAMA_CPP_CANDIDATES = (
     Candidate(bits=8),
 )
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: fewer bits than a block type has are stored as its own."""
-LLAMA_CPP_GROUP = 32
-"""Of those types; wider groups take as many bytes."""
 Runtime = Literal["vllm", "transformers", "llama.cpp"]
 FORMAT_OF: dict[str, str] = {"vllm": "compressed-tensors", "transformers": "compressed-tensors", "llama.cpp": "gguf"}
 
@@ -106,7 +105,7 @@ class CandidateStage(Stage):
     def _of_runtime(cls, data: Any) -> Any:
         """Fill in the runtime's candidates, so that a resolved recipe says what they were."""
         if isinstance(data, dict) and data.get("runtime") == "llama.cpp":
-            return {"candidates": LLAMA_CPP_CANDIDATES, "group_size": LLAMA_CPP_GROUP, **data}
+            return {"candidates": LLAMA_CPP_CANDIDATES, "group_size": BLOCK, **data}
         return data
 
     @property
@@ -149,7 +148,7 @@ class CandidateStage(Stage):
             mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
         for candidate in self.candidates:
             schemes = {module: scheme for module in shapes if (scheme := self.scheme_for(module, candidate))}
-            of_blocks = LLAMA_CPP_GROUP if self.format.name == "gguf" else 1
+            of_blocks = BLOCK if self.format.name == "gguf" else 1
             undivided = groups_that_do_not_divide(schemes, shapes, architecture, of_blocks)
             mistakes += undivided or self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:

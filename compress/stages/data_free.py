@@ -61,7 +61,7 @@ def _block(
         quantised[module] = codes, grid
         spent = time.perf_counter() - started
         seconds["solve"] += spent
-        records.append(_record(module, index, scheme, tuple(weight.shape), error, spent))
+        records.append(module_record(module, index, scheme, tuple(weight.shape), error, spent))
     started = time.perf_counter()
     record = {"modules": records, "events": [event.to_json() for event in events]}
     context.output.write_block(context.source, index, quantised, record)
@@ -74,9 +74,10 @@ def kept(module: str) -> Event:
     return Event("module_kept", module, "left in its source precision: the recipe ignores it")
 
 
-def _record(
-    module: str, index: int, scheme: Scheme, shape: tuple[int, ...], error: float, seconds: float
+def module_record(
+    module: str, index: int | None, scheme: Scheme, shape: tuple[int, ...], error: float, seconds: float
 ) -> dict[str, Any]:
+    """What the report says of a matrix rounded without text; `index` is its block, None outside of blocks."""
     rows, columns = shape
     return {
         "name": module,

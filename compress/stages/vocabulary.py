@@ -8,7 +8,7 @@ fewer are for the gates to judge. A tied head is the embedding: one matrix, whic
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -19,6 +19,7 @@ from compress.quantization.gptq import choose_grid
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
+from compress.stages.data_free import module_record
 from compress.stages.quantize import Bits, GroupSize, checked_size
 
 ROWS = 1 << 14
@@ -82,7 +83,7 @@ class Vocabulary(Stage):
                 quantised[name] = codes, grid
                 seconds = time.perf_counter() - started
                 spent["solve"] += seconds
-                modules.append(self._record(name, tuple(weight.shape), error, seconds))
+                modules.append(module_record(name, None, self.scheme, tuple(weight.shape), error, seconds))
                 advance(name)
             started = time.perf_counter()
             context.output.write_outer(source, quantised=quantised)
@@ -108,17 +109,3 @@ class Vocabulary(Stage):
             zeros += [] if grid.zero is None else [grid.zero.cpu()]
         zero = torch.cat(zeros) if zeros else None
         return torch.cat(codes), Grid(self.scheme, torch.cat(scales), zero), lost / max(whole, 1e-30)
-
-    def _record(self, name: str, shape: tuple[int, ...], error: float, seconds: float) -> dict[str, Any]:
-        rows, columns = shape
-        return {
-            "name": name,
-            "block": None,
-            "scheme": self.scheme.label,
-            "error": error,
-            "rounding_error": None,
-            "damping": None,
-            "seconds": seconds,
-            "effective_bits": 8 * self.scheme.stored_bytes(rows, columns) / (rows * columns),
-            "events": [],
-        }

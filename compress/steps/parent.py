@@ -104,5 +104,5 @@ def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress)
         kv_cache_bytes=predict.kv_cache_bytes(
             shape.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
-        effective_bits=predict.effective_bits(shape.matrices, shape.linear_schemes(schemes), size, format_),
+        effective_bits=predict.effective_bits(shape.matrices, schemes, size, format_),
     )

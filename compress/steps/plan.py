@@ -177,7 +177,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
-        effective_bits=predict.effective_bits(last.matrices, last.linear_schemes(schemes), stored.itemsize, format_),
+        effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
         warnings=tuple(warned + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from compress.architecture import Architecture, Dimensions, dimensions_of
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import RecipeError
-from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages import Stage
 
@@ -52,10 +50,6 @@ class Shape:
     def of(self, stage: Stage) -> dict[str, tuple[int, int]]:
         """What a stage works on: linears, or embedding and head."""
         return self.vocabulary if stage.on_vocabulary else self.matrices
-
-    def linear_schemes(self, schemes: Mapping[str, Scheme]) -> dict[str, Scheme]:
-        """Those of linears."""
-        return {module: scheme for module, scheme in schemes.items() if module in self.matrices}
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:

@@ -101,6 +101,15 @@ def test_find_of_a_promotion_that_a_crash_cut_gives_what_the_file_says(store: St
     assert store.find("demo@production") == first
 
 
+def test_a_first_promotion_that_a_crash_cut_is_told_as_such(store: Store, publish: Publish) -> None:
+    publish()
+    promote(store, "demo", "v1", "production")
+    (store.root / "demo" / "channels" / "production.json").unlink()
+    for ask in (lambda: store.find("demo@production"), lambda: audit_channel(store, "demo", "production")):
+        with pytest.raises(RecipeError, match=r"line 2 was not carried out(.|\n)*promote again"):
+            ask()
+
+
 def test_promoting_what_is_there_already_changes_nothing(store: Store, publish: Publish) -> None:
     publish()
     assert promote(store, "demo", "v1", "staging").changed

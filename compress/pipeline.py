@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.artifacts import manifest
-from compress.artifacts.manifest import model_digest
+from compress.artifacts.manifest import hashed_model
 from compress.artifacts.store import Store, check_writable
 from compress.checkpoints.export import export
 from compress.checkpoints.sources import cache_folder
@@ -25,7 +25,7 @@ from compress.errors import ExitCode
 from compress.evaluation.tasks.compare import write_items
 from compress.events import Event, Progress
 from compress.files import disk_errors
-from compress.memory.measure import PeakSampler, large_tensors_from_system
+from compress.memory.measure import PeakSampler, large_tensors_from_system, settled
 from compress.recipe import Recipe
 from compress.reports.card import model_card
 from compress.reports.report import ArtifactRef, Report
@@ -79,7 +79,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
     large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
     recipe, store = planned.recipe, Store(store_folder)
-    with PeakSampler() as sampler, disk_errors(cache_folder()):
+    with settled(), PeakSampler() as sampler, disk_errors(cache_folder()):
         check_writable(store_folder, planned.stored_bytes)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
@@ -120,7 +120,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
             inquiry = Inquiry(planned, source, candidate, texts, tasks, source.checkpoint.weight_bytes, progress)
             with clock.step("verdict"), sampler.phase("verdict"):
                 decision = decide(inquiry, evidence, events)
-            digest = model_digest(staged)
+            digest, hashed = hashed_model(staged)
             with sampler.phase("publish"), store.reserve(recipe.name, rejected=decision.verdict != "passed") as slot:
                 artifact = ArtifactRef(path=str(slot.path), name=recipe.name, version=slot.label, digest=digest)
                 report = reporting.assemble(
@@ -141,7 +141,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")
                 write_report(report, staged / "reports")
                 write_items(decision.evidence.tasks, staged / "reports" / "items")
-                folder = slot.publish(staged, decision.verdict, _facts(report, parent))
+                folder = slot.publish(staged, decision.verdict, _facts(report, parent), hashed)
         if parent:
             detail = f"from {parent.reference} as {recipe.export.format}"
             store.record(recipe.name, "exported", artifact.version, manifest.read(folder).digest, detail)
@@ -155,7 +155,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
     """
     large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
-    with PeakSampler() as sampler, disk_errors(cache_folder()):
+    with settled(), PeakSampler() as sampler, disk_errors(cache_folder()):
         planned = plan_evaluation(recipe, asked.model.spec, progress)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)

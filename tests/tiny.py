@@ -107,6 +107,7 @@ def apply_stage(
     progress: Progress | None = None,
     compute: torch.dtype = torch.float32,
     after_block: Callable[[int], None] = lambda index: None,
+    device: torch.device = CPU,
 ) -> tuple[Checkpoint, StageOutcome]:
     """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
     context = StageContext(
@@ -114,7 +115,7 @@ def apply_stage(
         source=Checkpoint(source),
         output=WorkingCheckpoint(output),
         windows=windows,
-        device=CPU,
+        device=device,
         compute=compute,
         stored=stored,
         tokens_at_once=48,

@@ -20,6 +20,8 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +31,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from compress.artifacts.paths import MANIFEST_NAME as MANIFEST_NAME
 from compress.artifacts.paths import inside, refuse_files_as_folders
 from compress.errors import CompressError
+from compress.files import HASHED_AT_ONCE
 
 Verdict = Literal["passed", "failed", "inconclusive"]
 MODEL_FOLDER = "model"
@@ -136,19 +139,42 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(regular), sorted(strange)
 
 
-def hash_files(folder: Path) -> tuple[FileEntry, ...]:
-    """Entries for every file below `folder` but its manifest, sorted by path.
+@dataclass(frozen=True)
+class Hashed:
+    """A file as it was when it was hashed."""
 
+    bytes: int
+    modified: int
+    """In nanoseconds, as the file system says."""
+    sha256: str
+
+
+def hash_files(folder: Path, known: Mapping[Path, Hashed] | None = None) -> tuple[FileEntry, ...]:
+    """Entries for every file below `folder` but its manifest, sorted by path; several files are read at a time.
+
+    `known` spares the reading of files that were hashed just before and whose size and time are still the same.
     Raises ManifestError when something is neither a file nor a folder: a link could point out of the artifact.
     """
+    return tuple(
+        FileEntry(path=path, bytes=file.bytes, sha256=file.sha256) for path, file in _all_hashed(folder, known or {})
+    )
+
+
+def _all_hashed(folder: Path, known: Mapping[Path, Hashed]) -> list[tuple[str, Hashed]]:
     regular, strange = list_files(folder)
     if strange:
         raise ManifestError(f"{folder / strange[0]}: only plain files and folders can be published; replace the link")
-    return tuple(
-        FileEntry(path=path, bytes=(folder / path).stat().st_size, sha256=hash_file(folder / path))
-        for path in regular
-        if path != MANIFEST_NAME
-    )
+    paths = [path for path in regular if path != MANIFEST_NAME]
+    with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as threads:
+        found = threads.map(lambda path: _hashed(folder / path, known), paths)
+        return list(zip(paths, found, strict=True))
+
+
+def _hashed(path: Path, known: Mapping[Path, Hashed]) -> Hashed:
+    facts, before = path.stat(), known.get(path)
+    if before is not None and (before.bytes, before.modified) == (facts.st_size, facts.st_mtime_ns):
+        return before
+    return Hashed(facts.st_size, facts.st_mtime_ns, hash_file(path))
 
 
 def model_digest_of(files: Iterable[FileEntry]) -> str:
@@ -164,11 +190,15 @@ def model_digest_of(files: Iterable[FileEntry]) -> str:
 
 def model_digest(artifact: Path) -> str:
     """`model_digest` of the artifact in `artifact`, read from its `model/` folder; the report inside can name it."""
-    prefixed = (
-        entry.model_copy(update={"path": f"{MODEL_FOLDER}/{entry.path}"})
-        for entry in hash_files(artifact / MODEL_FOLDER)
-    )
-    return model_digest_of(prefixed)
+    return hashed_model(artifact)[0]
+
+
+def hashed_model(artifact: Path) -> tuple[str, dict[Path, Hashed]]:
+    """`model_digest`, and what was hashed for it: `known` to `hash_files` once the artifact is whole."""
+    folder = artifact / MODEL_FOLDER
+    found = _all_hashed(folder, {})
+    entries = [FileEntry(path=f"{MODEL_FOLDER}/{path}", bytes=file.bytes, sha256=file.sha256) for path, file in found]
+    return model_digest_of(entries), {folder / path: file for path, file in found}
 
 
 def build(

@@ -50,11 +50,18 @@ class Reservation:
     path: Path
     history: History
 
-    def publish(self, staged: Path, verdict: Verdict, facts: Mapping[str, Any]) -> Path:
+    def publish(
+        self,
+        staged: Path,
+        verdict: Verdict,
+        facts: Mapping[str, Any],
+        known: Mapping[Path, manifest.Hashed] | None = None,
+    ) -> Path:
         """Write the manifest into `staged`, flush everything, and move it to `path`, which is returned.
 
         `facts` holds `lineage` (digests by role: source, recipe, calibration), `environment` (JSON values) and, for a
-        version made from another one, `parent` (its `reference` and `digest`). Files equal to published ones become
+        version made from another one, `parent` (its `reference` and `digest`); `known` is what `manifest.hashed_model`
+        read of `staged` before. Files equal to published ones become
         links to them; all become read-only. Raises ValueError when the verdict does not fit the reserved kind of
         number, ManifestError when `staged` holds a link, ResourceError when the disk is full.
         """
@@ -64,7 +71,7 @@ class Reservation:
             raise ValueError(f"{staged} is not inside the store {self.store.root}: stage with Store.staging")
         with disk_errors(self.path):
             moment = datetime.now(UTC)
-            files = attach(staged, manifest.hash_files(staged), f"{self.name}@{self.label}", facts, moment)
+            files = attach(staged, manifest.hash_files(staged, known), f"{self.name}@{self.label}", facts, moment)
             made = manifest.build(
                 staged,
                 name=self.name,

@@ -8,6 +8,10 @@ D and R tell how to move a linear's target (`quantization.target_shift`). They m
 just their tokens is kept apart. The product of one batch is float32, sums over batches are float64: adding float32
 numbers there rounds only where they lie more than 2^29 apart, so it hardly ever matters in which order batches come,
 or which of several processes (`compress.parallel`) sees which batch.
+
+Inputs that a GPU computed in 16 bits are multiplied in 16 bits, some ten times as fast: the product of two such numbers
+is exact in float32, which is what the tensor cores sum in. Differences x~ - x and weighted inputs are rounded to 16
+bits first, an error of at most 2^-8 of each number (bfloat16) that has no direction.
 """
 
 from __future__ import annotations
@@ -22,12 +26,28 @@ from compress.quantization.target_shift import Mismatch
 STRIP = 192
 """Rows of a product that go into the sum at a time: small enough to skip most of the lower triangle, large enough for
 a fast product."""
+GPU_STRIP = 2048
+"""The same on a GPU, which needs larger products to be fast."""
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def token_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """(windows, tokens, columns) -> (kept tokens, columns) float32; mask (windows, tokens), 1 where a token counts."""
-    rows = inputs.flatten(0, -2).float()
+    """(windows, tokens, columns) -> (kept tokens, columns), float32, or as they are where a GPU has 16-bit ones.
+
+    mask (windows, tokens), 1 where a token counts.
+    """
+    rows = inputs.flatten(0, -2)
+    if not (rows.is_cuda and rows.dtype in _HALF):
+        rows = rows.float()
     return rows if mask is None else rows[mask.flatten().bool().to(rows.device)]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right float32 (rows, columns) of left (tokens, rows) and right (tokens, columns) of one dtype, summed in
+    float32 whatever that is."""
+    if left.is_cuda and left.dtype in _HALF:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return left.float().T @ right.float()
 
 
 class _Sum:
@@ -41,11 +61,12 @@ class _Sum:
         self.tokens, self.upper_only = 0, upper_only
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """left (tokens, rows) float32, right (tokens, columns) float32."""
-        step = STRIP if self.upper_only else 4 * STRIP
+        """left (tokens, rows), right (tokens, columns), as `token_rows` gives them."""
+        strip = GPU_STRIP if left.is_cuda else STRIP
+        step = strip if self.upper_only else 4 * strip
         for row in range(0, len(self.whole), step):
             start = row if self.upper_only else 0
-            self.whole[row : row + step, start:] += left[:, row : row + step].T @ right[:, start:]
+            self.whole[row : row + step, start:] += product(left[:, row : row + step], right[:, start:])
         self.tokens += len(right)
 
 
@@ -164,7 +185,9 @@ class InputStatistics:
 
 
 def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-    return rows if weights is None else rows * token_rows(weights.unsqueeze(-1), mask).to(rows.device)
+    if weights is None:
+        return rows
+    return (rows * token_rows(weights.unsqueeze(-1), mask).to(rows.device)).to(rows.dtype)
 
 
 def _mirrored(upper: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
+from compress.checkpoints.overlap import ReadAhead
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Progress
@@ -86,6 +88,30 @@ def run_block(
     Raises RuntimeError if the block does not reach the groups in the order given: a wrong architecture entry.
     """
     streams = [stream] if reference is None else [stream, reference]
+    held = [[_Held(forward) for _ in each.states] for each in streams]
+    try:
+        with _hooks(streams, groups):
+            for position, group in enumerate(groups):
+                for number in range(len(stream.states)):
+                    arrived = [
+                        _advance(flows[number], each, number, group, position == 0)
+                        for each, flows in zip(streams, held, strict=True)
+                        if number < len(flows)
+                    ]
+                    on_input(group, number, arrived[0], arrived[1] if len(arrived) > 1 else None)
+                    del arrived
+                on_group(group)
+            for each, flows in zip(streams, held, strict=True):
+                each.states = [flow.switch() for flow in flows]
+    finally:
+        for flow in (flow for flows in held for flow in flows):
+            if flow:
+                flow.throw()
+
+
+@contextmanager
+def _hooks(streams: list[Stream], groups: tuple[InputGroup, ...]) -> Iterator[None]:
+    """Pre-hooks that hold a forward at every group and keep what groups name as their residual."""
     handles = [
         each.block.get_submodule(name).register_forward_pre_hook(_hold(group))
         for each in streams
@@ -97,26 +123,65 @@ def run_block(
         for each in streams
         for name in {group.residual for group in groups if group.residual}
     ]
-    held = [[_Held(forward) for _ in each.states] for each in streams]
     try:
-        for position, group in enumerate(groups):
-            for number in range(len(stream.states)):
-                arrived = [
-                    _advance(flows[number], each, number, group, position == 0)
-                    for each, flows in zip(streams, held, strict=True)
-                    if number < len(flows)
-                ]
-                on_input(group, number, arrived[0], arrived[1] if len(arrived) > 1 else None)
-                del arrived
-            on_group(group)
-        for each, flows in zip(streams, held, strict=True):
-            each.states = [flow.switch() for flow in flows]
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for flow in (flow for flows in held for flow in flows):
-            if flow:
-                flow.throw()
+
+
+def replay_block(
+    stream: Stream,
+    groups: tuple[InputGroup, ...],
+    forward: Forward,
+    on_input: OnInput,
+    on_group: OnGroup,
+    reference: Stream | None = None,
+) -> None:
+    """As `run_block`, but no batch is held: a block is run again, batch by batch, up to each group of linears.
+
+    What is held of a batch inside a block is many times the states that enter it; here that is one batch's. States may
+    be on the host (`kept_on_host`); each batch visits the block's device. Costs some two forward passes more a block.
+    """
+    streams = [stream] if reference is None else [stream, reference]
+    device = next(stream.block.parameters()).device
+    with _hooks(streams, groups):
+        for group in groups:
+            for number in range(len(stream.states)):
+                flows = [(_Held(forward), each) for each in streams if number < len(each.states)]
+                try:
+                    arrived = [_replayed(flow, each, number, group, device) for flow, each in flows]
+                    on_input(group, number, arrived[0], arrived[1] if len(arrived) > 1 else None)
+                    del arrived
+                finally:
+                    for flow, _ in flows:
+                        flow.throw()
+            on_group(group)
+    for each in streams:
+        for number, states in enumerate(each.states):
+            each.states[number] = like(states, forward(each.block, number, states.to(device)))
+
+
+def _replayed(flow: _Held, stream: Stream, number: int, group: InputGroup, device: torch.device) -> Arrival:
+    """Run one batch from the block's start to `group`."""
+    arrived = flow.switch(stream.block, number, stream.states[number].to(device, non_blocking=True))
+    while not flow.dead and arrived[0] is not group:
+        arrived = flow.switch()
+    if flow.dead:
+        raise RuntimeError(f"architecture entry is wrong: the block never reached {group.name}")
+    return Arrival(arrived[1], None if group.residual is None else flow.residuals[group.residual])
+
+
+def kept_on_host(states: Tensor) -> Tensor:
+    """A copy in host memory that a GPU reaches directly; the tensor itself on a CPU."""
+    if states.device.type == "cpu":
+        return states
+    return torch.empty(states.shape, dtype=states.dtype, pin_memory=True).copy_(states)
+
+
+def like(place: Tensor, states: Tensor) -> Tensor:
+    """New states where the old ones, of the same shape, are kept: on the host in the old ones' memory."""
+    return states if place.device == states.device else place.copy_(states)
 
 
 def _advance(flow: _Held, stream: Stream, number: int, group: InputGroup, first: bool) -> Arrival:
@@ -183,10 +248,14 @@ def final_hidden_states(
 ) -> Iterator[Tensor]:
     """Hidden states after the final norm, (windows, tokens, hidden) per batch: the walk with nothing to solve."""
     states = skeleton.embed(checkpoint, batches)
-    with progress.task(label, skeleton.block_count) as advance:
-        for index in range(skeleton.block_count):
+    names = [skeleton.architecture.block_name(index) for index in range(skeleton.block_count)]
+    with (
+        progress.task(label, skeleton.block_count) as advance,
+        ReadAhead(checkpoint, names, skeleton.device, skeleton.dtype) as ahead,
+    ):
+        for index, name in enumerate(names):
             forward = forward_of(skeleton, batches, index)
-            with skeleton.loaded(checkpoint, skeleton.architecture.block_name(index)) as block:
+            with skeleton.loaded(checkpoint, name, ahead.state(name)) as block:
                 for number, hidden in enumerate(states):
                     states[number] = forward(block, number, hidden)
             trim()

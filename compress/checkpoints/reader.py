@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compress.architecture import Architecture, architecture_of
 from compress.errors import CompressError, RecipeError, UnhealthySourceError
-from compress.files import digest_of_json, sha256_of
+from compress.files import digest_of_json, digests_of
 from compress.quantization.grid import Grid, Nested, dequantize
 from compress.quantization.scheme import Scheme
 
@@ -247,7 +247,12 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 over the config and the bytes of every weight and tokenizer file, by sorted name."""
         paths = sorted({*self._files.values(), *companion_files(self.folder)})
-        return digest_of_json({path.name: sha256_of(path) for path in paths})
+        return digest_of_json(digests_of(paths))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor has no NaN and no infinity. A piece at a time: what is compared stays in the cache."""
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 1 << 20))
 
 
 def companion_files(folder: Path) -> list[Path]:

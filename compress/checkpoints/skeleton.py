@@ -113,10 +113,13 @@ class Skeleton:
         return {name: tuple(value.shape) for name, value in self.model.named_parameters() if name != tied}
 
     @contextmanager
-    def loaded(self, checkpoint: Checkpoint, path: str) -> Iterator[nn.Module]:
-        """The module at `path` with its weights, on the device, in the compute dtype; back to meta afterwards."""
+    def loaded(self, checkpoint: Checkpoint, path: str, state: dict[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """The module at `path` with its weights, on the device, in the compute dtype; back to meta afterwards.
+
+        `state`: the checkpoint's tensors below `path`, where they have been read already.
+        """
         module = self.model.get_submodule(path)
-        load_module(module, checkpoint.dense_state(path), self.device, self.dtype)
+        load_module(module, checkpoint.dense_state(path) if state is None else state, self.device, self.dtype)
         self._run_on_integers(module, checkpoint, path)
         self.cache = self._rounded_cache(checkpoint, path)
         try:

@@ -22,12 +22,12 @@ kernel a block (`quantization.triton_columns`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from compress.quantization.gpu import gpu_kernels, take_off
 from compress.quantization.grid import Grid
 
 Kernel = Literal["torch", "triton"]
@@ -77,7 +77,7 @@ class BlockRounder(Protocol):
 
 def column_kernel(device: torch.device) -> Kernel:
     """What rounds columns on `device`: Triton on a GPU where it is installed, torch elsewhere."""
-    return "triton" if device.type == "cuda" and find_spec("triton") is not None else "torch"
+    return "triton" if gpu_kernels(device) else "torch"
 
 
 def solve_columns(
@@ -113,7 +113,7 @@ def solve_columns(
             if stop < last:
                 work[stop:last].addmm_(upper[start:stop, stop:last].T, now, alpha=-1)
         if last < columns:
-            work[last:].addmm_(upper[first:last, last:].T, errors[: last - first], alpha=-1)
+            take_off(work[last:], upper[first:last, last:].T, errors[: last - first])
     result = torch.empty_like(codes)
     result[order] = codes
     return result.T.contiguous()

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from compress.quantization.columns import solve_columns
+from compress.quantization.gpu import judging
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
 from compress.quantization.refine import Split, refined
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import cholesky_
+from compress.quantization.triangular import STEP, block_inverses
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
 DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0)
@@ -96,22 +98,22 @@ def factorise(hessian: Tensor, damping: float) -> Factor | None:
     return None
 
 
-def _flipped_inverse(lower: Tensor, step: int = 512) -> Tensor:
+def _flipped_inverse(lower: Tensor, step: int = STEP) -> Tensor:
     """U = J L^-1 J float32, which is (J L J)^-1, for a lower triangular L (n, n) float64.
 
-    `step` columns at a time, by substitution in blocks of `step` rows. What lies above them is zero in L^-1, so they
-    take the corner of L below: a third of the arithmetic of solving for all rows, and no copy of L, which the solver
-    would make of any corner but the whole.
+    `step` columns at a time, by substitution in blocks of `step` rows (`triangular`). What lies above them is zero in
+    L^-1, so they take the corner of L below: a third of the arithmetic of solving for all rows, and no copy of L.
     """
     size = len(lower)
     upper = torch.zeros(lower.shape, dtype=torch.float32, device=lower.device)
+    inverses = block_inverses(lower, step)
     for start in range(0, size, step):
         stop = min(start + step, size)
         panel = torch.eye(size - start, stop - start, dtype=lower.dtype, device=lower.device)
         for first in range(start, size, step):
             last = min(first + step, size)
             solved = panel[first - start : last - start]
-            solved.copy_(torch.linalg.solve_triangular(lower[first:last, first:last], solved, upper=False))
+            solved.copy_(inverses[first // step] @ solved if first > start else inverses[first // step])
             panel[last - start :].addmm_(lower[last:, first:last], solved, alpha=-1)
         upper[: size - start, size - stop : size - start] = panel.flip(0, 1)
     return upper
@@ -149,7 +151,7 @@ def solve(
         accepted = False
         if split is not None and refit is not None:
             other = refit[0][start:stop], refit[1].rows(start, stop)
-            losses = [relative_error(weight, dequantize(*each), split.held_out) for each in (found, other)]
+            losses = [energy(dequantize(*each).float() - weight, split.held_out) for each in (found, other)]
             accepted = losses[1] < losses[0]
             found = other if accepted else found
         solutions.append(_judged(weight, *found, hessian, factor.damping, accepted))
@@ -168,8 +170,9 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 def _judged(weight: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, damping: float, accepted: bool) -> Solution:
     """The better of the solved codes and plain rounding on the same grid, with both errors."""
     nearest = quantize(weight, grid)
-    error = relative_error(weight, dequantize(codes, grid), hessian)
-    rounding_error = relative_error(weight, dequantize(nearest, grid), hessian)
+    whole = energy(weight, hessian)
+    error = relative_error(weight, dequantize(codes, grid), hessian, whole)
+    rounding_error = relative_error(weight, dequantize(nearest, grid), hessian, whole)
     if rounding_error < error:
         return Solution(nearest, grid, rounding_error, rounding_error, damping, kept_rounding=True)
     return Solution(codes, grid, error, rounding_error, damping, refined=accepted)
@@ -194,12 +197,20 @@ def choose_grid(
     return search_grid(weight, importance if scales == "weighted" else None, scheme, stored)
 
 
-def relative_error(weight: Tensor, value: Tensor, hessian: Tensor | None) -> float:
-    """tr(dW H dW^T) / tr(W H W^T), or the squared Frobenius ratio if there is no (finite) Hessian."""
+def relative_error(weight: Tensor, value: Tensor, hessian: Tensor | None, whole: float | None = None) -> float:
+    """tr(dW H dW^T) / tr(W H W^T), or the squared Frobenius ratio if there is no (finite) Hessian.
+
+    `whole`: tr(W H W^T), where it is known.
+    """
     difference = value.float() - weight
     if hessian is None or not bool(torch.isfinite(hessian.diagonal()).all()):
         return float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
-    single = hessian.float()
-    lost = float(((difference @ single) * difference).sum(dtype=torch.float64))
-    kept = float(((weight @ single) * weight).sum(dtype=torch.float64))
-    return max(lost, 0.0) / max(kept, 1e-30)
+    whole = energy(weight, hessian) if whole is None else whole
+    return energy(difference, hessian) / max(whole, 1e-30)
+
+
+def energy(rows: Tensor, hessian: Tensor) -> float:
+    """tr(A H A^T) of A (rows, columns) float32, at least 0."""
+    with judging(rows.device):
+        product = rows @ hessian.float()
+    return max(float(product.mul_(rows).sum(dtype=torch.float64)), 0.0)

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.quantization.gpu import gpu_kernels
 from compress.quantization.scheme import GridName, Scheme
 
+GPU_WEIGHTS = 1 << 26
+"""Weights of the rows that a GPU searches together: 256 MiB in float32, few launches for large matrices."""
 SMALLEST_SCALE = 2.0**-24
 """Below the smallest normal scale a group is all zeros for every purpose; keeps scales finite and invertible."""
 
@@ -104,7 +107,7 @@ def minmax_grid(weight: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
     """The grid that just covers each group. weight (rows, columns) float32."""
     grouped = _grouped(weight, scheme.groups(weight.shape[1]))
     one = torch.ones(grouped.shape[:2], device=weight.device)
-    return _shrunken(grouped, scheme, stored, one, one)
+    return _shrunken(*_ends(grouped, scheme), scheme, stored, one, one)
 
 
 def search_grid(
@@ -120,7 +123,7 @@ def search_grid(
     # Dead columns still deserve a sane grid: give them a whisper of weight.
     importance = importance / importance.mean().clamp_min(1e-30) + 1e-6
     if weight.device.type != "cpu":
-        rows_at_once = max(rows_at_once, 1 << 22 // max(1, weight.shape[1]))
+        rows_at_once = max(rows_at_once, GPU_WEIGHTS // max(1, weight.shape[1]))
     parts = [
         _search_rows(weight[start : start + rows_at_once], importance, scheme, stored)
         for start in range(0, weight.shape[0], rows_at_once)
@@ -134,23 +137,26 @@ def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: tor
     groups = scheme.groups(weight.shape[1])
     grouped = _grouped(weight, groups)
     weights = importance.view(groups, -1)
-    best = minmax_grid(weight, scheme, stored)
+    low, high = _ends(grouped, scheme)
+    shrink = torch.ones_like(high)
+    sign = torch.ones_like(high)
+    best = _shrunken(low, high, scheme, stored, shrink, sign)
     best_error = _error(grouped, weights, best)
     signs = (1.0, -1.0) if scheme.symmetric else (1.0,)
-    shrink = torch.ones_like(best_error)
-    sign = torch.ones_like(best_error)
     # Coarse: the same shrink for all groups. Fine: around each group's own best.
     for factor in _COARSE[scheme.bits <= 3]:
         for direction in signs:
             step = torch.full_like(shrink, factor)
             facing = torch.full_like(sign, direction)
+            candidate = _shrunken(low, high, scheme, stored, step, facing)
             best, best_error, shrink, sign = _try(
-                grouped, weights, scheme, stored, step, facing, best, best_error, shrink, sign
+                grouped, weights, candidate, step, facing, best, best_error, shrink, sign
             )
     centre, facing = shrink, sign
     for offset in _FINE:
+        candidate = _shrunken(low, high, scheme, stored, centre + offset, facing)
         best, best_error, shrink, sign = _try(
-            grouped, weights, scheme, stored, centre + offset, facing, best, best_error, shrink, sign
+            grouped, weights, candidate, centre + offset, facing, best, best_error, shrink, sign
         )
     for _ in range(2):
         polished = _polish(grouped, weights, best, stored)
@@ -170,8 +176,7 @@ _FINE = (-0.045, -0.03, -0.015, 0.015, 0.03, 0.045)
 def _try(
     grouped: Tensor,
     weights: Tensor,
-    scheme: Scheme,
-    stored: torch.dtype,
+    candidate: Grid,
     step: Tensor,
     facing: Tensor,
     best: Grid,
@@ -180,7 +185,6 @@ def _try(
     sign: Tensor,
 ) -> tuple[Grid, Tensor, Tensor, Tensor]:
     """One candidate per group: keep it where it is better. Tensors are (rows, groups)."""
-    candidate = _shrunken(grouped, scheme, stored, step, facing)
     error = _error(grouped, weights, candidate)
     better = error < best_error
     return (
@@ -191,11 +195,21 @@ def _try(
     )
 
 
-def _shrunken(grouped: Tensor, scheme: Scheme, stored: torch.dtype, step: Tensor, facing: Tensor) -> Grid:
+def _ends(grouped: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Lowest and highest (rows, groups) that a grid must reach: of absolute values for symmetric schemes."""
+    low, high = grouped.amin(-1), grouped.amax(-1)
     if scheme.symmetric:
-        scale = grouped.abs().amax(-1) * step / (scheme.highest + 0.5) * facing
+        high = torch.maximum(low.abs(), high.abs())
+        return -high, high
+    return low.clamp_(max=0), high.clamp_(min=0)
+
+
+def _shrunken(low: Tensor, high: Tensor, scheme: Scheme, stored: torch.dtype, step: Tensor, facing: Tensor) -> Grid:
+    """The grid that covers `step` times what lies between two ends, with scales of the sign `facing`."""
+    if scheme.symmetric:
+        scale = high * step / (scheme.highest + 0.5) * facing
         return Grid(scheme, storable(scale, stored), None)
-    low, high = grouped.amin(-1).clamp(max=0) * step, grouped.amax(-1).clamp(min=0) * step
+    low, high = low * step, high * step
     scale = storable((high - low) / (scheme.highest - scheme.lowest), stored)
     zero = (scheme.lowest - low / scale.float()).round_().clamp_(scheme.lowest, scheme.highest)
     return Grid(scheme, scale, zero.to(torch.int8))
@@ -212,6 +226,11 @@ def _codes(grouped: Tensor, grid: Grid) -> Tensor:
 
 
 def _error(grouped: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+    """Sum of weights (groups, width) times the squared rounding error of each group, float32 (rows, groups)."""
+    if gpu_kernels(grouped.device):
+        from compress.quantization.triton_grid import weighted_error
+
+        return weighted_error(grouped, weights, grid)
     residual = _codes(grouped, grid).mul_(grid.scale.float().unsqueeze(-1)).sub_(grouped)
     return residual.square_().mul_(weights).sum(-1)
 

@@ -4,7 +4,7 @@ GPTQ settles a column for good before it knows what the later ones will do, and 
 Both can be revisited with the same Hessian H, for row w* (the target), codes z (zero points taken off) and scales s:
 
 scales   value = sum_g s_g z_g, with z_g the codes of group g and zeros elsewhere, is linear in s: least squares gives
-         (A + mu diag A) s = b + mu diag(A) s_0,   A_gh = z_g H z_h,   b_g = z_g H w*        (G x G for each row)
+         (A + mu diag A) (s - s_0) = -c,   A_gh = z_g H z_h,   c_g = z_g H (value_0 - w*)     (G x G for each row)
 codes    cyclic coordinate descent: with R = (value - w*) H, column j is best at value_j - R_j / H_jj; take the nearest
          code and bring R up to date, columns in descending diag H. Never increases (value - w*) H (value - w*).
 
@@ -18,18 +18,25 @@ Example, one row, one group, H = I, w* = [1.0, 2.2], z = [1, 2]: s = (1 x 1 + 2 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from compress.quantization.columns import ColumnGrid, Kernel, column_kernel
+from compress.quantization.gpu import fine_product, gpu_kernels, judging, take_off
 from compress.quantization.grid import Grid, dequantize, storable
 
 MU = 0.05
 """Pull of the fitted scales towards the old ones, fraction of diag A."""
 SYSTEM_NUMBERS = 1 << 22
 """Numbers in the G x G systems that are solved together: with many groups, few rows at a time."""
+GPU_SYSTEM_NUMBERS = 1 << 28
+"""The same on a GPU: 1 GiB."""
 BLOCK = 64
 """Columns between two products that bring R up to date."""
+GPU_SPAN = 512
+"""Columns on a GPU whose changes reach the columns behind them in one product."""
 
 
 @dataclass(frozen=True)
@@ -47,48 +54,87 @@ def refined(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, rounds: 
 
     target W* (rows, columns) float32; hessian (columns, columns) float32, positive definite (damped).
     """
-    grid = fitted_scales(target, codes, grid, hessian)
-    for _ in range(rounds):
-        codes = descended(target, codes, grid, hessian)
-        grid = fitted_scales(target, codes, grid, hessian)
-    return codes, grid
+    fit = _fit(target, codes, grid, hessian)
+    for last in range(rounds):
+        codes = descended(target, codes, fit.grid, hessian, fit.residual)
+        fit = _fit(target, codes, fit.grid, hessian, fine=last < rounds - 1)
+    return codes, fit.grid
 
 
 def fitted_scales(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
     """The grid with each row's scales fitted together, cast to the stored dtype. A row that gains nothing keeps its."""
-    rows, groups = grid.scale.shape
-    step = max(1, SYSTEM_NUMBERS // groups**2)
-    parts = [
-        _fitted_rows(target[start : start + step], codes[start : start + step], grid.rows(start, start + step), hessian)
-        for start in range(0, rows, step)
-    ]
-    return Grid(grid.scheme, torch.cat([part.scale for part in parts]), grid.zero)
+    return _fit(target, codes, grid, hessian).grid
 
 
-def _fitted_rows(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Grid:
+@dataclass(frozen=True)
+class _Fit:
+    grid: Grid
+    residual: Tensor
+    """R = (V - W*) H (rows, columns) of the codes on that grid."""
+
+
+def _fit(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, fine: bool = True) -> _Fit:
+    """As `fitted_scales`. With t = s - s_0 the equations are (A + mu diag A) t = -c, c_g = z_g . R_g: what is left of R
+    after GPTQ is small, and in it small differences count. A GPU computes it in TF32 where it is not `fine`."""
+    old = dequantize(codes, grid).float() - target
+    residual = _product(old, hessian, fine)
+    fitted = _jointly(codes, grid, hessian, residual)
+    candidate = Grid(
+        grid.scheme,
+        storable(torch.where(torch.isfinite(fitted), fitted, grid.scale.float()), grid.scale.dtype),
+        grid.zero,
+    )
+    new = dequantize(codes, candidate).float() - target
+    other = _product(new, hessian, fine)
+    better = ((other * new).sum(-1) < (residual * old).sum(-1)).unsqueeze(1)
+    scale = torch.where(better, candidate.scale, grid.scale)
+    return _Fit(Grid(grid.scheme, scale, grid.zero), torch.where(better, other, residual))
+
+
+def _product(rows: Tensor, hessian: Tensor, fine: bool) -> Tensor:
+    if fine:
+        return fine_product(rows, hessian)
+    with judging(rows.device):
+        return rows @ hessian
+
+
+def _jointly(codes: Tensor, grid: Grid, hessian: Tensor, residual: Tensor) -> Tensor:
+    """Fitted scales float32 (rows, groups); NaN where a row's equations cannot be solved."""
     rows, groups = grid.scale.shape
-    integers = codes.float().view(rows, groups, -1)
-    if grid.zero is not None:
-        integers = integers - grid.zero.float().unsqueeze(-1)
-    width = integers.shape[-1]
-    moments = torch.empty(rows, groups, groups, device=target.device)
-    for group in range(groups):
-        columns = slice(group * width, (group + 1) * width)
-        product = (integers[:, group] @ hessian[columns]).view(rows, groups, width)
-        moments[:, group] = (product * integers).sum(-1)
-    right = ((target @ hessian).view(rows, groups, width) * integers).sum(-1)
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    excited = diagonal > 0
-    old = grid.scale.float()
-    # A group whose codes are all zero has no say: keep its scale.
-    pull = MU * diagonal + ~excited
-    right += pull * old
-    diagonal += pull
-    fitted = _solved(moments, right)
-    new = storable(torch.where(excited & torch.isfinite(fitted), fitted, old), grid.scale.dtype)
-    candidate = Grid(grid.scheme, new, grid.zero)
-    better = row_losses(target, codes, candidate, hessian) < row_losses(target, codes, grid, hessian)
-    return Grid(grid.scheme, torch.where(better.unsqueeze(1), new, grid.scale), grid.zero)
+    step = max(1, (GPU_SYSTEM_NUMBERS if codes.is_cuda else SYSTEM_NUMBERS) // groups**2)
+    fitted = grid.scale.to(torch.float32, copy=True)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        integers = codes[part].to(torch.int16).view(-1, groups, codes.shape[1] // groups)
+        if grid.zero is not None:
+            integers = integers - grid.zero[part].to(torch.int16).unsqueeze(-1)
+        matrices = moments(integers, hessian)
+        slopes = (residual[part].view(integers.shape) * integers).sum(-1)
+        diagonal = matrices.diagonal(dim1=1, dim2=2)
+        # A group whose codes are all zero has no say, and keeps its scale.
+        excited = diagonal > 0
+        diagonal.add_(MU * diagonal + ~excited)
+        fitted[part] -= torch.where(excited, _solved(matrices, slopes), 0.0)
+    return fitted
+
+
+def moments(integers: Tensor, hessian: Tensor) -> Tensor:
+    """A (rows, groups, groups) float32 of integers z (rows, groups, width) int16: lower triangles, zero above, which is
+    all that a Cholesky factorisation reads."""
+    rows, groups, width = integers.shape
+    if gpu_kernels(integers.device):
+        from compress.quantization import triton_moments
+
+        if width in triton_moments.WIDTHS:
+            return triton_moments.moments(integers, hessian)
+    values = integers.float()
+    found = torch.zeros(rows, groups, groups, device=integers.device)
+    with judging(integers.device):
+        for group in range(groups):
+            columns = slice(group * width, (group + 1) * width)
+            product = (values[:, group] @ hessian[columns, group * width :]).view(rows, groups - group, width)
+            found[:, group:, group] = product.mul_(values[:, group:]).sum(-1)
+    return found
 
 
 def _solved(matrices: Tensor, right: Tensor) -> Tensor:
@@ -98,42 +144,97 @@ def _solved(matrices: Tensor, right: Tensor) -> Tensor:
     return torch.where(failed.unsqueeze(1) == 0, solution, torch.nan)
 
 
-def descended(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
-    """Codes after one sweep of coordinate descent, on the transpose so that a column is contiguous."""
-    scheme, stored = grid.scheme, grid.scale.dtype
+class BlockSweeper(Protocol):
+    """Revisits the codes of the columns of one block."""
+
+    def __init__(self, grid: ColumnGrid) -> None: ...
+
+    def sweep_block(
+        self, start: int, tile: Tensor, corner: Tensor, value: Tensor, codes: Tensor, moved: Tensor
+    ) -> None:
+        """Columns `start` and following in the order of the sweep, n of them; rows are independent.
+
+        tile (n, rows) float32, their part of R, is scratch afterwards; corner (n, n) float32 is H's, contiguous;
+        value (n, rows) float32 and codes (n, rows) int8 are brought up to date; moved (n, rows) float32 is written:
+        how far each value went. All contiguous.
+        """
+
+
+def descended(
+    target: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    hessian: Tensor,
+    residual: Tensor | None = None,
+    block: int = BLOCK,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """Codes after one sweep of coordinate descent, on the transpose so that a column is contiguous.
+
+    `residual`: R = (V - W*) H (rows, columns), where it is known. `kernel` None takes what `columns.column_kernel`
+    names for the device.
+    """
+    kernel = kernel or column_kernel(target.device)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    width = scheme.width(target.shape[1])
-    groups = (order // width).tolist()
-    scales = grid.scale.T.float().contiguous()
-    zeros = None if grid.zero is None else grid.zero.T.float().contiguous()
+    sweeper = _sweeper(kernel)(ColumnGrid.of(grid, order))
     ordered = hessian[order][:, order]
     value = dequantize(codes, grid).float().T[order].contiguous()
-    residual = ordered @ (value - target.T[order])
+    if residual is None:
+        residual = fine_product(dequantize(codes, grid).float() - target, hessian)
+    left = residual.T[order].contiguous()
     result = codes.T[order].contiguous()
-    diagonal = ordered.diagonal().tolist()
-    for start in range(0, len(order), BLOCK):
-        stop = min(start + BLOCK, len(order))
-        tile, corner = residual[start:stop], ordered[start:stop, start:stop]
-        moved = torch.zeros_like(tile)
-        for j in range(stop - start):
-            column, scale = start + j, scales[groups[start + j]]
-            wanted = value[column] - tile[j] / diagonal[column]
-            code = wanted / scale
-            if zeros is not None:
-                code += zeros[groups[column]]
-            code.round_().clamp_(scheme.lowest, scheme.highest)
-            result[column] = code.to(torch.int8)
-            if zeros is not None:
-                code -= zeros[groups[column]]
-            new = (code * scale).to(stored).float()
-            moved[j] = new - value[column]
-            value[column] = new
-            tile.addr_(corner[j], moved[j])
-        if stop < len(order):
-            residual[stop:].addmm_(ordered[start:stop, stop:].T, moved)
+    columns = len(order)
+    span = block if kernel == "torch" else max(block, GPU_SPAN // block * block)
+    moved = torch.empty_like(left[: min(span, columns)])
+    for first in range(0, columns, span):
+        last = min(first + span, columns)
+        for start in range(first, last, block):
+            stop = min(start + block, last)
+            here, now = slice(start, stop), moved[start - first : stop - first]
+            sweeper.sweep_block(start, left[here], ordered[here, here].contiguous(), value[here], result[here], now)
+            if stop < last:
+                left[stop:last].addmm_(ordered[here, stop:last].T, now)
+        if last < columns:
+            take_off(left[last:], ordered[first:last, last:].T, moved[: last - first].neg())
     back = torch.empty_like(result)
     back[order] = result
     return back.T.contiguous()
+
+
+def _sweeper(kernel: Kernel) -> type[BlockSweeper]:
+    if kernel == "torch":
+        return TorchSweeper
+    from compress.quantization.triton_columns import TritonSweeper
+
+    return TritonSweeper
+
+
+class TorchSweeper:
+    """The sweep in torch operations."""
+
+    def __init__(self, grid: ColumnGrid) -> None:
+        self.grid = grid
+        self.group = grid.group.tolist()
+
+    def sweep_block(
+        self, start: int, tile: Tensor, corner: Tensor, value: Tensor, codes: Tensor, moved: Tensor
+    ) -> None:
+        grid, diagonal = self.grid, corner.diagonal().tolist()
+        for j, pivot in enumerate(diagonal):
+            group = self.group[start + j]
+            scale = grid.scale[group]
+            code = (value[j] - tile[j] / pivot) / scale
+            if grid.zero is not None:
+                code += grid.zero[group]
+            code.round_().clamp_(grid.lowest, grid.highest)
+            codes[j] = code.to(torch.int8)
+            if grid.zero is not None:
+                code -= grid.zero[group]
+            new = (code * scale).to(grid.stored).float()
+            moved[j] = new - value[j]
+            value[j] = new
+            if j + 1 < len(diagonal):
+                tile[j + 1 :].addr_(corner[j, j + 1 :], moved[j])
 
 
 def row_losses(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:

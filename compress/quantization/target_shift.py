@@ -24,6 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.quantization.gpu import fine_product, judging
+from compress.quantization.triangular import block_inverses, divided_by_square
+
 RIDGE = 0.1
 """Fraction of mean(diag H); the value quantization error propagation uses, see docs/adr/0010-target-shift.md."""
 TOKENS_PER_COLUMN = 4
@@ -54,12 +57,16 @@ class Shift:
 
     def target(self, weight: Tensor) -> Tensor:
         """W* (rows, columns) float32 for W (rows, columns) float32."""
-        moved = torch.addmm(weight, weight, self.factor)
+        # On a GPU in TF32: what is added is a few hundredths of W.
+        with judging(weight.device):
+            moved = torch.addmm(weight, weight, self.factor)
         return moved if self.offset is None else moved.add_(self.offset)
 
 
 ROWS_AT_ONCE = 512
 """Rows of a moment that are divided by H together; rows are independent."""
+GPU_ROWS_AT_ONCE = 4096
+"""The same on a GPU."""
 
 
 def shift_of(mismatch: Mismatch, alpha: float, beta: float, ridge: float = RIDGE) -> Shift | None:
@@ -67,20 +74,50 @@ def shift_of(mismatch: Mismatch, alpha: float, beta: float, ridge: float = RIDGE
 
     H is factorised in its own memory: `mismatch.hessian` holds something else afterwards.
     """
+    residual = mismatch.residual if beta else None
+    lower = _damped_factor(mismatch, residual, ridge)
+    if lower is None:
+        return None
+    inverses = block_inverses(lower)
+    return Shift(
+        _right_divided(mismatch.cross, lower, inverses, alpha),
+        None if residual is None else _right_divided(residual, lower, inverses, beta),
+    )
+
+
+def targets_of(
+    mismatch: Mismatch, weights: list[Tensor], alpha: float, beta: float, ridge: float = RIDGE
+) -> list[Tensor] | None:
+    """W* (rows_i, columns) float32 of linears that read one input, W (rows_i, columns) float32; None as in `shift_of`.
+
+    The same as the target of each by `shift_of`. Where together they have fewer rows than columns, what is divided by H
+    is their own moment alpha W D + beta R, and not the larger D.
+    """
+    if sum(len(weight) for weight in weights) >= len(mismatch.hessian):
+        shift = shift_of(mismatch, alpha, beta, ridge)
+        return None if shift is None else [shift.target(weight) for weight in weights]
+    residual = mismatch.residual if beta else None
+    lower = _damped_factor(mismatch, residual, ridge)
+    if lower is None:
+        return None
+    inverses, cross, targets = block_inverses(lower), mismatch.cross.float(), []
+    for weight in weights:
+        moment = fine_product(weight, cross).double().mul_(alpha)
+        if residual is not None:
+            moment.add_(residual, alpha=beta)
+        targets.append(weight + _right_divided(moment, lower, inverses, 1.0))
+    return targets
+
+
+def _damped_factor(mismatch: Mismatch, residual: Tensor | None, ridge: float) -> Tensor | None:
+    """L with L L^T = H + ridge mean(diag H) I, in the memory of H; None where a sum is not finite or there is no L."""
     mean = float(mismatch.hessian.diagonal().mean())
     if not (mean > 0 and mean < float("inf")):
         return None
-    residual = mismatch.residual if beta else None
     if not (_finite(mismatch.cross) and (residual is None or _finite(residual))):
         return None
     mismatch.hessian.diagonal().add_(ridge * mean)
-    lower = cholesky_(mismatch.hessian)
-    if lower is None:
-        return None
-    return Shift(
-        _right_divided(mismatch.cross, lower, alpha),
-        None if residual is None else _right_divided(residual, lower, beta),
-    )
+    return cholesky_(mismatch.hessian)
 
 
 def cholesky_(matrix: Tensor) -> Tensor | None:
@@ -98,12 +135,11 @@ def _finite(matrix: Tensor) -> bool:
     return bool(torch.isfinite(matrix.sum()))
 
 
-def _right_divided(moment: Tensor, lower: Tensor, share: float) -> Tensor:
-    """share moment (A)^-1 float32 (rows, columns) with A = lower lower^T symmetric: (A^-1 moment^T)^T."""
+def _right_divided(moment: Tensor, lower: Tensor, inverses: list[Tensor], share: float) -> Tensor:
+    """share moment A^-1 float32 (rows, columns) with A = L L^T; `inverses` are those of L's diagonal blocks."""
     result = torch.empty(moment.shape, dtype=torch.float32, device=moment.device)
-    for start in range(0, len(moment), ROWS_AT_ONCE):
-        # Not cholesky_solve, which makes a copy of L each time.
-        half = torch.linalg.solve_triangular(lower, moment[start : start + ROWS_AT_ONCE].T, upper=False)
-        whole = torch.linalg.solve_triangular(lower.T, half, upper=True)
-        result[start : start + ROWS_AT_ONCE] = whole.T.mul_(share)
+    at_once = GPU_ROWS_AT_ONCE if moment.is_cuda else ROWS_AT_ONCE
+    for start in range(0, len(moment), at_once):
+        part = slice(start, start + at_once)
+        result[part] = divided_by_square(moment[part].clone(), lower, inverses).mul_(share)
     return result

@@ -18,7 +18,7 @@ from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import IntegerLinear, may_run_on_integers, rounded_inputs, run_on_integers
 from compress.quantization.refine import Split
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import Mismatch, Shift, shift_of
+from compress.quantization.target_shift import Mismatch, targets_of
 
 if TYPE_CHECKING:
     from compress.stages.gptq import GptqRun
@@ -67,13 +67,13 @@ class BlockWork:
             statistics.reduce()
         # The shift first: its sums are as large as H, and are gone before H is factorised.
         with self.run.clock.timed("factorise"):
-            shift = self._shift(statistics.mismatch())
+            targets = self._targets(group, statistics.mismatch())
             hessian, split = statistics.hessian()
             factor = factorise(hessian, self.run.stage.damping)
         self._note(group, hessian, factor)
         if factor is None:
-            shift = None
-        elif shift is None and self.run.stage.shifts:
+            targets = None
+        elif targets is None and self.run.stage.shifts:
             self._note_no_shift(group, len(hessian))
         # Only errors are measured with H from here on, in float32.
         hessian = hessian.float()
@@ -83,16 +83,25 @@ class BlockWork:
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor, shift, split)
-        del hessian, factor, shift, split
+            self._solve(names, scheme, hessian, factor, targets, split)
+        del hessian, factor, targets, split
         trim()
 
-    def _shift(self, mismatch: Mismatch | None) -> Shift | None:
-        """What moves the group's targets. Uses up the memory of `mismatch`."""
+    def _targets(self, group: InputGroup, mismatch: Mismatch | None) -> dict[str, Tensor] | None:
+        """Shifted weights (rows, columns) float32 by name, of the linears of the group that are quantised. Uses up the
+        memory of `mismatch`."""
         stage = self.run.stage
         if mismatch is None:
             return None
-        return shift_of(mismatch, stage.target_shift, stage.residual_shift, stage.shift_ridge)
+        names = [name for name in group.linears if stage.scheme_of(f"{self.prefix}.{name}") is not None]
+        weights = [self._matrix(name) for name in names]
+        found = targets_of(mismatch, weights, stage.target_shift, stage.residual_shift, stage.shift_ridge)
+        return None if found is None else dict(zip(names, found, strict=True))
+
+    def _matrix(self, name: str) -> Tensor:
+        """A linear's weight as (rows, columns) float32."""
+        weight = self.block.get_submodule(name).get_parameter("weight").data.float()
+        return weight.T if self.run.skeleton.architecture.transposed_linears else weight
 
     def _note_no_shift(self, group: InputGroup, columns: int) -> None:
         where, tokens = f"{self.prefix}.{'+'.join(group.linears)}", self.run.shifting_tokens
@@ -119,24 +128,22 @@ class BlockWork:
         scheme: Scheme,
         hessian: Tensor,
         factor: Factor | None,
-        shift: Shift | None,
+        targets: dict[str, Tensor] | None,
         split: Split | None,
     ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
         started = time.perf_counter()
-        linears = [self.block.get_submodule(name) for name in names]
-        stored = [linear.get_parameter("weight").data.float() for linear in linears]
-        weights = [weight.T for weight in stored] if transposed else stored
-        targets = weights if shift is None else [shift.target(weight) for weight in weights]
-        solutions = solve(targets, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
-        for linear, solution in zip(linears, solutions, strict=True):
-            value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
-            linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
-            if scheme.inputs:
-                run_on_integers(linear, IntegerLinear(solution.codes, solution.grid.scale))
+        with self.run.clock.timed("solve"):
+            weights = [self._matrix(name) if targets is None else targets[name] for name in names]
+            solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
+            for name, solution in zip(names, solutions, strict=True):
+                linear = self.block.get_submodule(name)
+                value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
+                linear.weight = nn.Parameter(value.T if transposed else value, requires_grad=False)
+                if scheme.inputs:
+                    run_on_integers(linear, IntegerLinear(solution.codes, solution.grid.scale))
         spent = time.perf_counter() - started
-        self.run.clock.seconds["solve"] += spent
         rows = sum(weight.shape[0] for weight in weights)
         for name, weight, solution in zip(names, weights, solutions, strict=True):
             module = f"{self.prefix}.{name}"

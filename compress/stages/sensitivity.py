@@ -11,7 +11,6 @@ it finished.
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -129,10 +128,8 @@ class _Run:
                     return [forward(block, number, hidden) for number, hidden in enumerate(states)], record
             work = _Block(self, prefix, block)
             stream = Stream(block, states)
-            started, others = time.perf_counter(), sum(self.clock.seconds.values())
-            run_block(stream, arch.groups, forward, work.on_input, work.on_group)
-            elapsed = time.perf_counter() - started
-            self.clock.seconds["forward"] += elapsed - (sum(self.clock.seconds.values()) - others)
+            with self.clock.remaining("forward"):
+                run_block(stream, arch.groups, forward, work.on_input, work.on_group)
         record = {
             "modules": [],
             "events": [event.to_json() for event in work.events],

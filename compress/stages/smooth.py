@@ -19,7 +19,6 @@ Example: inputs of two channels reach 100 and 1, their columns of W 1 and 1. alp
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -198,10 +197,8 @@ class _Run:
                     chosen[coupling] = factors
                     places.append({"block": index, "writer": coupling.writer, **record})
 
-            started, others = time.perf_counter(), self.clock.seconds["search"]
-            run_block(stream, arch.groups, forward, on_input, on_group)
-            searching = self.clock.seconds["search"] - others
-            self.clock.seconds["forward"] += time.perf_counter() - started - searching
+            with self.clock.remaining("forward"):
+                run_block(stream, arch.groups, forward, on_input, on_group)
         record = {"modules": [], "events": [], "places": places}
         with self.clock.timed("write"):
             self.output.write_tensors(index, self._scaled(index, chosen), record)

@@ -7,7 +7,6 @@ and prepares weights for runtimes of the user's own.
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -124,10 +123,8 @@ class _Run:
                     return [forward(block, number, hidden) for number, hidden in enumerate(states)], record
             work = _BlockWork(self, prefix, block)
             stream = Stream(block, states)
-            started, others = time.perf_counter(), sum(self.clock.seconds.values())
-            run_block(stream, self.skeleton.architecture.groups, forward, work.on_input, work.on_group)
-            elapsed = time.perf_counter() - started
-            self.clock.seconds["forward"] += elapsed - (sum(self.clock.seconds.values()) - others)
+            with self.clock.remaining("forward"):
+                run_block(stream, self.skeleton.architecture.groups, forward, work.on_input, work.on_group)
         record = {"modules": [], "events": [event.to_json() for event in work.events], "sparse": work.records}
         with self.clock.timed("write"):
             self.output.write_block(self.source, index, {}, record, work.written)

@@ -14,7 +14,6 @@ A killed run lays the written blocks back into blocks of the old size, in which 
 
 from __future__ import annotations
 
-import time
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -277,10 +276,8 @@ class PruneRun:
                 return states, beside.states if beside else None, record
             work = BlockWork(self, place, block)
             stream = Stream(block, states)
-            started, others = time.perf_counter(), sum(self.clock.seconds.values())
-            run_block(stream, self.architecture.groups, forward, work.on_input, work.on_group, beside)
-            elapsed = time.perf_counter() - started
-            self.clock.seconds["forward"] += elapsed - (sum(self.clock.seconds.values()) - others)
+            with self.clock.remaining("forward"):
+                run_block(stream, self.architecture.groups, forward, work.on_input, work.on_group, beside)
         with self.clock.timed("write"):
             record = work.record()
             self.output.write_tensors(place.after, work.tensors(), record)

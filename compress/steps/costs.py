@@ -90,7 +90,7 @@ def samples_text(recipe: Recipe) -> bool:
     return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
 
 
-def seconds(recipe: Recipe, shapes: Shapes, asked: Size) -> float:
+def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> float:
     """Arithmetic over a measured rate of multiplication, plus what starting up takes. Within a factor of two."""
     matrices, dimensions = shapes.source.matrices, shapes.source.dimensions
     inside = weights_inside(matrices)
@@ -118,7 +118,7 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size) -> float:
             products = 20 if stage.refines else 10
             flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
         flops += 2500 * inside
-    return 12.0 + flops / _multiplication_rate()
+    return 12.0 + flops / _multiplication_rate(machine)
 
 
 def _search_flops(recipe: Recipe, shapes: Shapes) -> float:
@@ -145,15 +145,26 @@ def _inputs(matrices: dict[str, tuple[int, int]]) -> list[int]:
     return list(seen.values())
 
 
-def _multiplication_rate() -> float:
-    """float32 operations a second of this machine's matrix product, from a tenth of a second of it."""
-    left = torch.rand(768, 768)
-    left @ left
+def _multiplication_rate(machine: Machine) -> float:
+    """Operations a second that a run reaches, from a tenth of a second of the machine's matrix product.
+
+    On a GPU a run is much slower than its products in 16 bits: factors are made in float64, and files are read, hashed
+    and written (docs/benchmarks/gpu.md).
+    """
+    size, share = (768, 0.6) if machine.device.type == "cpu" else (8192, 0.12)
+    left = torch.rand(size, size, device=machine.device, dtype=machine.compute)
+    _finish(left @ left)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < 0.1:
-        left @ left
+        _finish(left @ left)
         count += 1
-    return 0.6 * count * 2 * 768**3 / (time.perf_counter() - started)
+    return share * count * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _finish(product: torch.Tensor) -> None:
+    """Wait for a GPU."""
+    if product.is_cuda:
+        torch.cuda.synchronize(product.device)
 
 
 def weights_inside(matrices: dict[str, tuple[int, int]]) -> int:

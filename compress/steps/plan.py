@@ -176,7 +176,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
-        seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency)),
+        seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency), machine),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
         warnings=tuple(warned + weak_gates(gate_powers)),
         powers=tuple(gate_powers),

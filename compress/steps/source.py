@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.reader import Checkpoint, all_finite
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.sources import ModelSpec, Source, resolve
 from compress.errors import EnvironmentLacksError, UnhealthySourceError
 from compress.events import Event, Progress
+
+READ_AT_ONCE = 4
+"""Tensors that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,10 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
     source = resolve(spec, Path.cwd(), progress)
     checkpoint = Checkpoint(source.folder)
     check_complete(checkpoint)
-    _check_finite(checkpoint, progress)
+    with ThreadPoolExecutor(1) as beside:
+        # Hashing reads the same files, and keeps other cores busy.
+        digest = beside.submit(checkpoint.digest)
+        _check_finite(checkpoint, progress)
     events = []
     if source.was_quantized:
         events.append(
@@ -42,7 +50,7 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
                 + (", moved off its grid by rescaling" if spec.rescale else "; quality on its old grid is flattered"),
             )
         )
-    return OpenedSource(source, checkpoint, checkpoint.digest(), load_tokenizer(source.folder), tuple(events))
+    return OpenedSource(source, checkpoint, digest.result(), load_tokenizer(source.folder), tuple(events))
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -68,12 +76,19 @@ def check_complete(checkpoint: Checkpoint) -> None:
 
 
 def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
+    def looked_at(name: str) -> str | None:
+        tensor = checkpoint.read(name)
+        if not tensor.is_floating_point() or all_finite(tensor):
+            return None
+        return f"{name} ({int((~torch.isfinite(tensor)).sum())} values)"
+
     bad = []
-    with progress.task("source health", len(checkpoint.names)) as advance:
-        for name in checkpoint.names:
-            tensor = checkpoint.read(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                bad.append(f"{name} ({int((~torch.isfinite(tensor)).sum())} values)")
+    with (
+        progress.task("source health", len(checkpoint.names)) as advance,
+        ThreadPoolExecutor(min(READ_AT_ONCE, os.cpu_count() or 1)) as threads,
+    ):
+        for found in threads.map(looked_at, checkpoint.names):
+            bad += [found] if found else []
             advance("")
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -1,12 +1,12 @@
 """Write a Llama with random weights, tensor by tensor, never holding more than one: what memory is measured with.
 
     python scripts/benchmarks/random_model.py OUT_DIR --tokenizer FOLDER [--blocks 24] [--hidden 2048] [--inner 8192]
-        [--heads 32] [--kv-heads 8] [--vocabulary 32000] [--tied] [--shard-bytes 1000000000] [--seed 0]
+        [--heads 32] [--kv-heads 8] [--vocabulary 32000] [--tied] [--shard-bytes 1000000000] [--seed 0] [--device cpu]
 
 Writes bfloat16 safetensors in shards with an index, config.json, and copies of FOLDER's tokenizer files, whose ids must
 be below --vocabulary. Weights are normal with the variance 1 / (input width), norms are 1. The same arguments give the
-same bytes. The defaults have 1.59 billion parameters in 3.2 GB (1.52 billion with --tied); 24 blocks of 60.8 million
-each.
+same bytes; another device gives others. The defaults have 1.59 billion parameters in 3.2 GB (1.52 billion with --tied);
+24 blocks of 60.8 million each.
 """
 
 from __future__ import annotations
@@ -69,18 +69,41 @@ def shapes_of(arguments: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def values(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def values(name: str, shape: tuple[int, ...], seed: int, device: str = "cpu") -> Tensor:
     """One tensor, bfloat16, from a generator of its own."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(std=1 / math.sqrt(shape[1]), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
+    empty = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    return empty.normal_(std=1 / math.sqrt(shape[1]), generator=generator)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+def write_model(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Write the model that the command line's arguments describe. Returns parameters and bytes."""
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    shapes = shapes_of(arguments)
+    entries = [
+        Entry(
+            name,
+            torch.bfloat16,
+            shape,
+            lambda name=name, shape=shape: values(name, shape, arguments.seed, arguments.device),  # type: ignore[misc]
+        )
+        for name, shape in shapes.items()
+    ]
+    total = write_sharded(arguments.folder, entries, arguments.shard_bytes)
+    write_json(arguments.folder / "config.json", config_of(arguments))
+    for path in companion_files(arguments.tokenizer):
+        if path.name.startswith(("tokenizer", "special_tokens")):
+            shutil.copyfile(path, arguments.folder / path.name)
+    return sum(math.prod(shape) for shape in shapes.values()), total
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("folder", type=Path)
+    made.add_argument("--tokenizer", type=Path, required=True)
     for name, default in (
         ("blocks", 24),
         ("hidden", 2048),
@@ -91,20 +114,16 @@ def main() -> None:
         ("shard-bytes", 10**9),
         ("seed", 0),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--tied", action="store_true")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    entries = [
-        Entry(name, torch.bfloat16, shape, lambda name=name, shape=shape: values(name, shape, arguments.seed))  # type: ignore[misc]
-        for name, shape in shapes_of(arguments).items()
-    ]
-    total = write_sharded(arguments.folder, entries, arguments.shard_bytes)
-    write_json(arguments.folder / "config.json", config_of(arguments))
-    for path in companion_files(arguments.tokenizer):
-        if path.name.startswith(("tokenizer", "special_tokens")):
-            shutil.copyfile(path, arguments.folder / path.name)
-    print(f"{sum(math.prod(entry.shape) for entry in entries):,} parameters, {total:,} bytes in {arguments.folder}")
+        made.add_argument(f"--{name}", type=int, default=default)
+    made.add_argument("--tied", action="store_true")
+    made.add_argument("--device", default="cpu")
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    parameters, total = write_model(arguments)
+    print(f"{parameters:,} parameters, {total:,} bytes in {arguments.folder}")
 
 
 if __name__ == "__main__":

@@ -144,3 +144,21 @@ def test_a_manifest_remembers_where_the_history_ended(store: Store, publish: Pub
     assert first.history is not None and first.history.seq == 0
     assert second.history is not None
     assert (second.history.seq, second.history.sha256) == (1, store.history("demo").ends[0])
+
+
+def test_what_was_hashed_before_is_not_read_again_unless_it_changed(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "model" / name).write_text(name)
+    digest, known = manifest.hashed_model(tmp_path)
+    assert digest == manifest.model_digest(tmp_path)
+    expected = manifest.hash_files(tmp_path)
+    (tmp_path / "model" / "b").write_text("other")
+    read = []
+    original = manifest.hash_file
+    monkeypatch.setattr(manifest, "hash_file", lambda path: read.append(path.name) or original(path))
+
+    found = manifest.hash_files(tmp_path, known)
+
+    assert read == ["b"]
+    assert found[0] == expected[0] and found[1].sha256 == original(tmp_path / "model" / "b") != expected[1].sha256

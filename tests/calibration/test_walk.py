@@ -11,7 +11,14 @@ import torch
 
 from compress.architecture import InputGroup
 from compress.calibration.statistics import InputStatistics
-from compress.calibration.walk import Stream, final_hidden_states, forward_of, run_block, with_source_weights
+from compress.calibration.walk import (
+    Stream,
+    final_hidden_states,
+    forward_of,
+    replay_block,
+    run_block,
+    with_source_weights,
+)
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Quiet
@@ -62,8 +69,9 @@ def _sequential_reference(block, groups, batches, states, forward):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("walk", [run_block, replay_block], ids=["held", "replayed"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_statistics_and_outputs_equal_a_slow_sequential_reference(model, padded):
+def test_statistics_and_outputs_equal_a_slow_sequential_reference(model, padded, walk):
     checkpoint, skeleton, batches, states = _setting(model, padded)
     groups = skeleton.architecture.groups
     forward = forward_of(skeleton, batches, 0)
@@ -77,7 +85,7 @@ def test_statistics_and_outputs_equal_a_slow_sequential_reference(model, padded)
             statistics = found.setdefault(group.name, InputStatistics(here.inputs.shape[-1], CPU))
             statistics.add(here.inputs, batches[number].mask)
 
-        run_block(stream, groups, forward, on_input, lambda group: _halve(block, group))
+        walk(stream, groups, forward, on_input, lambda group: _halve(block, group))
 
     for group in groups:
         torch.testing.assert_close(found[group.name].hessian()[0], expected[group.name], rtol=1e-5, atol=1e-6)
@@ -112,7 +120,8 @@ def test_a_block_runs_once_per_batch_however_many_groups_it_has(model):
 
 
 @torch.no_grad()
-def test_a_reference_stream_keeps_the_source_weights_and_is_held_at_the_same_places(model):
+@pytest.mark.parametrize("walk", [run_block, replay_block], ids=["held", "replayed"])
+def test_a_reference_stream_keeps_the_source_weights_and_is_held_at_the_same_places(model, walk):
     checkpoint, skeleton, batches, states = _setting(model)
     forward = forward_of(skeleton, batches, 0)
     differences = {}
@@ -123,9 +132,7 @@ def test_a_reference_stream_keeps_the_source_weights_and_is_held_at_the_same_pla
         def on_input(group, number, here, there):
             differences.setdefault(group.name, []).append(float((here.inputs - there.inputs).abs().max()))
 
-        run_block(
-            stream, skeleton.architecture.groups, forward, on_input, lambda group: _halve(block, group), reference
-        )
+        walk(stream, skeleton.architecture.groups, forward, on_input, lambda group: _halve(block, group), reference)
 
     for ours, theirs in zip(reference.states, untouched, strict=True):
         torch.testing.assert_close(ours, theirs)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress.checkpoints.export import export
-from compress.checkpoints.formats.compressed_tensors import quantization_config, schemes_by_target
+from compress.checkpoints.formats.compressed_tensors import packed, quantization_config, schemes_by_target
 from compress.checkpoints.reader import Checkpoint
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import BITS, Scheme
@@ -146,6 +146,20 @@ def test_an_asymmetric_scheme_with_ignored_modules_loads_in_transformers(tmp_pat
     torch.testing.assert_close(
         our_logits(folder, windows), their_logits(load_publicly(folder), windows), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("columns", [64, 72, 96])
+@pytest.mark.parametrize("bits", BITS)
+def test_our_packing_is_the_librarys_to_the_bit(bits, columns):
+    """Also where rows are more than are packed at a time, and where a word is not full."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    generator = torch.Generator().manual_seed(bits)
+    low, high = -(1 << (bits - 1)), 1 << (bits - 1)
+    codes = torch.randint(low, high, (600, columns), generator=generator).to(torch.int8)
+
+    assert torch.equal(packed(codes, bits), pack_to_int32(codes, bits))
+    assert torch.equal(packed(codes, bits, along=0), pack_to_int32(codes, bits, packed_dim=0))
 
 
 def test_stored_bytes_are_what_a_scheme_predicts(odd_model, tmp_path):

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.quantization import columns as columns_module
+from compress.quantization import gpu as gpu_module
 from compress.quantization.columns import ColumnGrid, TorchRounder, column_kernel, solve_columns
 from compress.quantization.gptq import choose_grid, factorise
-from compress.quantization.grid import Grid, dequantize
+from compress.quantization.grid import Grid, _error, dequantize
+from compress.quantization.refine import descended, moments
 from compress.quantization.scheme import BITS, Scheme
 from tests.helpers import PROJECT, environment
 from tests.quantization.test_gptq import correlated, hessian_of, lost
@@ -148,6 +149,71 @@ def test_triton_solves_a_real_problem_as_well_as_torch(symmetric, stored):
     assert first == pytest.approx(second, rel=1e-2)
 
 
+@interpreted
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(37, 24, 8), (33, 150, None), (3, 600, 100)])
+def test_a_sweep_of_triton_is_torchs(rows, columns, group, symmetric, stored):
+    """H has powers of two on its diagonal and few other numbers, all whole: every sum is exact, at most a tie apart."""
+    problem = exact_problem(rows, columns, Scheme(4, symmetric, group), stored, seed=columns)
+    hessian = exact_hessian(columns)
+    start = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.int8)
+
+    ours, theirs = (
+        descended(problem.weight, start, problem.grid, hessian, kernel=kernel) for kernel in ("triton", "torch")
+    )
+
+    assert torch.equal(ours, theirs)
+    assert (theirs != start).float().mean() > 0.5, "the sweep moved most codes"
+
+
+def exact_hessian(columns: int) -> Tensor:
+    """Symmetric; 8 or 16 on the diagonal, few +-1 elsewhere."""
+    generator = torch.Generator().manual_seed(columns)
+    chosen = (torch.rand(columns, columns, generator=generator) < 1.5 / columns).float().triu(1)
+    signs = 1 - 2 * torch.randint(0, 2, (columns, columns), generator=generator).float()
+    beside = chosen * signs
+    return beside + beside.T + torch.diag(8.0 * torch.randint(1, 3, (columns,), generator=generator))
+
+
+@interpreted
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(5, 48, 16), (3, 1300, None), (40, 96, 32)])
+def test_the_error_of_a_grid_in_one_pass_is_torchs(rows, columns, group, symmetric, stored):
+    """Channel-wise rows are wider than what a program holds at a time."""
+    from compress.quantization.triton_grid import weighted_error
+
+    scheme = Scheme(4, symmetric, group)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+    importance = torch.rand(scheme.groups(columns), scheme.width(columns), generator=torch.Generator().manual_seed(2))
+    grid = choose_grid(weight, None, scheme, stored, "minmax")
+    grouped = weight.view(rows, scheme.groups(columns), -1)
+
+    torch.testing.assert_close(weighted_error(grouped, importance, grid), _error(grouped, importance, grid))
+
+
+@interpreted
+@pytest.mark.parametrize(("rows", "groups", "width"), [(5, 3, 16), (70, 2, 64), (1, 1, 128)])
+def test_moments_of_triton_are_torchs(rows, groups, width):
+    """Whole numbers, so that sums are exact. In float32, since the interpreter multiplies no bfloat16."""
+    from compress.quantization import triton_moments
+
+    integers, hessian = exact_moments(rows, groups, width)
+
+    assert torch.equal(triton_moments.moments(integers, hessian, torch.float32), moments(integers, hessian))
+    values = integers.double()
+    expected = torch.einsum("rgi,gihj,rhj->rgh", values, hessian.double().view(groups, width, groups, width), values)
+    assert torch.equal(moments(integers, hessian).double(), expected.tril())
+
+
+def exact_moments(rows: int, groups: int, width: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    integers = torch.randint(-8, 8, (rows, groups, width), generator=generator).to(torch.int16)
+    mixed = torch.randint(-2, 3, (groups * width, groups * width), generator=generator).float()
+    return integers, mixed + mixed.T
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_halves_are_rounded_to_even(kernel):
     scheme = Scheme(4, True, None)
@@ -173,7 +239,7 @@ def test_a_gpu_gets_triton_where_there_is_triton(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
 
     for found, kernel in ((None, "torch"), ("a spec", "triton")):
-        monkeypatch.setattr(columns_module, "find_spec", lambda name, found=found: found)
+        monkeypatch.setattr(gpu_module, "find_spec", lambda name, found=found: found)
         assert column_kernel(gpu) == kernel
         assert column_kernel(cpu) == "torch"
 
@@ -212,6 +278,31 @@ for stored in ("fp16", "bf16", "fp32"):
     assert ptx.count("fma.rn.f32") == 64, ptx.count("fma.rn.f32")
     assert "fma.rn.ftz" not in ptx
     assert "0f4B400000" in ptx and "0fCB400000" in ptx, "the rounding by 1.5 * 2^23 was optimised away"
+
+from compress.quantization.triton_columns import _sweep_block
+del types["errors"]
+types |= dict(values="*fp32", moved="*fp32")
+constants = dict(ASYMMETRIC=True, STORED="bf16", ROWS=32, COLUMNS=64)
+source = ASTSource(_sweep_block, types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS).asm["ptx"]
+assert ptx.count("fma.rn.f32") == 64 and "0f4B400000" in ptx and set(re.findall(r"div\\.\\w+", ptx)) == {"div.rn"}
+
+from compress.quantization.triton_grid import _weighted_error
+types = dict(grouped="*fp32", weights="*fp32", scale="*fp32", zero="*fp32", error="*fp32", count="i32", groups="i32",
+             width="i32", lowest="fp32", highest="fp32")
+constants = dict(ASYMMETRIC=True, ITEMS=32, CHUNK=64)
+source = ASTSource(_weighted_error, types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+assert "0f4B400000" in ptx and "0fCB400000" in ptx
+
+from compress.quantization.triton_moments import _moments, options
+for width in (16, 32, 64, 128):
+    types = dict(integers="*bf16", hessian="*bf16", found="*fp32", rows="i32", groups="i32")
+    how = options(width)
+    constants = dict(WIDTH=width, ROWS=how.pop("ROWS"))
+    source = ASTSource(_moments, types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
+    assert made.metadata.shared <= 100 * 1024, (width, made.metadata.shared)
 """
     made = subprocess.run(
         [sys.executable, "-c", program],
@@ -241,3 +332,19 @@ def test_a_gpu_gives_the_codes_of_the_cpu(rows, columns, group, symmetric, store
     expected = problem.codes("torch")
     for kernel in ("torch", "triton"):
         assert torch.equal(moved.codes(kernel).cpu(), expected), kernel
+
+    hessian = exact_hessian(columns)
+    swept = descended(problem.weight, expected, grid, hessian, kernel="torch")
+    for kernel in ("torch", "triton"):
+        ours = descended(moved.weight, expected.cuda(), moved.grid, hessian.cuda(), kernel=kernel)
+        assert torch.equal(ours.cpu(), swept), kernel
+
+    scheme = grid.scheme
+    grouped = problem.weight.view(rows, scheme.groups(columns), -1)
+    importance = torch.rand(scheme.groups(columns), scheme.width(columns))
+    on_gpu = _error(grouped.cuda(), importance.cuda(), moved.grid)
+    torch.testing.assert_close(on_gpu.cpu(), _error(grouped, importance, grid))
+
+    for width in (32, 64, 128, 100):
+        integers, hessian = exact_moments(rows, 3, width)
+        assert torch.equal(moments(integers.cuda(), hessian.cuda()).cpu(), moments(integers, hessian)), width

@@ -107,6 +107,17 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
     assert whole.names == Checkpoint(tmp_path / "stopped").names
 
 
+def test_low_memory_gives_the_same_bytes(model, tmp_path):
+    windows = random_windows(count=48)  # enough tokens that targets are shifted
+    _, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "held", windows)
+    _, replayed = apply_stage(Gptq(group_size=32, low_memory=True), model, tmp_path / "replayed", windows)
+
+    assert [_without_seconds(each) for each in replayed.modules] == [_without_seconds(each) for each in outcome.modules]
+    for path in sorted((tmp_path / "held").glob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "replayed" / path.name).read_bytes(), path.name
+    assert not replayed.events, "every target was shifted"
+
+
 def _without_seconds(module):
     return {key: value for key, value in module.items() if key != "seconds"}
 
@@ -226,7 +237,7 @@ def test_a_refinement_is_kept_only_where_held_out_windows_agree(model, tmp_path,
 
 
 def test_a_gpu_without_triton_is_one_event(monkeypatch):
-    monkeypatch.setattr("compress.quantization.columns.find_spec", lambda name: None)
+    monkeypatch.setattr("compress.quantization.gpu.find_spec", lambda name: None)
 
     assert [event.kind for event in kernel_events(torch.device("cuda"))] == ["torch_columns"]
     assert kernel_events(CPU) == []
@@ -240,7 +251,7 @@ def test_every_record_says_what_was_done(model, tmp_path):
         assert record["scheme"] == "int3 asymmetric group 32"
         assert 0 < record["error"] <= record["rounding_error"]
         assert record["effective_bits"] > 3
-    assert set(outcome.seconds_by_part) == {"forward", "hessian", "factorise", "solve", "write"}
+    assert set(outcome.seconds_by_part) == {"read", "forward", "hessian", "factorise", "solve", "write"}
 
 
 def test_rounding_a_quantised_checkpoint_again_keeps_what_the_second_stage_ignores(model, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from compress.architecture import Architecture
-from compress.checkpoints.reader import Checkpoint, tokenizer_files
+from compress.checkpoints.reader import Checkpoint, all_finite, tokenizer_files
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
 from compress.events import Event
@@ -187,7 +187,7 @@ def dense_entry(source: Checkpoint, name: str, dtype: torch.dtype) -> Entry:
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """`tensor` in `dtype`. Raises RecipeError naming the tensor where finite values leave the dtype's range."""
     value = tensor.to(dtype)
-    if not bool(torch.isfinite(value).all()) and bool(torch.isfinite(tensor).all()):
+    if value.dtype != tensor.dtype and not all_finite(value) and all_finite(tensor):
         raise RecipeError(
             f"export.dtype: {name} holds values up to {float(tensor.abs().max()):.3g}, outside the range of "
             f"{str(dtype).removeprefix('torch.')}. Use export.dtype: bfloat16."

@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from compress.quantization.grid import Grid
 from compress.quantization.scheme import Scheme
 
 _IN_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
+PACKED_ROWS = 256
+"""Rows that are packed at a time, to stay in the cache."""
 PACKED, INTEGERS, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
 
@@ -79,8 +81,6 @@ class CompressedTensors(Format):
 
 def _entries(module: str, scheme: Scheme, source: Checkpoint, scale_dtype: torch.dtype) -> list[Entry]:
     """The tensors of one quantised linear, packed when they are written."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
     rows, columns = source.matrix_shape(module)
     groups = scheme.groups(columns)
     scale = Entry(f"{module}.weight_scale", scale_dtype, (rows, groups), lambda: source.codes(module)[1].scale)
@@ -91,7 +91,7 @@ def _entries(module: str, scheme: Scheme, source: Checkpoint, scale_dtype: torch
             f"{module}.weight_packed",
             torch.int32,
             (rows, math.ceil(columns * scheme.bits / 32)),
-            lambda: pack_to_int32(source.codes(module)[0], scheme.bits),
+            lambda: packed(source.codes(module)[0], scheme.bits),
         ),
         scale,
         Entry(f"{module}.weight_shape", torch.int64, (2,), lambda: torch.tensor([rows, columns])),
@@ -103,10 +103,33 @@ def _entries(module: str, scheme: Scheme, source: Checkpoint, scale_dtype: torch
                 f"{module}.weight_zero_point",
                 torch.int32,
                 shape,
-                lambda: pack_to_int32(source.codes(module)[1].zero, scheme.bits, packed_dim=0),
+                lambda: packed(source.codes(module)[1].zero, scheme.bits, along=0),
             )
         )
     return entries
+
+
+def packed(codes: Tensor | None, bits: int, along: Literal[0, 1] = 1) -> Tensor:
+    """int32 words of codes int8 (rows, columns), densely along one dimension.
+
+    The library's own packing, or where a byte holds a whole number of codes the same by bytes, in a fifth of the time.
+    """
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    assert codes is not None, "symmetric schemes have no zero points to pack"
+    each = 8 // bits
+    if along == 0 or 8 % bits or codes.shape[1] % (32 // bits):
+        return pack_to_int32(codes, bits, packed_dim=along)  # type: ignore[no-any-return]
+    words = torch.empty(codes.shape[0], codes.shape[1] // each, dtype=torch.uint8)
+    for start in range(0, len(codes), PACKED_ROWS):
+        part = slice(start, start + PACKED_ROWS)
+        # To unsigned by the library's offset; what does not fit a byte wraps around, as int8 did.
+        unsigned = codes[part].view(torch.uint8).add(1 << (bits - 1)).bitwise_and_((1 << bits) - 1)
+        parts = unsigned.view(len(unsigned), -1, each).unbind(-1)
+        word = words[part].copy_(parts[0])
+        for number, more in enumerate(parts[1:], start=1):
+            word.bitwise_or_(more << (number * bits))
+    return words.view(torch.int32)
 
 
 def understood(config: Mapping[str, Any], names: Iterable[str]) -> bool:

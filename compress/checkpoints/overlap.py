@@ -77,6 +77,7 @@ class WriteBehind:
     """One piece of writing at a time, beside a GPU's work. What failed is raised by the next call, or at the end."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write behind") if device.type == "cuda" else None
         self._writing: Future[None] | None = None
 
@@ -97,7 +98,16 @@ class WriteBehind:
             write()
             return
         self.wait()
-        self._writing = self._thread.submit(write)
+        done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._device))
+        self._writing = self._thread.submit(self._write, write, done)
+
+    def _write(self, write: Callable[[], None], ready: torch.cuda.Event) -> None:
+        """Copies to the host wait for what is to be written, and for nothing that was asked for later."""
+        own: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        own.wait_event(ready)
+        with torch.cuda.stream(own):
+            write()
 
     def wait(self) -> None:
         """Until nothing is being written."""

@@ -1,4 +1,4 @@
-"""A safetensors writer that holds one tensor at a time, so that a shard costs no memory.
+"""A safetensors writer that holds two tensors at a time, one on its way to disk and the next, however large a shard is.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header giving each
 tensor's dtype, shape and byte range, then the bytes. The header needs only shapes, which are known before the data.
@@ -7,7 +7,9 @@ tensor's dtype, shape and byte range, then the bytes. The header needs only shap
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +63,29 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, 
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for entry in entries:
-            tensor = entry.load().detach().to("cpu", entry.dtype).contiguous()
-            if tuple(tensor.shape) != entry.shape:
-                raise AssertionError(f"{entry.name}: promised shape {entry.shape}, got {tuple(tensor.shape)}")
+        for tensor in _loaded(entries):
             if tensor.numel():
                 # Not view(-1): a single element counts as contiguous whatever its stride, and then has no bytes view.
                 file.write(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data)
+
+
+def _loaded(entries: list[Entry]) -> Iterator[Tensor]:
+    """The tensors of all entries, contiguous and on the host. The next is made while the caller has the last."""
+    with ThreadPoolExecutor(1) as ahead:
+        waiting: deque[Future[Tensor]] = deque()
+        for entry in entries:
+            waiting.append(ahead.submit(_load, entry))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _load(entry: Entry) -> Tensor:
+    tensor = entry.load().detach().to("cpu", entry.dtype).contiguous()
+    if tuple(tensor.shape) != entry.shape:
+        raise AssertionError(f"{entry.name}: promised shape {entry.shape}, got {tuple(tensor.shape)}")
+    return tensor
 
 
 def write_sharded(folder: Path, entries: Iterable[Entry], max_shard_bytes: int = 5 * 10**9) -> int:

@@ -96,10 +96,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 class PeakSampler:
-    """Samples RssAnon in a thread; `phase(name)` names what is going on. Peaks in bytes, by phase, in `peaks`."""
+    """Samples RssAnon in a thread; `phase(name)` names what is going on. Peaks in bytes, by phase, in `peaks`.
+
+    `device_peaks` are those of the tensors on the current CUDA device, which torch counts itself; empty without one.
+    """
 
     def __init__(self, interval: float = 0.05) -> None:
         self.peaks: dict[str, int] = {}
+        self.device_peaks: dict[str, int] = {}
         self._phase = "start"
         self._interval = interval
         self._stop = threading.Event()
@@ -127,12 +131,29 @@ class PeakSampler:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         release()
+        self._count_device()
         before, self._phase = self._phase, name
         try:
             yield
         finally:
             self._sample()
+            self._count_device()
             self._phase = before
+
+    @property
+    def device_peak(self) -> int | None:
+        """Peak bytes of tensors on the current CUDA device so far; None without one."""
+        self._count_device()
+        return max(self.device_peaks.values(), default=None)
+
+    def _count_device(self) -> None:
+        """Give what torch counted since the last call to the phase that is going on, and let it count anew."""
+        import torch
+
+        if torch.cuda.is_available():
+            peak = int(torch.cuda.max_memory_allocated())
+            self.device_peaks[self._phase] = max(self.device_peaks.get(self._phase, 0), peak)
+            torch.cuda.reset_peak_memory_stats()
 
     def _loop(self) -> None:
         while not self._stop.wait(self._interval):
@@ -140,10 +161,3 @@ class PeakSampler:
 
     def _sample(self) -> None:
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), rss_anon())
-
-
-def device_peak_bytes() -> int | None:
-    """Peak bytes allocated on the current CUDA device since the start, or None without one."""
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None

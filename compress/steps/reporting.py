@@ -10,7 +10,7 @@ from compress.evaluation.discordance import flips, mcnemar
 from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import count_by_kind
 from compress.gates import Judgement
-from compress.memory.measure import PeakSampler, device_peak_bytes
+from compress.memory.measure import PeakSampler
 from compress.memory.predict import kv_cache_bytes
 from compress.recipe import Recipe
 from compress.reports.limits import limits
@@ -139,7 +139,6 @@ def _gate(judgement: Judgement) -> GateResult:
 def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakSampler, predicted: bool) -> Memory:
     """`predicted`: the bytes of the weights were predicted from a recipe's stages."""
     reloaded = evidence.reloaded
-    device_peak = device_peak_bytes()
     return Memory(
         stored=PredictedMeasured(
             predicted=plan.stored_bytes if predicted else None,
@@ -166,13 +165,17 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
         peak_host=PredictedMeasured(
             predicted=plan.peak_host_bytes,
             measured=sampler.peak,
-            note="by phase: " + ", ".join(f"{name} {peak >> 20} MiB" for name, peak in sampler.peaks.items()),
+            note=_by_phase(sampler.peaks),
         ),
-        peak_device=PredictedMeasured(measured=device_peak),
+        peak_device=PredictedMeasured(measured=sampler.device_peak, note=_by_phase(sampler.device_peaks)),
         source_stored=source.checkpoint.weight_bytes,
         serving=_serving(plan),
         max_context=plan.dimensions.max_context,
     )
+
+
+def _by_phase(peaks: dict[str, int]) -> str:
+    return "by phase: " + ", ".join(f"{name} {peak >> 20} MiB" for name, peak in peaks.items()) if peaks else ""
 
 
 def _cache_note(plan: Plan, reloaded: Reloaded) -> str:

@@ -96,15 +96,15 @@ def test_what_fails_behind_is_raised_by_the_next_or_at_the_end():
 
 @pytest.mark.parametrize("quality", ["fast", "balanced", "max"])
 def test_gptq_gives_nearly_the_codes_of_a_cpu(model, tmp_path, quality):
-    """float32 on both. Sums in another order move weights that lie between two codes; from there on the blocks behind
-    see other inputs, and their codes drift apart, but not their errors. Token weights are drawn otherwise on a GPU."""
+    """float32 on both. Sums in another order move weights between two codes and may decide whether a refinement is
+    kept; from there on codes drift apart, but not errors. Token weights are drawn otherwise on a GPU."""
     windows, stage = random_windows(count=64), Gptq(group_size=32, quality=quality)
     _, ours = apply_stage(stage, model, tmp_path / "gpu", windows, device=GPU)
     _, theirs = apply_stage(stage, model, tmp_path / "cpu", windows)
 
     here, there = (load_file(tmp_path / name / "block-00000.safetensors") for name in ("gpu", "cpu"))
     for name in (each for each in there if each.endswith(".codes")):
-        assert quality == "max" or (here[name] == there[name]).float().mean() > 0.97, name
+        assert quality != "fast" or (here[name] == there[name]).float().mean() > 0.97, name
     mean = [sum(module["error"] for module in each.modules) / len(each.modules) for each in (ours, theirs)]
     assert mean[0] == pytest.approx(mean[1], rel=0.05)
     assert [event.kind for event in ours.events] == [event.kind for event in theirs.events]

@@ -67,6 +67,8 @@ ROWS_AT_ONCE = 512
 """Rows of a moment that are divided by H together; rows are independent."""
 GPU_ROWS_AT_ONCE = 4096
 """The same on a GPU."""
+PANEL = 2048
+"""Rows of D that are brought to float32 together."""
 
 
 def shift_of(mismatch: Mismatch, alpha: float, beta: float, ridge: float = RIDGE) -> Shift | None:
@@ -100,13 +102,22 @@ def targets_of(
     lower = _damped_factor(mismatch, residual, ridge)
     if lower is None:
         return None
-    inverses, cross, targets = block_inverses(lower), mismatch.cross.float(), []
+    inverses, targets = block_inverses(lower), []
     for weight in weights:
-        moment = fine_product(weight, cross).double().mul_(alpha)
+        moment = _times(weight, mismatch.cross).mul_(alpha)
         if residual is not None:
             moment.add_(residual, alpha=beta)
         targets.append(weight + _right_divided(moment, lower, inverses, 1.0))
     return targets
+
+
+def _times(weight: Tensor, cross: Tensor) -> Tensor:
+    """W D float64 (rows, columns) of W float32 and D float64: float32 products, a panel of D at a time."""
+    moment = torch.zeros(len(weight), cross.shape[1], dtype=torch.float64, device=weight.device)
+    for start in range(0, len(cross), PANEL):
+        part = slice(start, start + PANEL)
+        moment += fine_product(weight[:, part], cross[part].float())
+    return moment
 
 
 def _damped_factor(mismatch: Mismatch, residual: Tensor | None, ridge: float) -> Tensor | None:

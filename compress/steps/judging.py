@@ -32,7 +32,7 @@ from compress.steps.candidate import Candidate
 from compress.steps.environment import Machine, code_digest, fits, versions
 from compress.steps.noise import Noise, noise_floor
 from compress.steps.plan import Plan
-from compress.steps.round_trip import BOUND, BOUND_WITH_OUTLIERS, COMPARED_TOKENS, COMPARED_WINDOWS, Reloaded, reload
+from compress.steps.round_trip import BOUND, BOUND_OF_STEPS, COMPARED_TOKENS, COMPARED_WINDOWS, Reloaded, reload
 from compress.steps.source import OpenedSource, check_perplexity
 from compress.steps.texts import Texts
 
@@ -184,7 +184,7 @@ def round_trip(
             "kv_cache_bytes": float(measured_kv_cache(plan, reloaded)),
         }
     )
-    return replace(evidence, reloaded=replace(reloaded, bound=bound_of(candidate)))
+    return replace(evidence, reloaded=replace(reloaded, bound=bound_of(candidate, plan.machine)))
 
 
 def _float32_states(
@@ -250,17 +250,21 @@ def judge(
     if evidence.reloaded is not None:
         tier: Tier = "critical" if candidate.is_read_directly else "advisory"
         judgements.append(
-            replace(ThresholdGate(measure="round_trip.mean_kl", max=bound_of(candidate)).judge(facts), tier=tier)
+            replace(
+                ThresholdGate(measure="round_trip.mean_kl", max=evidence.reloaded.bound).judge(facts),
+                tier=tier,
+            )
         )
     verdict = overall(judgements)
     # The round trip says that the model loads. Where no gate of the recipe could decide, that is not enough to pass.
     return ("inconclusive" if verdict == "passed" and nothing_judged else verdict), judgements
 
 
-def bound_of(candidate: Candidate) -> float:
+def bound_of(candidate: Candidate, machine: Machine) -> float:
     """Largest mean KL between loader and our reading that counts as rounding."""
-    outliers = any(scheme.outliers for scheme in candidate.checkpoint.schemes.values())
-    return BOUND_WITH_OUTLIERS if outliers else BOUND
+    schemes = candidate.checkpoint.schemes.values()
+    steps = any(scheme.outliers or (scheme.inputs and machine.device.type != "cpu") for scheme in schemes)
+    return BOUND_OF_STEPS if steps else BOUND
 
 
 def _judge(gate: Gate, facts: Facts) -> Judgement:

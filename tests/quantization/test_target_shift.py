@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.quantization import target_shift
-from compress.quantization.target_shift import Mismatch, cholesky_, shift_of
+from compress.quantization.target_shift import Mismatch, cholesky_, shift_of, targets_of
 
 
 def _mismatch(columns=40, hidden=12, tokens=300, residual=True):
@@ -31,6 +31,25 @@ def test_the_shift_solves_the_ridge_equation(rows_at_once, monkeypatch):
     assert shift_of(_mismatch(), 0.5, 0.0).offset is None
     moved = weight + weight @ shift_of(_mismatch(residual=False), 0.5, 0.25).factor
     torch.testing.assert_close(shift_of(_mismatch(residual=False), 0.5, 0.25).target(weight), moved)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("rows", [(12,), (3, 9), (12, 30)])
+def test_targets_of_all_linears_are_those_of_each(rows, residual, monkeypatch):
+    """Fewer rows than the 40 columns: their own moments are divided; more: D is. R has 12 rows."""
+    monkeypatch.setattr(target_shift, "PANEL", 16)
+    residual = residual and rows == (12,)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(count, 40, generator=generator) for count in rows]
+
+    found = targets_of(_mismatch(residual=residual), weights, 0.5, 0.25)
+
+    shift = shift_of(_mismatch(residual=residual), 0.5, 0.25)
+    for weight, target in zip(weights, found, strict=True):
+        torch.testing.assert_close(target, shift.target(weight), rtol=1e-5, atol=1e-6)
+    bad = _mismatch()
+    bad.cross[0, 0] = float("nan")
+    assert targets_of(bad, weights, 0.5, 0.25) is None
 
 
 def test_the_example_of_the_docstring():

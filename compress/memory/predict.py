@@ -86,6 +86,8 @@ class WalkLoad:
     calibration_tokens: int
     streams: float
     """Sets of calibration activations held at once: 1.25 where a quarter of the source's run beside the compressed."""
+    held_tokens: int
+    """Calibration tokens whose activations inside a block are held at once: all, or a batch of replayed blocks."""
     refines: bool
     """Whether statistics of held-out text are kept apart."""
     judges_shifts: bool
@@ -100,11 +102,14 @@ def calibration_peak_bytes(load: WalkLoad) -> int:
 
     At the worst moment all batches are held at the last group: the residual, the normed states and the inner
     activations of every token; beside them the source's evaluation states, one block with its codes, and for the widest
-    input what `_matrices` counts. A shift needs the source's weights beside the new ones.
+    input what `_matrices` counts. A shift needs the source's weights beside the new ones. Where blocks are replayed,
+    one batch has activations inside, and the states entering the block are there for every token.
     """
     shifts = _shifts(load, load.hidden)
     streams = load.streams if shifts else 1
-    activations = streams * load.calibration_tokens * (load.widest_input + 3 * load.hidden) * load.compute_bytes
+    replayed = 0 if load.held_tokens >= load.calibration_tokens else load.calibration_tokens
+    inside = load.held_tokens * (load.widest_input + 3 * load.hidden) + replayed * load.hidden
+    activations = streams * inside * load.compute_bytes
     kept = load.evaluation_tokens * load.hidden * 4
     block = load.block_parameters * ((2 if shifts else 1) * load.compute_bytes + 1)
     solve = (16 if load.refines else 8) * load.rows_of_widest * load.hidden * 4

@@ -107,6 +107,11 @@ class Stage(BaseModel):
         return 1 if self.needs_calibration else 0
 
     @property
+    def replays(self) -> bool:
+        """Whether blocks are run again and again rather than held, so that one batch at a time is inside."""
+        return False
+
+    @property
     def compares(self) -> bool:
         """Whether the run is to quantise the source alone as well, for comparison."""
         return False

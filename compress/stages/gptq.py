@@ -52,6 +52,8 @@ BATCHES = 8
 """Batches that a text of as many windows is cut into at least, so that shares of it can be told apart on any device."""
 HELD_OUT = 8
 """The last of so many batches judge refinements; the source's stream never runs beside those."""
+REPLAYED = 2.3
+"""Forward passes of a block that is run again up to each group of its linears: once whole, and the parts before."""
 Quality = Literal["fast", "balanced", "max"]
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"target_shift": 0.0, "residual_shift": 0.0, "refine": False},
@@ -123,7 +125,12 @@ class Gptq(QuantizeStage):
     @property
     def forwards(self) -> float:
         # Token weights: forward, forward again with gradients, and a backward pass, which counts twice.
-        return self.activation_streams + (4 if self.token_weights else 0)
+        passes = REPLAYED if self.low_memory else 1
+        return self.activation_streams * passes + (4 if self.token_weights else 0)
+
+    @property
+    def replays(self) -> bool:
+        return self.low_memory
 
     @property
     def refines(self) -> bool:

@@ -36,13 +36,17 @@ def walk_load(
     streams = max((stage.activation_streams for stage in recipe.stages), default=0)
     calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
     calibrated = math.ceil(calibrated / parallel.met())
+    if machine.device.type != "cpu" or not streams:
+        calibrated = 0
+    replays = all(stage.replays for stage in recipe.stages if stage.activation_streams)
     return predict.WalkLoad(
         parameters=parameters,
         block_parameters=sum(parameter.numel() for parameter in skeleton.block(0).parameters()),
         widest_input=max(columns for _, columns in matrices.values()),
         rows_of_widest=max(rows for rows, _ in matrices.values()),
         hidden=dimensions.hidden,
-        calibration_tokens=calibrated if streams and machine.device.type == "cpu" else 0,
+        calibration_tokens=calibrated,
+        held_tokens=min(calibrated, 2 * machine.tokens_at_once) if replays else calibrated,
         streams=streams,
         refines=any(stage.refines for stage in recipe.stages),
         judges_shifts=any(stage.judges_shifts for stage in recipe.stages),

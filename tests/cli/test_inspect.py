@@ -169,3 +169,17 @@ def test_gc_removes_cached_stages_and_says_how_much(here, recipe, tmp_path, monk
     assert json.loads(here("gc", "--json").out)["bytes"] == would["bytes"]
     assert not list((tmp_path / "cache" / "stages").glob("*/stage.json"))
     assert (tmp_path / "store" / "glass-int4" / "v0001" / "manifest.json").is_file()
+
+
+def test_low_memory_is_predicted_to_take_less_memory_and_more_time(recipe, cli, glass_recipe, tmp_path):
+    """4096 windows of 128 tokens: what is held inside a block is hundreds of MiB."""
+    found = {}
+    for low in (False, True):
+        stage = {**glass_recipe["stages"][0], "low_memory": low}
+        path = recipe(stages=[stage], calibration={**glass_recipe["calibration"], "windows": 4096})
+        ended = cli("plan", path, "--store", tmp_path / "store", "--json")
+        assert ended.code == 0, ended.err
+        found[low] = json.loads(ended.out)
+
+    assert found[True]["peak_host_bytes"] < found[False]["peak_host_bytes"] - 300 * 2**20
+    assert found[True]["seconds"] > found[False]["seconds"]

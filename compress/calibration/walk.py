@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
+from compress.calibration.products import multiplying_in
 from compress.checkpoints.overlap import ReadAhead
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
@@ -213,7 +214,9 @@ def _hold(group: InputGroup) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         if isinstance(current, _Held) and current.reached is not group:
             current.reached = group
             assert current.parent is not None
-            current.parent.switch((group, args[0]))
+            # Mixed precision belongs to the model's forward, not to who looks at it meanwhile.
+            with torch.autocast(args[0].device.type, enabled=False):
+                current.parent.switch((group, args[0]))
 
     return hook
 
@@ -229,15 +232,19 @@ def _keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     return hook
 
 
-def forward_of(skeleton: Skeleton, batches: list[Batch], index: int) -> Forward:
-    """The forward of block `index` for batch `number`: the arguments are those the model itself would pass."""
+def forward_of(skeleton: Skeleton, batches: list[Batch], index: int, products: torch.dtype | None = None) -> Forward:
+    """The forward of block `index` for batch `number`: the arguments are those the model itself would pass.
+
+    `products`: what linears multiply in, where that is not what the skeleton computes in (`calibration.products`).
+    """
 
     def forward(block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         call = skeleton.call(batches[number], hidden, index)
         cache = {} if skeleton.cache is None else {"past_key_values": skeleton.cache}
-        output = block(hidden, *call.args, **{**call.kwargs, **cache})
+        with multiplying_in(products or skeleton.dtype, skeleton):
+            output = block(hidden, *call.args, **{**call.kwargs, **cache})
         states: Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+        return states.to(hidden.dtype)
 
     return forward
 

@@ -112,6 +112,7 @@ def plan(
         ],
         ["stages", ", ".join(facts["stages"])],
         ["peak host memory", console.bytes_text(facts["peak_host_bytes"])],
+        *_device_row(facts["peak_device_bytes"]),
         ["disk while running", console.bytes_text(facts["disk_bytes"])],
         ["time", f"about {console.seconds_text(facts['seconds'])}, within a factor of two"],
     ]
@@ -123,6 +124,12 @@ def plan(
     for warning in planned.warnings:
         console.print_line(f"warning: {warning}")
     return 0
+
+
+def _device_row(peak: int | None) -> list[list[str]]:
+    from compress import console
+
+    return [] if peak is None else [["peak device memory", console.bytes_text(peak)]]
 
 
 def _print_prediction(planned: Plan) -> None:

@@ -88,6 +88,9 @@ class WalkLoad:
     """Sets of calibration activations held at once: 1.25 where a quarter of the source's run beside the compressed."""
     held_tokens: int
     """Calibration tokens whose activations inside a block are held at once: all, or a batch of replayed blocks."""
+    waiting_tokens: int
+    """Those of which only the states entering the block are there: none, or all where blocks are replayed; a GPU's wait
+    on the host."""
     refines: bool
     """Whether statistics of held-out text are kept apart."""
     judges_shifts: bool
@@ -107,13 +110,21 @@ def calibration_peak_bytes(load: WalkLoad) -> int:
     """
     shifts = _shifts(load, load.hidden)
     streams = load.streams if shifts else 1
-    replayed = 0 if load.held_tokens >= load.calibration_tokens else load.calibration_tokens
-    inside = load.held_tokens * (load.widest_input + 3 * load.hidden) + replayed * load.hidden
+    inside = load.held_tokens * (load.widest_input + 3 * load.hidden) + load.waiting_tokens * load.hidden
     activations = streams * inside * load.compute_bytes
     kept = load.evaluation_tokens * load.hidden * 4
     block = load.block_parameters * ((2 if shifts else 1) * load.compute_bytes + 1)
     solve = (16 if load.refines else 8) * load.rows_of_widest * load.hidden * 4
     return INTERPRETER + round(activations) + kept + block + max(_matrices(load), solve)
+
+
+def calibration_device_bytes(load: WalkLoad, batch_tokens: int) -> int:
+    """Peak bytes of tensors on a GPU while a calibrated stage solves; `load` counts what lies there.
+
+    As on a host, without an interpreter, and with what is in flight inside the block for the batch that is running.
+    """
+    inside = 4 * batch_tokens * load.widest_input * load.compute_bytes
+    return calibration_peak_bytes(load) - INTERPRETER + inside
 
 
 def _shifts(load: WalkLoad, columns: int) -> bool:

@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress import parallel
+from compress.calibration.products import Products, chosen
 from compress.calibration.token_weights import TokenWeights, token_weights
 from compress.calibration.walk import (
     Stream,
@@ -101,6 +102,11 @@ class Gptq(QuantizeStage):
     token_weights: bool = Field(
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
+    products: Products = Field(
+        default="float32",
+        description="what linears multiply in during calibration on a CPU: bfloat16 is faster on processors "
+        "with units for it (auto takes it where there is AMX); statistics and solving stay in float32",
+    )
     low_memory: bool = Field(
         default=False,
         description="keep only the hidden states between blocks, on the host, and run a block again for each group of "
@@ -162,6 +168,7 @@ class GptqRun:
         shifting = min(len(batches) - held_out, max(1, round(stage.shift_share * len(batches)))) if stage.shifts else 0
         self.shifting_batches = parallel.among_first(shifting)
         self.shifting_tokens = sum(batch.tokens for batch in batches[:shifting])
+        self.products = chosen(stage.products, context.device, context.compute)
         self.weights: TokenWeights | None = None
         self.clock = Clock("read", "forward", "hessian", "factorise", "solve", "write", device=context.device)
 
@@ -218,7 +225,7 @@ class GptqRun:
 
     def _pass_through(self, index: int, states: list[Tensor], checkpoint: Checkpoint) -> list[Tensor]:
         """A finished block: its forward with weights already written."""
-        forward = forward_of(self.skeleton, self.batches, index)
+        forward = forward_of(self.skeleton, self.batches, index, self.products)
         prefix = self.skeleton.architecture.block_name(index)
         with self.skeleton.loaded(checkpoint, prefix) as block, self.clock.timed("forward"):
             return [
@@ -232,7 +239,7 @@ class GptqRun:
         """Solve one block and write it. Returns both streams' states after the block, and the block's record."""
         arch = self.skeleton.architecture
         prefix = arch.block_name(index)
-        forward = forward_of(self.skeleton, self.batches, index)
+        forward = forward_of(self.skeleton, self.batches, index, self.products)
         with self.clock.timed("read"):
             state = self.ahead.state(prefix)
         with self.skeleton.loaded(self.source, prefix, state) as block:

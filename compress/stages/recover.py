@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.calibration.products import Products, chosen
 from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import HELD_OUT, Windows, WindowSpec
@@ -40,7 +41,6 @@ from compress.training.clock import Clock
 from compress.training.descent import Course
 from compress.training.footprint import Choice, Mode, choose, training_load
 from compress.training.material import Material, material
-from compress.training.products import Products, chosen
 from compress.training.setting import Setting
 from compress.training.student import AsExported
 from compress.training.trained import Trainable, What, require_peft

@@ -32,11 +32,14 @@ def walk_load(
     matrices: dict[str, tuple[int, int]],
     parameters: int,
     machine: Machine,
+    computes: bool | None = None,
 ) -> predict.WalkLoad:
+    """What decides peaks of memory: the host's, or the device's where `computes` says that activations lie there."""
+    computes = machine.device.type == "cpu" if computes is None else computes
     streams = max((stage.activation_streams for stage in recipe.stages), default=0)
     calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
     calibrated = math.ceil(calibrated / parallel.met())
-    if machine.device.type != "cpu" or not streams:
+    if not (computes and streams):
         calibrated = 0
     replays = all(stage.replays for stage in recipe.stages if stage.activation_streams)
     return predict.WalkLoad(
@@ -46,7 +49,8 @@ def walk_load(
         rows_of_widest=max(rows for rows, _ in matrices.values()),
         hidden=dimensions.hidden,
         calibration_tokens=calibrated,
-        held_tokens=min(calibrated, 2 * machine.tokens_at_once) if replays else calibrated,
+        held_tokens=min(calibrated, machine.tokens_at_once) if replays else calibrated,
+        waiting_tokens=calibrated if replays and machine.device.type == "cpu" else 0,
         streams=streams,
         refines=any(stage.refines for stage in recipe.stages),
         judges_shifts=any(stage.judges_shifts for stage in recipe.stages),
@@ -84,6 +88,19 @@ def peak_bytes(
     if fits(load.parameters, reloaded, machine) and machine.device.type == "cpu":
         peaks.append(at_once * reloaded)
     return max(peaks)
+
+
+def peak_device_bytes(recipe: Recipe, load: predict.WalkLoad, machine: Machine) -> tuple[int, int]:
+    """Peak bytes of tensors on a GPU: of calibration, which has to fit, and of the run with the reload, where it does.
+
+    `load` is the device's. Evaluation holds both models' embedding or head; the reload, all parameters in float32.
+    """
+    stages = 0
+    if any(stage.activation_streams for stage in recipe.stages):
+        stages = predict.calibration_device_bytes(load, machine.tokens_at_once)
+    heads = 2 * load.vocabulary * load.hidden * load.compute_bytes
+    reload = load.parameters * 4 if fits(load.parameters, 0, machine) else 0
+    return stages, max(stages, heads, reload)
 
 
 def samples_text(recipe: Recipe) -> bool:

@@ -167,7 +167,9 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
             measured=sampler.peak,
             note=_by_phase(sampler.peaks),
         ),
-        peak_device=PredictedMeasured(measured=sampler.device_peak, note=_by_phase(sampler.device_peaks)),
+        peak_device=PredictedMeasured(
+            predicted=plan.peak_device_bytes, measured=sampler.device_peak, note=_by_phase(sampler.device_peaks)
+        ),
         source_stored=source.checkpoint.weight_bytes,
         serving=_serving(plan),
         max_context=plan.dimensions.max_context,

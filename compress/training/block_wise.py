@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.calibration.products import multiplying_in
 from compress.calibration.walk import final_hidden_states, forward_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
@@ -25,7 +26,6 @@ from compress.training import saved
 from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence
 from compress.training.material import Material
-from compress.training.products import multiplying_in
 from compress.training.setting import Outcome, Setting
 from compress.training.student import teacher_head, trained_block
 from compress.training.trained import AllTrained, factors, rates, stored_values

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from compress.calibration.products import multiplying_in
 from compress.calibration.walk import final_hidden_states
 from compress.checkpoints.skeleton import Call, Head, Skeleton
 from compress.training import saved
 from compress.training.descent import descend, steps_of
 from compress.training.divergence import held_out_divergence, mean_divergence
 from compress.training.material import Material
-from compress.training.products import multiplying_in
 from compress.training.setting import Outcome, Setting
 from compress.training.student import teacher_head, train_norm, trained_block
 from compress.training.trained import AllTrained, factors, rates, stored_values

@@ -107,6 +107,34 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
     assert whole.names == Checkpoint(tmp_path / "stopped").names
 
 
+@pytest.mark.parametrize("low_memory", [False, True], ids=["held", "replayed"])
+def test_products_in_bfloat16_stop_at_the_statistics(model, tmp_path, monkeypatch, low_memory):
+    """The forward is in mixed precision, what looks at it and solves is not, and the result is nearly as good."""
+    from compress.stages import gptq_block
+
+    seen = []
+    original = gptq_block.BlockWork.on_input
+    monkeypatch.setattr(
+        gptq_block.BlockWork,
+        "on_input",
+        lambda self, group, number, here, there: (
+            seen.append((here.inputs.dtype, torch.is_autocast_enabled("cpu"))),
+            original(self, group, number, here, there),
+        )[1],
+    )
+    windows, errors = random_windows(count=64), {}
+    for dtype in ("float32", "bfloat16"):
+        stage = Gptq(bits=3, group_size=32, products=dtype, low_memory=low_memory)
+        _, outcome = apply_stage(stage, model, tmp_path / dtype, windows)
+        errors[dtype] = sum(module["error"] for module in outcome.modules)
+        kinds = {kind for kind, _ in seen}
+        assert (torch.bfloat16 in kinds) == (dtype == "bfloat16")
+        assert not any(mixed for _, mixed in seen) and not torch.is_autocast_enabled("cpu")
+        seen.clear()
+    assert errors["bfloat16"] == pytest.approx(errors["float32"], rel=0.05)
+    assert errors["bfloat16"] != errors["float32"]
+
+
 def test_low_memory_gives_the_same_bytes(model, tmp_path):
     windows = random_windows(count=48)  # enough tokens that targets are shifted
     _, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "held", windows)

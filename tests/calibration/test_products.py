@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.calibration import products
 from compress.checkpoints.skeleton import Skeleton
 from compress.stages import Recover, RoundToNearest
-from compress.training import products
 from compress.training.quantised import QuantisedLinear
 from tests.tiny import CONFIGS, CPU, apply_stage, config_of, random_model, random_windows
 

@@ -43,11 +43,13 @@ def token_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right float32 (rows, columns) of left (tokens, rows) and right (tokens, columns) of one dtype, summed in
-    float32 whatever that is."""
+    """left^T right float32 (rows, columns) of left (tokens, rows) and right (tokens, columns) of one dtype.
+
+    Summed in float32 whatever that is; a CPU, which was given 16 bits on purpose, rounds the sums to them once.
+    """
     if left.is_cuda and left.dtype in _HALF:
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
+    return (left.T @ right).float()
 
 
 class _Sum:
@@ -77,8 +79,10 @@ class InputStatistics:
     than half of the work. A sum that nothing was added to takes no memory.
     """
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.columns, self._device = columns, device
+    def __init__(self, columns: int, device: torch.device, shifts: torch.dtype | None = None) -> None:
+        """`shifts`: what D and R are multiplied in, if not what H is; a CPU may take bfloat16. They are regularised and
+        taken in part, and a batch's rounding is averaged over all batches."""
+        self.columns, self._device, self._shifts = columns, device, shifts
         self._alone: _Sum | None = None
         self._paired: _Sum | None = None
         self._cross: _Sum | None = None
@@ -117,12 +121,13 @@ class InputStatistics:
         self._paired = self._paired or self._empty(self.columns, upper_only=True)
         self._paired.add(weighted, rows)
         self._cross = self._cross or self._empty(self.columns)
-        self._cross.add(token_rows(reference, mask) - rows, weighted)
+        beside = weighted if self._shifts is None else weighted.to(self._shifts)
+        self._cross.add((token_rows(reference, mask) - rows).to(beside.dtype), beside)
         if residual is not None:
             here, there = residual
             error = token_rows(there, mask) - token_rows(here, mask)
             self._residual = self._residual or self._empty(error.shape[1])
-            self._residual.add(error, weighted)
+            self._residual.add(error.to(beside.dtype), beside)
 
     def _empty(self, rows: int, upper_only: bool = False) -> _Sum:
         return _Sum(rows, self.columns, self._device, upper_only)

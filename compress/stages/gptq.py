@@ -104,8 +104,8 @@ class Gptq(QuantizeStage):
     )
     products: Products = Field(
         default="float32",
-        description="what linears multiply in during calibration on a CPU: bfloat16 is faster on processors "
-        "with units for it (auto takes it where there is AMX); statistics and solving stay in float32",
+        description="what linears, and the sums of shifts, multiply in during calibration on a CPU: bfloat16 is faster "
+        "on processors with units for it (auto takes it where there is AMX); H and solving stay in float32",
     )
     low_memory: bool = Field(
         default=False,

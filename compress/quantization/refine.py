@@ -55,9 +55,9 @@ def refined(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, rounds: 
     target W* (rows, columns) float32; hessian (columns, columns) float32, positive definite (damped).
     """
     fit = _fit(target, codes, grid, hessian)
-    for last in range(rounds):
+    for number in range(rounds):
         codes = descended(target, codes, fit.grid, hessian, fit.residual)
-        fit = _fit(target, codes, fit.grid, hessian, fine=last < rounds - 1)
+        fit = _fit(target, codes, fit.grid, hessian, fine=number < rounds - 1)
     return codes, fit.grid
 
 

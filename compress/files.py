@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from compress.errors import ResourceError
@@ -34,20 +35,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("COMPRESS_CACHE") or Path.home() / ".cache" / "compress")
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in chunks."""
+def sha256_of(path: Path, stop: Event | None = None) -> str:
+    """Hex digest of a file, read in chunks. Raises InterruptedError once somebody sets `stop`."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
+            if stop is not None and stop.is_set():
+                raise InterruptedError(f"{path}: hashing was stopped")
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def digests_of(paths: Iterable[Path]) -> dict[str, str]:
+def digests_of(paths: Iterable[Path], stop: Event | None = None) -> dict[str, str]:
     """`sha256_of` each file, by file name; several at a time, since hashing one keeps one core busy and no more."""
     paths = list(paths)
     with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as threads:
-        return {path.name: digest for path, digest in zip(paths, threads.map(sha256_of, paths), strict=True)}
+        found = threads.map(lambda path: sha256_of(path, stop), paths)
+        return {path.name: digest for path, digest in zip(paths, found, strict=True)}
 
 
 def digest_of_json(value: Any) -> str:

@@ -23,7 +23,8 @@ State = dict[str, Tensor]
 class ReadAhead:
     """The tensors of modules that are asked for in a known order; the next one is on its way to a GPU meanwhile.
 
-    Packed checkpoints are read when asked: they unpack through one place, which two threads cannot share.
+    Packed checkpoints are read when asked. All reading uses one stream: memory that was freed on a stream is only used
+    again on it.
     """
 
     def __init__(self, checkpoint: Checkpoint, paths: list[str], device: torch.device, dtype: torch.dtype) -> None:
@@ -32,6 +33,7 @@ class ReadAhead:
         self._reading: tuple[str, Future[State]] | None = None
         ahead = device.type == "cuda" and not checkpoint.schemes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead") if ahead else None
+        self._stream = _stream(device)
 
     def __enter__(self) -> Self:
         return self
@@ -59,14 +61,14 @@ class ReadAhead:
         return self._thread.submit(self._read, path, torch.cuda.current_stream(self.device))
 
     def _read(self, path: str, user: torch.cuda.Stream) -> State:
-        own: torch.cuda.Stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         state = self.checkpoint.dense_state(path)
-        with torch.cuda.stream(own):
+        assert self._stream is not None
+        with torch.cuda.stream(self._stream):
             moved = {
                 name: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
                 for name, tensor in state.items()
             }
-        own.synchronize()
+        self._stream.synchronize()
         for tensor in moved.values():
             # Its memory was taken for this stream; it is not to be used again before the other one is done with it.
             tensor.record_stream(user)
@@ -79,6 +81,7 @@ class WriteBehind:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write behind") if device.type == "cuda" else None
+        self._stream = _stream(device)
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -104,9 +107,9 @@ class WriteBehind:
 
     def _write(self, write: Callable[[], None], ready: torch.cuda.Event) -> None:
         """Copies to the host wait for what is to be written, and for nothing that was asked for later."""
-        own: torch.cuda.Stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        own.wait_event(ready)
-        with torch.cuda.stream(own):
+        assert self._stream is not None
+        self._stream.wait_event(ready)
+        with torch.cuda.stream(self._stream):
             write()
 
     def wait(self) -> None:
@@ -114,3 +117,7 @@ class WriteBehind:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -205,9 +206,11 @@ class Checkpoint:
         scheme = self.schemes[module]
         if self._layout:
             # Whoever writes a linear again asks for its shape, codes and scales in turn: unpack it once.
-            if self._unpacked is None or self._unpacked[0] != module:
-                self._unpacked = module, self._layout.codes_of(self, module, scheme)
-            return self._unpacked[1]
+            # Through a name of its own: another thread may unpack another module meanwhile.
+            unpacked = self._unpacked
+            if unpacked is None or unpacked[0] != module:
+                unpacked = self._unpacked = module, self._layout.codes_of(self, module, scheme)
+            return unpacked[1]
         zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
         nested = None
         if scheme.nested:
@@ -244,10 +247,11 @@ class Checkpoint:
             state[name] = self.read(name)
         return {name.removeprefix(prefix + "."): tensor for name, tensor in state.items()}
 
-    def digest(self) -> str:
-        """sha256 over the config and the bytes of every weight and tokenizer file, by sorted name."""
+    def digest(self, stop: Event | None = None) -> str:
+        """sha256 over the config and the bytes of every weight and tokenizer file, by sorted name. `stop`: as in
+        `files.sha256_of`."""
         paths = sorted({*self._files.values(), *companion_files(self.folder)})
-        return digest_of_json(digests_of(paths))
+        return digest_of_json(digests_of(paths, stop))
 
 
 def all_finite(tensor: Tensor) -> bool:

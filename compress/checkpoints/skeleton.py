@@ -120,6 +120,8 @@ class Skeleton:
         """
         module = self.model.get_submodule(path)
         load_module(module, checkpoint.dense_state(path) if state is None else state, self.device, self.dtype)
+        # The module has what it needs; the rest, and weights that are replaced meanwhile, are not to be kept alive.
+        del state
         self._run_on_integers(module, checkpoint, path)
         self.cache = self._rounded_cache(checkpoint, path)
         try:

@@ -57,6 +57,14 @@ def release() -> None:
     trim()
 
 
+def release_device() -> None:
+    """Give back what torch keeps of a GPU's memory, so that `free_bytes` sees it; between phases, since it is slow."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def settled() -> Iterator[None]:
     """Leave what is there already out of the collections inside: looking through torch's and transformers' objects
@@ -132,6 +140,7 @@ class PeakSampler:
     def phase(self, name: str) -> Iterator[None]:
         release()
         self._count_device()
+        release_device()
         before, self._phase = self._phase, name
         try:
             yield
@@ -150,7 +159,8 @@ class PeakSampler:
         """Give what torch counted since the last call to the phase that is going on, and let it count anew."""
         import torch
 
-        if torch.cuda.is_available():
+        # Not where nothing has used the GPU: asking would make a context on it.
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             peak = int(torch.cuda.max_memory_allocated())
             self.device_peaks[self._phase] = max(self.device_peaks.get(self._phase, 0), peak)
             torch.cuda.reset_peak_memory_stats()

@@ -127,6 +127,13 @@ def calibration_device_bytes(load: WalkLoad, batch_tokens: int) -> int:
     return calibration_peak_bytes(load) - INTERPRETER + inside
 
 
+def pinned_bytes(load: WalkLoad, batch_tokens: int) -> int:
+    """Bytes of hidden states that wait on a GPU's host: torch rounds each batch's up to a power of two."""
+    batch = min(batch_tokens, load.calibration_tokens) * load.hidden * load.compute_bytes
+    batches = math.ceil(load.streams * load.calibration_tokens / max(1, batch_tokens))
+    return batches * (1 << max(0, batch - 1).bit_length()) if batch else 0
+
+
 def _shifts(load: WalkLoad, columns: int) -> bool:
     """Whether the source's stream covers tokens enough to shift linears with `columns` inputs."""
     return (load.streams - 1) * load.calibration_tokens >= TOKENS_PER_COLUMN * columns

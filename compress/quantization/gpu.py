@@ -35,14 +35,15 @@ def judging(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-_TF32_BITS = -(1 << 13)
-"""Mask of the bits of a float32 that TF32 keeps."""
+_TF32_BITS, _HALF_A_STEP = -(1 << 13), 1 << 12
+"""Mask of the bits of a float32 that TF32 keeps, and half of the last of them."""
 
 
 def fine_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right to float32's precision; on a GPU from three products of TF32, at twice the rate of one in float32.
 
-    Each operand is cut in two, x = x_1 + x_2 with x_1 what TF32 holds of it; x_2 y_2 is below float32's last digit.
+    Each operand is taken apart, x = x_1 + x_2 with x_1 its nearest number of TF32; x_2 y_2, at most 2^-22 of x y and of
+    either sign, is left out.
     """
     if left.device.type != "cuda":
         return left @ right
@@ -63,5 +64,5 @@ def take_off(work: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    coarse = values.contiguous().view(torch.int32).bitwise_and(_TF32_BITS).view(torch.float32)
+    coarse = values.contiguous().view(torch.int32).add(_HALF_A_STEP).bitwise_and_(_TF32_BITS).view(torch.float32)
     return coarse, values - coarse

@@ -53,9 +53,11 @@ def integer_product(left: Tensor, right: Tensor) -> Tensor:
         wide, tall = padded(left, right)
         return torch._int_mm(wide, tall.T)[: left.shape[0], : right.shape[0]]
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int32, device=left.device)
-    for start in range(0, left.shape[1], EXACT_COLUMNS):
-        part = slice(start, start + EXACT_COLUMNS)
-        total += (left[:, part].float() @ right[:, part].float().T).to(torch.int32)
+    # Exact also where the forward around it is in mixed precision.
+    with torch.autocast(left.device.type, enabled=False):
+        for start in range(0, left.shape[1], EXACT_COLUMNS):
+            part = slice(start, start + EXACT_COLUMNS)
+            total += (left[:, part].float() @ right[:, part].float().T).to(torch.int32)
     return total
 
 

@@ -110,7 +110,7 @@ def _as_stored(value: tl.tensor, STORED: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _whole(code: tl.tensor, lowest: tl.tensor, highest: tl.tensor) -> tl.tensor:
+def whole(code: tl.tensor, lowest: tl.tensor, highest: tl.tensor) -> tl.tensor:
     """The nearest whole number within bounds, half to even.
 
     The bounds are whole, so clamping first is the same, and makes the number small enough for what follows: above 2^23
@@ -158,7 +158,7 @@ def _round_block(
         if ASYMMETRIC:
             shift = tl.load(zero + start + row, mask=real, other=0.0)
             code += shift
-        code = _whole(code, lowest, highest)
+        code = whole(code, lowest, highest)
         tl.store(codes + j * rows + row, code.to(tl.int8), mask=real)
         if ASYMMETRIC:
             code -= shift
@@ -203,7 +203,7 @@ def _sweep_block(
         if ASYMMETRIC:
             shift = tl.load(zero + start + row, mask=real, other=0.0)
             code += shift
-        code = _whole(code, lowest, highest)
+        code = whole(code, lowest, highest)
         tl.store(codes + j * rows + row, code.to(tl.int8), mask=real)
         if ASYMMETRIC:
             code -= shift

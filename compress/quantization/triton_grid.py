@@ -1,6 +1,6 @@
 """The error of a grid, in one pass over the weights: what the scale search asks for two dozen times.
 
-    error[row, group] = sum_j weights[group, j] (value_j - w_j)^2      value_j = (clamp(round(w_j / s + z)) - z) s
+    error[row, group] = sum_j weights[group, j] (value_j - w_j)^2      value_j = (clamp(round(w_j (1 / s) + z)) - z) s
 
 Torch does it in nine operations, each of which reads and writes a matrix as large as the weights; here they are read
 once. One program takes a few groups and walks along their columns.
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from compress.quantization.grid import Grid
-from compress.quantization.triton_columns import _whole
+from compress.quantization.triton_columns import whole
 
 NUMBERS = 2048
 """Weights that a program holds at a time."""
@@ -81,7 +81,7 @@ def _weighted_error(
         value = tl.load(grouped + first + column, mask=inside, other=0.0)
         importance = tl.load(weights + beside + column, mask=inside, other=0.0)
         code = value * inverse + shift
-        code = _whole(code, lowest, highest)
+        code = whole(code, lowest, highest)
         difference = (code - shift) * step - value
         total += importance * difference * difference
     tl.store(error + item, tl.sum(total, axis=1), mask=real)

@@ -42,7 +42,7 @@ class StageContext:
     """The recipe's: of every draw a stage makes."""
     progress: Progress
     after_block: Callable[[int], None] = field(default=lambda index: None)
-    """Called when a block has been written; tests use it to stop at a known place."""
+    """Called when a block has been written (on a GPU, when it is about to be); tests stop at a known place with it."""
 
 
 @dataclass(frozen=True)

@@ -90,19 +90,6 @@ def peak_bytes(
     return max(peaks)
 
 
-def peak_device_bytes(recipe: Recipe, load: predict.WalkLoad, machine: Machine) -> tuple[int, int]:
-    """Peak bytes of tensors on a GPU: of calibration, which has to fit, and of the run with the reload, where it does.
-
-    `load` is the device's. Evaluation holds both models' embedding or head; the reload, all parameters in float32.
-    """
-    stages = 0
-    if any(stage.activation_streams for stage in recipe.stages):
-        stages = predict.calibration_device_bytes(load, machine.tokens_at_once)
-    heads = 2 * load.vocabulary * load.hidden * load.compute_bytes
-    reload = load.parameters * 4 if fits(load.parameters, 0, machine) else 0
-    return stages, max(stages, heads, reload)
-
-
 def samples_text(recipe: Recipe) -> bool:
     """Whether any text is sampled from the model."""
     if any(stage.training and stage.training.more_windows for stage in recipe.stages):

@@ -20,11 +20,12 @@ from compress.evaluation.tasks import harness
 from compress.evaluation.tasks.size import Size, size_of, size_of_latency, size_of_prompts
 from compress.events import Progress
 from compress.memory import predict
-from compress.memory.measure import available_bytes, free_bytes
+from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.checks import format_mistakes, mistakes_of, warnings_of, weak_gates
-from compress.steps.costs import dtype_bytes, peak_bytes, peak_device_bytes, seconds, walk_load, weights_inside
+from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
+from compress.steps.device import DevicePeaks, device_peaks
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
 from compress.steps.precision import expected_schemes
@@ -57,7 +58,7 @@ class Plan:
     kv_cache_bytes: int
     peak_host_bytes: int
     peak_device_bytes: int | None
-    """Of tensors on a GPU; None without one."""
+    """Of tensors on a GPU; None without one, or where a part of the run is not predicted."""
     reload_bytes: int
     """Peak host memory of the round trip, should it be made."""
     disk_bytes: int
@@ -144,10 +145,11 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     stays = format_.stays_packed(schemes.values())
     asked = sum((size_of(spec, recipe.seed) or Size() for spec in recipe.tasks), size_of_prompts(recipe.prompts))
     load = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine)
-    on_device = None
-    if machine.device.type == "cuda":
-        there = walk_load(recipe, source.skeleton, dimensions, matrices, parameters, machine, computes=True)
-        on_device = peak_device_bytes(recipe, there, machine)
+    on_device = device_peaks(
+        recipe,
+        lambda part: walk_load(part, source.skeleton, dimensions, matrices, parameters, machine, computes=True),
+        machine,
+    )
     trainings = trainings_of(recipe, shapes, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
     disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
@@ -180,8 +182,8 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             last.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
-        peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine),
-        peak_device_bytes=None if on_device is None else on_device[1],
+        peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine) + (on_device.pinned if on_device else 0),
+        peak_device_bytes=on_device.run if on_device else None,
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency), machine),
@@ -191,7 +193,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         budgets=tuple(budgets),
     )
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
-    _check_resources(plan, store, plan.peak_host_bytes + beside, on_device[0] if on_device else 0)
+    _check_resources(plan, store, plan.peak_host_bytes + beside, on_device)
     return plan
 
 
@@ -213,7 +215,7 @@ def _counts(before: Dimensions, after: Dimensions) -> dict[str, tuple[int, int]]
     }
 
 
-def _check_resources(plan: Plan, store: Path | None, host_bytes: int, device_bytes: int) -> None:
+def _check_resources(plan: Plan, store: Path | None, host_bytes: int, on_device: DevicePeaks | None) -> None:
     """Disk under store and cache, memory of all processes here, and a GPU's for calibration. Raises ResourceError with
     every shortage."""
     places = []
@@ -239,12 +241,7 @@ def _check_resources(plan: Plan, store: Path | None, host_bytes: int, device_byt
             f"memory: about {host_bytes:,} bytes are needed{processes} and {available:,} are available. Use fewer "
             f"{fewer}, or a larger machine."
         )
-    if device_bytes and device_bytes > (free := free_bytes(plan.machine.device)):
-        low = any(stage.kind == "gptq" and not stage.replays for stage in plan.recipe.stages)
-        shortages.append(
-            f"device memory: about {device_bytes:,} bytes are needed while stages run and {free:,} are free. Use "
-            + ("`low_memory: true` on gptq, " if low else "")
-            + "fewer calibration windows, or a larger GPU."
-        )
+    if on_device and (shortage := on_device.shortage(plan.machine)):
+        shortages.append(shortage)
     if shortages:
         raise ResourceError("\n".join(shortages))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +37,15 @@ def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
     source = resolve(spec, Path.cwd(), progress)
     checkpoint = Checkpoint(source.folder)
     check_complete(checkpoint)
+    stop = threading.Event()
     with ThreadPoolExecutor(1) as beside:
-        # Hashing reads the same files, and keeps other cores busy.
-        digest = beside.submit(checkpoint.digest)
-        _check_finite(checkpoint, progress)
+        # Hashing reads the same files, and keeps other cores busy. Nobody waits for it once something is wrong.
+        digest = beside.submit(checkpoint.digest, stop)
+        try:
+            _check_finite(checkpoint, progress)
+        except BaseException:
+            stop.set()
+            raise
     events = []
     if source.was_quantized:
         events.append(
@@ -87,9 +93,13 @@ def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
         progress.task("source health", len(checkpoint.names)) as advance,
         ThreadPoolExecutor(min(READ_AT_ONCE, os.cpu_count() or 1)) as threads,
     ):
-        for found in threads.map(looked_at, checkpoint.names):
-            bad += [found] if found else []
-            advance("")
+        try:
+            for found in threads.map(looked_at, checkpoint.names):
+                bad += [found] if found else []
+                advance("")
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UnhealthySourceError(

@@ -39,8 +39,10 @@ class Clock:
     def timed(self, part: str) -> Iterator[None]:
         if self._gpu is not None:
             first = self._mark()
-            yield
-            self._marks.append((part, first, self._mark()))
+            try:
+                yield
+            finally:
+                self._marks.append((part, first, self._mark()))
             return
         started = time.perf_counter()
         try:

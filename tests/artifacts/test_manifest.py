@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -153,7 +154,10 @@ def test_what_was_hashed_before_is_not_read_again_unless_it_changed(tmp_path, mo
     digest, known = manifest.hashed_model(tmp_path)
     assert digest == manifest.model_digest(tmp_path)
     expected = manifest.hash_files(tmp_path)
-    (tmp_path / "model" / "b").write_text("other")
+    # As long as before: only the time tells.
+    (tmp_path / "model" / "b").write_text("c")
+    later = known[tmp_path / "model" / "b"].modified + 10**9
+    os.utime(tmp_path / "model" / "b", ns=(later, later))
     read = []
     original = manifest.hash_file
     monkeypatch.setattr(manifest, "hash_file", lambda path: read.append(path.name) or original(path))

@@ -25,6 +25,16 @@ def integers(rows: int, columns: int, seed: int) -> torch.Tensor:
     return torch.randint(-128, 128, (rows, columns), dtype=torch.int8, generator=generator)
 
 
+def test_the_product_stays_exact_inside_a_forward_in_mixed_precision():
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-128, 128, (5, 512), generator=generator).to(torch.int8) for _ in range(2))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = integer_product(left, right)
+
+    assert torch.equal(found.long(), left.long() @ right.long().T)
+
+
 @pytest.mark.parametrize("columns", [1, 37, EXACT_COLUMNS, EXACT_COLUMNS + 1, 3 * EXACT_COLUMNS + 5])
 def test_the_product_is_that_of_integers_and_of_int_mm_bit_for_bit(columns):
     left, right = integers(19, columns, 1), integers(8, columns, 2)

@@ -66,13 +66,14 @@ def test_gptq_stays_closer_to_the_source_than_rounding(model, tmp_path):
     assert distances["gptq"] < 0.9 * distances["rounding"]
 
 
-@pytest.mark.parametrize("stop_after", [0, 1])
-def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path, stop_after):
+@pytest.mark.parametrize(("stop_after", "low_memory"), [(0, False), (1, False), (1, True)])
+def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path, stop_after, low_memory):
     from compress.checkpoints.working import WorkingCheckpoint
     from compress.events import Quiet
     from compress.stages import StageContext
 
-    whole, outcome = apply_stage(Gptq(group_size=32), model, tmp_path / "whole", WINDOWS)
+    stage = Gptq(group_size=32, low_memory=low_memory)
+    whole, outcome = apply_stage(stage, model, tmp_path / "whole", WINDOWS)
     solved = []
 
     def context(after_block):
@@ -95,8 +96,8 @@ def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Gptq(group_size=32).apply(context(stop))
-    again = Gptq(group_size=32).apply(context(solved.append))
+        stage.apply(context(stop))
+    again = stage.apply(context(solved.append))
 
     assert solved == list(range(stop_after + 1, 3)), "finished blocks are not solved again"
     assert [_without_seconds(module) for module in again.modules] == [

@@ -42,12 +42,14 @@ def seconds_text(seconds: float) -> str:
 def print_json(value: Any) -> None:
     """One JSON document on stdout, and nothing else there."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
+    sys.stdout.flush()  # what cannot be written is to be known now
 
 
 def print_json_rows(rows: Sequence[Any]) -> None:
     """A list as one JSON document, a row a line: thousands of rows take a tenth of the time of `print_json`."""
     body = ",\n".join(json.dumps(row, default=str) for row in rows)
     sys.stdout.write(f"[\n{body}\n]\n" if rows else "[]\n")
+    sys.stdout.flush()
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -100,10 +102,13 @@ def guarded(arguments: list[str]) -> int:
         if isinstance(error, SystemExit | GeneratorExit):
             raise
         code, mistakes = _explain(error)
-        if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError):
+        if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError | BrokenPipeError):
             traceback.print_exc()
         leads = not parallel.started_to_follow()
-        _report(code, mistakes, as_json="--json" in arguments and leads, github="--github" in arguments and leads)
+        try:
+            _report(code, mistakes, as_json="--json" in arguments and leads, github="--github" in arguments and leads)
+        except OSError:
+            _give_up_stdout()
         return code
 
 
@@ -122,6 +127,11 @@ def _explain(error: BaseException) -> tuple[ExitCode, list[str]]:
     if isinstance(error, MemoryError):
         remedy = "Use fewer calibration windows or a larger machine; `compress plan` predicts."
         return ExitCode.OUT_OF_RESOURCES, [f"out of memory. {remedy}"]
+    if isinstance(error, BrokenPipeError):
+        return ExitCode.INTERNAL_ERROR, ["stdout was closed before everything was written to it."]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        place = error.filename or "stdout"
+        return ExitCode.OUT_OF_RESOURCES, [f"{place}: the disk is full; free some space or write elsewhere"]
     if _out_of_device_memory(error):
         return ExitCode.OUT_OF_RESOURCES, [f"out of device memory: {error}"]
     return ExitCode.INTERNAL_ERROR, [
@@ -140,6 +150,12 @@ def _report(code: ExitCode, mistakes: list[str], as_json: bool, github: bool) ->
         console.print_commands(actions.of_mistakes(code.name, mistakes))
     if as_json:
         console.print_json({"error": {"class": code.name.lower(), "exit_code": int(code), "messages": mistakes}})
+
+
+def _give_up_stdout() -> None:
+    """Nobody reads it, or it cannot be written: the message is on stderr, and Python is not to try again at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage(error: usage.UsageError) -> str:

@@ -7,7 +7,8 @@ Writes the model (tensor by tensor, on the GPU), text of random words and a reci
 would, and prints where its seconds went, peak memory, and the floor: the arithmetic of each part over the rate that a
 large matrix product reaches on this very card. Evaluation is two short windows, so that nearly all that is left is
 reading, compressing, packing, hashing and publishing. --kernels times the parts of one block alone; --small takes a
-tiny model, to try the script on a CPU. FOLDER is any model folder with a tokenizer, such as .cache/glass.
+tiny model, two blocks and little text unless told otherwise, to try the script on a CPU. FOLDER is any model folder with
+a tokenizer, such as .cache/glass.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from random_model import parser as model_parser
 from random_model import write_model
 
 LLAMA_8B = {"hidden": 4096, "inner": 14336, "heads": 32, "kv-heads": 8, "vocabulary": 128256}
+FULL = {"blocks": 32, "windows": 128, "window_tokens": 2048}
 SMALL = {"hidden": 128, "inner": 384, "heads": 4, "kv-heads": 2, "vocabulary": 1024}
 
 
@@ -231,9 +233,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/dev/shm/compress-gpu"))
-    parser.add_argument("--blocks", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--window-tokens", type=int, default=2048)
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--windows", type=int)
+    parser.add_argument("--window-tokens", type=int)
     parser.add_argument("--quality", default="balanced")
     parser.add_argument("--low-memory", action="store_true")
     parser.add_argument("--small", action="store_true")
@@ -241,6 +243,9 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="reuse the model that is in DIR, and leave it there")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    usual = {"blocks": 2, "windows": 16, "window_tokens": 128} if arguments.small else dict(FULL)
+    for name, value in usual.items():
+        setattr(arguments, name, getattr(arguments, name) or value)
     gpu = torch.cuda.is_available()
     print(f"{torch.cuda.get_device_name() if gpu else 'no GPU'}, torch {torch.__version__}, {os.cpu_count()} cores")
     if arguments.kernels:

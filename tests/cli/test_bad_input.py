@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import run_cli
+from tests.helpers import command, environment, run_cli
 
 
 def test_a_typo_in_a_key_is_answered_with_the_line_and_the_nearest_name(recipe, here):
@@ -478,3 +480,26 @@ def test_weights_that_are_a_text_file_end_with_5(recipe, here, copy_of_glass, gl
 
     assert ended.code == 5
     assert "cannot be read as safetensors" in ended.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(("arguments", "code"), [(("kinds", "--json"), 6), (("plan", "nosuch.yaml", "--json"), 2)])
+def test_stdout_that_cannot_be_written_is_said_once_and_the_code_is_kept(arguments, code):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command(*arguments), env=environment(), stdout=full, stderr=subprocess.PIPE, text=True)
+
+    assert ended.returncode == code
+    assert ended.stderr.startswith("error: ") and "Traceback" not in ended.stderr
+    assert "Exception ignored" not in ended.stderr
+
+
+def test_a_reader_that_leaves_is_no_defect():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        ended = subprocess.run(
+            command("kinds", "--json"), env=environment(), stdout=pipe, stderr=subprocess.PIPE, text=True
+        )
+
+    assert ended.returncode == 1
+    assert ended.stderr == "error: stdout was closed before everything was written to it.\n"

@@ -7,8 +7,8 @@ Writes the model (tensor by tensor, on the GPU), text of random words and a reci
 would, and prints where its seconds went, peak memory, and the floor: the arithmetic of each part over the rate that a
 large matrix product reaches on this very card. Evaluation is two short windows, so that nearly all that is left is
 reading, compressing, packing, hashing and publishing. --kernels times the parts of one block alone; --small takes a
-tiny model, two blocks and little text unless told otherwise, to try the script on a CPU. FOLDER is any model folder with
-a tokenizer, such as .cache/glass.
+tiny model, two blocks and little text unless told otherwise, to try the script on a CPU. FOLDER is any model folder
+with a tokenizer, such as .cache/glass.
 """
 
 from __future__ import annotations

@@ -502,4 +502,4 @@ def test_a_reader_that_leaves_is_no_defect():
         )
 
     assert ended.returncode == 1
-    assert ended.stderr == "error: stdout was closed before everything was written to it.\n"
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr

@@ -14,6 +14,7 @@ from compress.checkpoints.formats.bitsandbytes import without_cpu_kernel
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Progress, Quiet
+from compress.memory.predict import WalkLoad
 from compress.stages import Stage, StageContext, StageOutcome
 
 CPU = torch.device("cpu")
@@ -154,3 +155,24 @@ def load_publicly(folder: Path) -> Any:
     without_cpu_kernel(model)
     model(torch.ones(1, 4, dtype=torch.int64))
     return torch.nn.Module.float(model)
+
+
+def load_of_8b(streams: float, replays: bool, refines: bool = True) -> WalkLoad:
+    """A Llama-3.1-8B's shape on a GPU, 128 windows of 2048 tokens in batches of 16384, as in docs/benchmarks/gpu.md."""
+    tokens = 128 * 2048
+    return WalkLoad(
+        parameters=8_030_261_248,
+        block_parameters=218_112_000,
+        widest_input=14336,
+        rows_of_widest=14336,
+        hidden=4096,
+        calibration_tokens=tokens,
+        streams=streams,
+        held_tokens=16384 if replays else tokens,
+        waiting_tokens=0,
+        refines=refines,
+        judges_shifts=False,
+        evaluation_tokens=128,
+        vocabulary=128256,
+        compute_bytes=2,
+    )

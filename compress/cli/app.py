@@ -102,7 +102,7 @@ def guarded(arguments: list[str]) -> int:
         if isinstance(error, SystemExit | GeneratorExit):
             raise
         code, mistakes = _explain(error)
-        if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError | BrokenPipeError):
+        if code == ExitCode.INTERNAL_ERROR and not isinstance(error, CompressError):
             traceback.print_exc()
         leads = not parallel.started_to_follow()
         try:
@@ -127,11 +127,9 @@ def _explain(error: BaseException) -> tuple[ExitCode, list[str]]:
     if isinstance(error, MemoryError):
         remedy = "Use fewer calibration windows or a larger machine; `compress plan` predicts."
         return ExitCode.OUT_OF_RESOURCES, [f"out of memory. {remedy}"]
-    if isinstance(error, BrokenPipeError):
-        return ExitCode.INTERNAL_ERROR, ["stdout was closed before everything was written to it."]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        place = error.filename or "stdout"
-        return ExitCode.OUT_OF_RESOURCES, [f"{place}: the disk is full; free some space or write elsewhere"]
+        place = error.filename or "what was being written, a file or stdout"
+        return ExitCode.OUT_OF_RESOURCES, [f"{place}: no space is left there; free some or write elsewhere"]
     if _out_of_device_memory(error):
         return ExitCode.OUT_OF_RESOURCES, [f"out of device memory: {error}"]
     return ExitCode.INTERNAL_ERROR, [

@@ -21,16 +21,19 @@ kernel a block (`quantization.triton_columns`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.quantization.gpu import gpu_kernels, take_off
+from compress.quantization.gpu import add_product, gpu_kernels
 from compress.quantization.grid import Grid
 
 Kernel = Literal["torch", "triton"]
+SPAN = 512
+"""Columns whose errors reach those behind them in one product, with two levels."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +99,37 @@ def solve_columns(
     """
     kernel = kernel or column_kernel(weight.device)
     rounder = _rounder(kernel)(ColumnGrid.of(grid, order))
-    columns, rows = len(order), weight.shape[0]
-    # Torch spends its time inside blocks: a second level saves it less than a tenth (3072 x 1536 on one core).
-    span = block if kernel == "torch" else max(block, 512 // block * block)
     work = weight.T[order].contiguous()
     codes = torch.empty_like(work, dtype=torch.int8)
-    errors = work.new_empty(min(span, columns), rows)
+    for here, corner, errors in blocks_of(work, upper, block, kernel, -1):
+        rounder.round_block(here.start, work[here], corner, codes[here], errors)
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T.contiguous()
+
+
+def blocks_of(
+    work: Tensor, matrix: Tensor, block: int, kernel: Kernel, sign: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Go along the columns of `work` (columns, rows) block by block, and spread what each block writes over the rest.
+
+    Gives (the block's columns, their corner of `matrix` (columns, columns), an empty tensor (block, rows)). What the
+    caller writes into the last, e, reaches every column k behind the block: work_k += sign sum_j matrix_jk e_j.
+    """
+    columns = len(work)
+    # Torch spends its time inside blocks: a second level saves it less than a tenth (3072 x 1536 on one core).
+    span = block if kernel == "torch" else max(block, SPAN // block * block)
+    written = torch.empty_like(work[: min(span, columns)])
     for first in range(0, columns, span):
         last = min(first + span, columns)
         for start in range(first, last, block):
             stop = min(start + block, last)
-            now = errors[start - first : stop - first]
-            rounder.round_block(
-                start, work[start:stop], upper[start:stop, start:stop].contiguous(), codes[start:stop], now
-            )
+            here, now = slice(start, stop), written[start - first : stop - first]
+            yield here, matrix[here, here].contiguous(), now
             if stop < last:
-                work[stop:last].addmm_(upper[start:stop, stop:last].T, now, alpha=-1)
+                work[stop:last].addmm_(matrix[here, stop:last].T, now, alpha=sign)
         if last < columns:
-            take_off(work[last:], upper[first:last, last:].T, errors[: last - first])
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T.contiguous()
+            add_product(work[last:], matrix[first:last, last:].T, written[: last - first], sign)
 
 
 def _rounder(kernel: Kernel) -> type[BlockRounder]:

@@ -52,15 +52,15 @@ def fine_product(left: Tensor, right: Tensor) -> Tensor:
         return (rest @ other_coarse).addmm_(coarse, other_rest).addmm_(coarse, other_coarse)
 
 
-def take_off(work: Tensor, left: Tensor, right: Tensor) -> None:
-    """work -= left @ right, in float32's precision, in the memory of `work`."""
+def add_product(work: Tensor, left: Tensor, right: Tensor, sign: int) -> None:
+    """work += sign left @ right, in float32's precision as `fine_product`, in the memory of `work`."""
     if work.device.type != "cuda":
-        work.addmm_(left, right, alpha=-1)
+        work.addmm_(left, right, alpha=sign)
         return
     (coarse, rest), (other_coarse, other_rest) = _halves(left), _halves(right)
     with judging(work.device):
-        work.addmm_(rest, other_coarse, alpha=-1).addmm_(coarse, other_rest, alpha=-1)
-        work.addmm_(coarse, other_coarse, alpha=-1)
+        work.addmm_(rest, other_coarse, alpha=sign).addmm_(coarse, other_rest, alpha=sign)
+        work.addmm_(coarse, other_coarse, alpha=sign)
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:

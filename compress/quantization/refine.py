@@ -23,8 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.quantization.columns import ColumnGrid, Kernel, column_kernel
-from compress.quantization.gpu import fine_product, gpu_kernels, judging, take_off
+from compress.quantization.columns import ColumnGrid, Kernel, blocks_of, column_kernel
+from compress.quantization.gpu import fine_product, gpu_kernels, judging
 from compress.quantization.grid import Grid, dequantize, storable
 
 MU = 0.05
@@ -35,8 +35,6 @@ GPU_SYSTEM_NUMBERS = 1 << 28
 """The same on a GPU: 1 GiB."""
 BLOCK = 64
 """Columns between two products that bring R up to date."""
-GPU_SPAN = 512
-"""Columns on a GPU whose changes reach the columns behind them in one product."""
 
 
 @dataclass(frozen=True)
@@ -183,19 +181,8 @@ def descended(
         residual = fine_product(dequantize(codes, grid).float() - target, hessian)
     left = residual.T[order].contiguous()
     result = codes.T[order].contiguous()
-    columns = len(order)
-    span = block if kernel == "torch" else max(block, GPU_SPAN // block * block)
-    moved = torch.empty_like(left[: min(span, columns)])
-    for first in range(0, columns, span):
-        last = min(first + span, columns)
-        for start in range(first, last, block):
-            stop = min(start + block, last)
-            here, now = slice(start, stop), moved[start - first : stop - first]
-            sweeper.sweep_block(start, left[here], ordered[here, here].contiguous(), value[here], result[here], now)
-            if stop < last:
-                left[stop:last].addmm_(ordered[here, stop:last].T, now)
-        if last < columns:
-            take_off(left[last:], ordered[first:last, last:].T, moved[: last - first].neg())
+    for here, corner, moved in blocks_of(left, ordered, block, kernel, 1):
+        sweeper.sweep_block(here.start, left[here], corner, value[here], result[here], moved)
     back = torch.empty_like(result)
     back[order] = result
     return back.T.contiguous()
@@ -235,9 +222,3 @@ class TorchSweeper:
             value[j] = new
             if j + 1 < len(diagonal):
                 tile[j + 1 :].addr_(corner[j, j + 1 :], moved[j])
-
-
-def row_losses(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor) -> Tensor:
-    """(v - w*) H (v - w*) of each row, float32 (rows,)."""
-    difference = dequantize(codes, grid).float() - target
-    return ((difference @ hessian) * difference).sum(-1)

@@ -21,6 +21,8 @@ an explicit fused multiply-add.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,27 +43,7 @@ class TritonRounder:
         self.grid = grid
 
     def round_block(self, start: int, tile: Tensor, corner: Tensor, codes: Tensor, errors: Tensor) -> None:
-        grid = self.grid
-        count, rows = tile.shape
-        _round_block[(triton.cdiv(rows, ROWS),)](
-            tile,
-            corner,
-            grid.group[start : start + count],
-            grid.scale,
-            # Never read for symmetric grids, but a pointer all the same.
-            grid.scale if grid.zero is None else grid.zero,
-            codes,
-            errors,
-            rows,
-            count,
-            float(grid.lowest),
-            float(grid.highest),
-            ASYMMETRIC=grid.zero is not None,
-            STORED=_STORED[grid.stored],
-            ROWS=ROWS,
-            COLUMNS=triton.next_power_of_2(count),
-            **OPTIONS,
-        )
+        _launch(_round_block, self.grid, start, tile, corner, codes, errors)
 
 
 class TritonSweeper:
@@ -73,27 +55,30 @@ class TritonSweeper:
     def sweep_block(
         self, start: int, tile: Tensor, corner: Tensor, value: Tensor, codes: Tensor, moved: Tensor
     ) -> None:
-        grid = self.grid
-        count, rows = tile.shape
-        _sweep_block[(triton.cdiv(rows, ROWS),)](
-            tile,
-            corner,
-            grid.group[start : start + count],
-            grid.scale,
-            grid.scale if grid.zero is None else grid.zero,
-            value,
-            codes,
-            moved,
-            rows,
-            count,
-            float(grid.lowest),
-            float(grid.highest),
-            ASYMMETRIC=grid.zero is not None,
-            STORED=_STORED[grid.stored],
-            ROWS=ROWS,
-            COLUMNS=triton.next_power_of_2(count),
-            **OPTIONS,
-        )
+        _launch(_sweep_block, self.grid, start, tile, corner, value, codes, moved)
+
+
+def _launch(kernel: Any, grid: ColumnGrid, start: int, tile: Tensor, corner: Tensor, *written: Tensor) -> None:
+    """Run one of the kernels below on the block of columns that begins at `start`."""
+    count, rows = tile.shape
+    kernel[(triton.cdiv(rows, ROWS),)](
+        tile,
+        corner,
+        grid.group[start : start + count],
+        grid.scale,
+        # Never read for symmetric grids, but a pointer all the same.
+        grid.scale if grid.zero is None else grid.zero,
+        *written,
+        rows,
+        count,
+        float(grid.lowest),
+        float(grid.highest),
+        ASYMMETRIC=grid.zero is not None,
+        STORED=_STORED[grid.stored],
+        ROWS=ROWS,
+        COLUMNS=triton.next_power_of_2(count),
+        **OPTIONS,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -12,13 +12,13 @@ from compress.architecture import Dimensions
 from compress.checkpoints.formats import FORMATS
 from compress.memory.measure import PeakSampler, available_bytes, release, rss_anon
 from compress.memory.predict import (
-    WalkLoad,
     calibration_device_bytes,
     effective_bits,
     kv_cache_bytes,
     stored_bytes,
 )
 from compress.quantization.scheme import Scheme
+from tests.tiny import load_of_8b
 
 MIB = 2**20
 
@@ -96,23 +96,5 @@ def test_stored_bytes_are_packed_codes_scales_and_everything_else_in_sixteen_bit
 
 @pytest.mark.parametrize(("low_memory", "measured"), [(False, 31_319 * MIB), (True, 11_606 * MIB)])
 def test_peaks_of_a_gpu_are_predicted_as_they_were_measured(low_memory, measured):
-    """An 8B shape, 128 windows of 2048 tokens, batches of 16384: docs/benchmarks/gpu.md."""
-    tokens, batch = 128 * 2048, 16384
-    load = WalkLoad(
-        parameters=8_030_261_248,
-        block_parameters=218_112_000,
-        widest_input=14336,
-        rows_of_widest=14336,
-        hidden=4096,
-        calibration_tokens=tokens,
-        streams=1.5,
-        held_tokens=batch if low_memory else tokens,
-        waiting_tokens=0,
-        refines=True,
-        judges_shifts=False,
-        evaluation_tokens=128,
-        vocabulary=128256,
-        compute_bytes=2,
-    )
-
-    assert calibration_device_bytes(load, batch) == pytest.approx(measured, rel=0.1)
+    """docs/benchmarks/gpu.md has both."""
+    assert calibration_device_bytes(load_of_8b(1.5, low_memory), 16384) == pytest.approx(measured, rel=0.1)

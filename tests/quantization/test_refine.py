@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compress.quantization.gptq import choose_grid, factorise, solve
 from compress.quantization.grid import Grid, dequantize, quantize
-from compress.quantization.refine import Split, descended, fitted_scales, refined, row_losses
+from compress.quantization.refine import Split, descended, fitted_scales, refined
 from compress.quantization.scheme import BITS, Scheme
 from tests.quantization.test_gptq import correlated, hessian_of
 
@@ -24,6 +24,12 @@ def _problem(rows=6, columns=48, scheme=None, seed=0, damping=0.01, stored=torch
     (solution,) = solve([weight], hessian, factor, scheme, stored, "minmax")
     damped = (hessian + damping * hessian.diagonal().mean() * torch.eye(columns)).float()
     return weight, solution.codes, solution.grid, damped
+
+
+def row_losses(target, codes, grid, hessian):
+    """(v - w*) H (v - w*) of each row."""
+    difference = dequantize(codes, grid).float() - target
+    return ((difference @ hessian) * difference).sum(-1)
 
 
 def test_the_example_of_the_docstring():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.memory.predict import WalkLoad, calibration_device_bytes
+from compress.memory.predict import calibration_device_bytes
 from compress.recipe import Recipe
 from compress.steps import device
 from compress.steps.device import device_peaks
 from compress.steps.environment import Machine
+from tests.tiny import load_of_8b
 
 GPU = Machine(torch.device("cuda"), torch.bfloat16, 16384)
 TOKENS = 128 * 2048
@@ -18,22 +19,7 @@ TOKENS = 128 * 2048
 def load_of(recipe):
     streams = max((stage.activation_streams for stage in recipe.stages), default=0)
     replays = all(stage.replays for stage in recipe.stages if stage.activation_streams)
-    return WalkLoad(
-        parameters=8_030_261_248,
-        block_parameters=218_112_000,
-        widest_input=14336,
-        rows_of_widest=14336,
-        hidden=4096,
-        calibration_tokens=TOKENS,
-        streams=streams,
-        held_tokens=16384 if replays else TOKENS,
-        waiting_tokens=0,
-        refines=any(stage.refines for stage in recipe.stages),
-        judges_shifts=False,
-        evaluation_tokens=128,
-        vocabulary=128256,
-        compute_bytes=2,
-    )
+    return load_of_8b(streams, replays, any(stage.refines for stage in recipe.stages))
 
 
 def recipe(*stages):

@@ -172,6 +172,9 @@ class GptqRun:
         on_cpu = context.device.type == "cpu"
         self.products = chosen(stage.products, context.device, context.compute) if on_cpu else context.compute
         self.weights: TokenWeights | None = None
+        names = [self.skeleton.architecture.block_name(index) for index in range(self.skeleton.block_count)]
+        self.ahead = ReadAhead(self.source, names, context.device, context.compute)
+        self.behind = WriteBehind(context.device)
         self.clock = Clock("read", "forward", "hessian", "factorise", "solve", "write", device=context.device)
 
     @torch.no_grad()
@@ -196,12 +199,7 @@ class GptqRun:
             states = [kept_on_host(each) for each in states]
             reference = None if reference is None else [kept_on_host(each) for each in reference]
 
-        names = [self.skeleton.architecture.block_name(index) for index in range(count)]
-        with (
-            self.context.progress.task("gptq", count) as advance,
-            ReadAhead(self.source, names, self.context.device, self.context.compute) as self.ahead,
-            WriteBehind(self.context.device) as self.behind,
-        ):
+        with self.context.progress.task("gptq", count) as advance, self.ahead, self.behind:
             if parallel.leads():
                 self.behind.do(partial(self.output.write_outer, self.source))
             for index in range(count):

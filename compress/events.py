@@ -28,7 +28,7 @@ EVENT_KINDS: dict[str, str] = {
     "recover_block_wise": "scales and norms were trained block by block: the whole model would not fit in memory",
     "training_resumed": "training went on from a step that an interrupted run had saved",
     "uniform_kept": "no mixture of schemes within the budget beat a uniform scheme; the precision plan is uniform",
-    "module_kept": "a linear was left in its source precision because the recipe ignores it",
+    "module_kept": "a matrix was left in its source precision: the recipe ignores it, or its plan gives it 16 bits",
     "round_trip_skipped": "the exported model was not reloaded through its public loader",
     "stage_reused": "a finished stage with the same fingerprint was reused",
     "blocks_resumed": "finished blocks of an interrupted run were reused",

@@ -1,7 +1,7 @@
 """What people have, as bytes that linears may take.
 
-    effective_bits   8 x bytes of quantised linears, with scales, zero points and shapes / their weights
-    weight_bytes     all tensors of the export: embeddings, head and norms are taken off
+    effective_bits   8 x bytes of the matrices that are chosen for, with scales, zero points and shapes / their weights
+    weight_bytes     all tensors of the export: those that are not chosen for are taken off
     ratio            weight_bytes as a share of the source's
     serving_bytes    what a card has for one replica: the KV cache of `concurrency` sequences of `context` tokens, the
                      activations of a prefill, and what the runtime takes for itself are taken off first
@@ -35,7 +35,7 @@ class Sizes:
     """What a budget is computed against. Bytes as they will be exported."""
 
     matrices: dict[str, tuple[int, int]]
-    """(rows, columns) of the linears that are to be quantised."""
+    """(rows, columns) of what is chosen for: linears, and the embedding and the head where they are."""
     other_bytes: int
     """All other tensors of the export."""
     source_bytes: int
@@ -54,8 +54,8 @@ class Sizes:
         format_: Format,
         packed: Mapping[str, Scheme],
     ) -> Sizes:
-        """`parameters`: the shape of every stored one; `matrices`: of the linears that will be quantised; `packed`:
-        schemes of matrices that were quantised already, the embedding or the head; `format_`: what will hold them."""
+        """`parameters`: the shape of every stored one; `matrices`: of those that are chosen for; `packed`: schemes of
+        matrices that were quantised already, the embedding or the head; `format_`: what will hold them."""
         outside = {name: shape for name, shape in parameters.items() if name.removesuffix(".weight") not in matrices}
         shapes = {module: parameters[f"{module}.weight"] for module in packed}
         of_packed = {module: (rows, columns) for module, (rows, columns) in shapes.items()}
@@ -152,7 +152,6 @@ class Budget(BaseModel):
 def activation_bytes(sizes: Sizes, prefill_tokens: int, concurrency: int) -> int:
     """Activations of a prefill inside one block, and logits of every sequence."""
     dimensions = sizes.dimensions
-    inner = max(max(shape) for shape in sizes.matrices.values())
     attention = 2 * (dimensions.heads + dimensions.kv_heads) * dimensions.head_dim
-    inside = prefill_tokens * (2 * dimensions.hidden + attention + 2 * inner) * sizes.stored_bytes
+    inside = prefill_tokens * (2 * dimensions.hidden + attention + 2 * dimensions.mlp_width) * sizes.stored_bytes
     return inside + concurrency * dimensions.vocabulary * 4

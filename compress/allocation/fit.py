@@ -5,12 +5,13 @@ order says, down projections twice. A factor for each kind of unit, none negativ
 
     measured_i  ~  sum_kind beta_kind  sum_{u of kind} cost[u][k_u]
 
-by least squares of relative errors, so that large divergences do not drown small ones.
+by least squares of relative errors, so that large divergences do not drown small ones. Costs that were measured
+rather than predicted, those of the embedding and the head, keep the factor 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,25 +39,28 @@ def by_kind(kinds: Sequence[str], costs: Sequence[float]) -> dict[str, float]:
     return sums
 
 
-def fit(rows: Sequence[dict[str, float]], measured: Sequence[float]) -> Fit:
+def fit(rows: Sequence[dict[str, float]], measured: Sequence[float], exact: Collection[str] = ()) -> Fit:
     """Factors from `rows` (costs by kind of each measured choice) and their divergences in nats, all positive.
 
-    With fewer measurements than kinds one common factor is fitted.
+    With fewer measurements than kinds one common factor is fitted. `exact` kinds keep the factor 1.
     """
-    kinds = list(rows[0])
+    kinds = [kind for kind in rows[0] if kind not in exact]
     target = np.asarray(measured, float)
     table = np.array([[row[kind] for kind in kinds] for row in rows])
+    known_costs = np.array([sum(row[kind] for kind in exact) for row in rows])
+    shares = np.clip(1 - known_costs / target, 0, None)
     if len(rows) > len(kinds):
-        factors, _ = optimize.nnls(table / target[:, None], np.ones(len(target)))
+        factors, _ = optimize.nnls(table / target[:, None], shares)
     else:
         totals = table.sum(1) / target
-        factors = np.full(len(kinds), float(totals.sum() / np.square(totals).sum()))
+        factors = np.full(len(kinds), float((totals * shares).sum() / max(np.square(totals).sum(), 1e-300)))
     # A kind that the few measured choices say nothing about keeps what the others say, rather than costing nothing.
     known = factors[factors > 0]
     factors = np.where(factors > 0, factors, known.min() if len(known) else 1.0)
-    predicted = table @ factors
+    predicted = table @ factors + known_costs
+    fitted = {kind: float(factor) for kind, factor in zip(kinds, factors, strict=True)}
     return Fit(
-        {kind: float(factor) for kind, factor in zip(kinds, factors, strict=True)},
+        {kind: fitted.get(kind, 1.0) for kind in rows[0]},
         _r2(predicted, target),
         _rank(predicted, target),
         tuple(map(float, predicted)),
@@ -74,4 +78,5 @@ def _r2(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> float 
     """1 - residual / total variance of logarithms."""
     logs = np.log(measured)
     total = float(np.square(logs - logs.mean()).sum())
-    return 1 - float(np.square(logs - np.log(predicted)).sum()) / total if total > 0 else None
+    found = np.log(np.maximum(predicted, 1e-300))
+    return 1 - float(np.square(logs - found).sum()) / total if total > 0 else None

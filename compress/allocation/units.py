@@ -1,4 +1,4 @@
-"""The linears that a runtime fuses into one matrix, and that therefore share a scheme."""
+"""What shares a scheme: the linears that a runtime fuses into one matrix; the embedding; the head."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from compress.architecture import Architecture
 class Unit:
     """What gets one scheme: q, k and v of a block, say, or its down projection alone."""
 
-    block: int
+    block: int | None
+    """None for the embedding and the head."""
     kind: str
     """The linears' last names, which units of all blocks have in common: 'q_proj+k_proj+v_proj'."""
     modules: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        return f"block {self.block} {self.kind}"
+        return self.kind if self.block is None else f"block {self.block} {self.kind}"
 
 
 def units_of(architecture: Architecture, modules: Collection[str]) -> list[Unit]:

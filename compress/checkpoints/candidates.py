@@ -1,67 +1,105 @@
 """Every candidate of every linear, kept beside a model: what a mixture of schemes is put together from.
 
-    <folder>/candidates/block-00003.safetensors     <module>#<k>.codes, .scale and, where its scheme is asymmetric,
-                                                    .zero_point: the linear in its k-th candidate
+    candidates/block-00003.safetensors           <module>#<k>.codes, .scale and, where its scheme is asymmetric,
+                                                 .zero_point: the linear in its k-th candidate
+    candidates/outer-<module>#<k>.safetensors    the same of the embedding and the head, where they are chosen for
+    candidates/outer.json                        what those cost, and their bytes
 
-A model with one candidate chosen for each linear is read as any other checkpoint is, without being written.
+A candidate that leaves a matrix in 16 bits is the model's own, and is not kept. A model with one candidate chosen for
+each matrix is read as any other checkpoint is, without being written.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.checkpoints.reader import Checkpoint
-from compress.files import atomic_path
-from compress.quantization.grid import Grid, dequantize
-from compress.quantization.scheme import Scheme
+from compress.checkpoints.working import parts_of
+from compress.files import atomic_path, write_json
+from compress.quantization.grid import Grid
+from compress.quantization.scheme import Option
 
 FOLDER = "candidates"
+OUTER_RECORDS = Path(FOLDER) / "outer.json"
 
 
-def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Tensor, Grid]]]) -> None:
+def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Tensor, Grid] | None]]) -> None:
     """Keep the candidates of one block's linears (codes (rows, columns) and grid each), in their order."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for module, options in found.items():
-        for number, (codes, grid) in enumerate(options):
-            tensors[f"{module}#{number}.codes"] = codes.cpu().contiguous()
-            tensors[f"{module}#{number}.scale"] = grid.scale.cpu().contiguous()
-            if grid.zero is not None:
-                tensors[f"{module}#{number}.zero_point"] = grid.zero.cpu().contiguous()
-    path = _path(folder, block)
+        for number, option in enumerate(options):
+            if option is not None:
+                tensors |= parts_of(f"{module}#{number}", *option)
+    _write(_path(folder, block), tensors)
+
+
+def write_outer_candidate(folder: Path, module: str, number: int, codes: Tensor, grid: Grid) -> None:
+    """Keep one candidate of the embedding or the head: a file each, since a vocabulary is large."""
+    _write(_outer_path(folder, module, number), parts_of(f"{module}#{number}", codes, grid))
+
+
+def write_outer_records(folder: Path, records: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Keep what is known of the candidates of the embedding and the head, as blocks' records have it for linears.
+    Written last: it marks them as finished."""
+    write_json(folder / OUTER_RECORDS, dict(records))
+
+
+def outer_records(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
+    """What was kept, or None where they are not finished or were not asked for."""
+    path = folder / OUTER_RECORDS
+    if not path.is_file():
+        return None
+    found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+class Assigned(Checkpoint):
+    """The model in `folder` with matrices replaced by the candidates in `chosen` (module -> number), which are kept
+    beside it, or beside the one in `kept`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        schemes: Mapping[str, list[Option]],
+        chosen: Mapping[str, int],
+        kept: Path | None = None,
+    ) -> None:
+        super().__init__(folder)
+        self._kept = kept or folder
+        self._numbers = {module: number for module, number in chosen.items() if schemes[module][number] is not None}
+        for module, number in self._numbers.items():
+            scheme = schemes[module][number]
+            assert scheme is not None
+            self.schemes[module] = scheme
+
+    def codes(self, module: str) -> tuple[Tensor, Grid]:
+        """Codes int8 (rows, columns) and grid of a matrix: of its candidate where it has one."""
+        if module not in self._numbers:
+            return super().codes(module)
+        number, block, scheme = self._numbers[module], self.architecture.block_index(module), self.schemes[module]
+        path = _outer_path(self._kept, module, number) if block is None else _path(self._kept, block)
+        with safe_open(path, framework="pt") as file:
+            zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")
+            grid = Grid(scheme, file.get_tensor(f"{module}#{number}.scale"), zero)
+            return file.get_tensor(f"{module}#{number}.codes"), grid
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         save_file(tensors, temporary)
 
 
-class Assigned(Checkpoint):
-    """The model in `folder` with linears replaced by the candidates in `chosen` (module -> number)."""
-
-    def __init__(self, folder: Path, schemes: Mapping[str, list[Scheme]], chosen: Mapping[str, int]) -> None:
-        super().__init__(folder)
-        self._candidates, self.chosen = schemes, chosen
-
-    def dense_state(self, prefix: str) -> dict[str, Tensor]:
-        state = super().dense_state(prefix)
-        modules = [module for module in self.chosen if module.startswith(prefix + ".")]
-        block = self.architecture.block_index(prefix + ".")
-        if not modules or block is None:
-            return state
-        with safe_open(_path(self.folder, block), framework="pt") as file:
-            for module in modules:
-                number = self.chosen[module]
-                scheme = self._candidates[module][number]
-                zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")
-                grid = Grid(scheme, file.get_tensor(f"{module}#{number}.scale"), zero)
-                value = dequantize(file.get_tensor(f"{module}#{number}.codes"), grid)
-                leaf = f"{module.removeprefix(prefix + '.')}.weight"
-                state[leaf] = value.T if self.architecture.transposed_linears else value
-        return state
-
-
 def _path(folder: Path, block: int) -> Path:
     return folder / FOLDER / f"block-{block:05d}.safetensors"
+
+
+def _outer_path(folder: Path, module: str, number: int) -> Path:
+    return folder / FOLDER / f"outer-{module}#{number}.safetensors"

@@ -82,7 +82,7 @@ class WorkingCheckpoint:
         kept = {module: source.codes(module) for module in schemes if module not in quantised}
         for module, (codes, grid) in {**kept, **quantised}.items():
             schemes[module] = grid.scheme
-            tensors |= _parts(module, codes, grid)
+            tensors |= parts_of(module, codes, grid)
         self.write_tensors(index, tensors, record, schemes)
 
     def write_tensors(
@@ -125,7 +125,7 @@ class WorkingCheckpoint:
         schemes = {}
         for module, (codes, grid) in {**kept, **new}.items():
             schemes[module] = grid.scheme
-            for name, tensor in _parts(module, codes, grid).items():
+            for name, tensor in parts_of(module, codes, grid).items():
                 entries.append(_held(name, tensor))
         write_safetensors(self.folder / "outer.safetensors", entries, _labels(schemes))
         for path in companion_files(source.folder):
@@ -146,7 +146,7 @@ class WorkingCheckpoint:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _parts(module: str, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+def parts_of(module: str, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
     """The tensors that a quantised matrix is kept as, by full name."""
     tensors = {f"{module}.codes": codes.cpu().contiguous(), f"{module}.scale": grid.scale.cpu().contiguous()}
     if grid.zero is not None:

@@ -89,6 +89,15 @@ class Scheme:
         return cls(**data)
 
 
+Option = Scheme | None
+"""What a matrix may get; None: it stays in 16 bits."""
+
+
+def label_of(option: Option) -> str:
+    """In words: 'int4 symmetric group 64', or '16 bits'."""
+    return "16 bits" if option is None else option.label
+
+
 def usable_group_sizes(columns: int, nearby: int, multiples_of: int = 1) -> list[int]:
     """Up to three divisors of `columns` closest to `nearby`: what an error message can offer instead."""
     divisors = [size for size in range(4, columns + 1) if columns % size == 0 and size % multiples_of == 0]

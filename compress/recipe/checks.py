@@ -14,8 +14,10 @@ from compress.evaluation.prompts.spec import Prompts, read_prompts
 from compress.evaluation.specs import OnText
 from compress.evaluation.tasks.items import draw
 from compress.evaluation.tasks.spec import Task
+from compress.recipe.bounds import bounds_of
 from compress.recipe.model import Recipe
 from compress.recipe_errors import Lines
+from compress.stages.mixed_precision import MixedPrecision
 
 
 def cross_check(recipe: Recipe, base: Path, lines: Lines, judging: bool) -> list[str]:
@@ -26,6 +28,11 @@ def cross_check(recipe: Recipe, base: Path, lines: Lines, judging: bool) -> list
             place = lines.place(("stages", index))
             mistakes.append(
                 f"{place}: {stage.kind} needs a calibration text; add `calibration:` (e.g. data: python-help)"
+            )
+        if isinstance(stage, MixedPrecision) and stage.needs_bounds and not bounds_of(recipe.gates):
+            mistakes.append(
+                f"{lines.place(('stages', index))}: stop: first_pass looks for the smallest mixture that the gates "
+                "would pass, and none bounds a mean KL or a perplexity; add such a gate, or bounds: {max_kl: ...}"
             )
     mistakes += _texts(recipe, base, lines, judging)
     mistakes += _sets(recipe, lines)

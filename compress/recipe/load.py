@@ -13,6 +13,7 @@ from compress.errors import RecipeError, nearest
 from compress.evaluation.prompts.spec import Prompts
 from compress.evaluation.specs import AnyEvaluation, OnText
 from compress.evaluation.tasks.spec import Task
+from compress.recipe.bounds import with_bounds
 from compress.recipe.checks import cross_check
 from compress.recipe.model import Recipe
 from compress.recipe_errors import Lines, describe, parse_yaml
@@ -41,7 +42,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = 
     mistakes = cross_check(recipe, path.resolve().parent, lines, judging)
     if mistakes:
         raise RecipeError(mistakes)
-    recipe = recipe.model_copy(update={"stages": written_out(recipe.stages)})
+    recipe = with_bounds(recipe.model_copy(update={"stages": written_out(recipe.stages)}))
     return _absolute(recipe, path.resolve().parent)
 
 

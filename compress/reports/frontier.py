@@ -85,7 +85,7 @@ def _mark(point: Mapping[str, Any], x: float, y: float) -> Markup:
     title = f"{point['scheme'] or 'mixture'}: {point['effective_bits']:.3f} bits, mean KL {number(point['kl'])} nats"
     if not point["scheme"]:
         return Markup('<circle class="solved" cx="{}" cy="{}" r="4"><title>{}</title></circle>').format(x, y, title)
-    words = point["scheme"].replace(" symmetric", "").replace("group ", "g")
+    words = point["scheme"].split("; ")[0].replace(" symmetric", "").replace("group ", "g")
     return Markup(
         '<rect class="uniform" x="{}" y="{}" width="8" height="8"><title>{}</title></rect>'
         '<text class="tick" x="{}" y="{}" text-anchor="{}">{}</text>'

@@ -33,14 +33,18 @@ def listed(stage: StageRecord) -> dict[str, Any]:
 
 def sentence(facts: Mapping[str, Any]) -> str:
     """What was asked, what came of it, and what it was compared with."""
-    budget, uniform = facts["budget"], facts["uniform"]
-    amount = size(budget["amount"]) if budget["kind"].endswith("bytes") else f"{budget['amount']:g}"
-    asked = f"{budget['kind'].replace('_', ' ')} {amount}"
+    what = "linears and vocabulary take" if _outside(facts) else "linears take"
     text = (
-        f"Asked for {asked}; the linears take {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
+        f"Asked for {_asked(facts)}; the {what} {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
         f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "
         f"KL to the model before it is {number(facts['kl'])} nats"
     )
+    isolated = "As solved in isolation: behind compressed inputs, as they ship, divergences are usually lower."
+    if facts.get("stop") == "first_pass":
+        if facts["plan"] == "uniform":
+            return f"{text}. No smaller mixture stays within the bounds, so the plan is uniform. {isolated}"
+        return f"{text}, its perplexity {facts['perplexity_ratio']:.3f} times. {isolated}"
+    uniform = facts["uniform"]
     if facts["plan"] == "uniform":
         return f"{text}. No mixture within the budget was better than one scheme everywhere, so the plan is uniform."
     if not uniform:
@@ -51,6 +55,23 @@ def sentence(facts: Mapping[str, Any]) -> str:
         f"{text}, {share:.2f} times that of the best uniform candidate within the budget ({best['scheme']}). Both as "
         "solved in isolation: behind compressed inputs, as they ship, the difference is usually smaller."
     )
+
+
+def _asked(facts: Mapping[str, Any]) -> str:
+    budget = facts.get("budget")
+    amount = ""
+    if budget:
+        value = size(budget["amount"]) if budget["kind"].endswith("bytes") else f"{budget['amount']:g}"
+        amount = f"{budget['kind'].replace('_', ' ')} {value}"
+    if facts.get("stop") != "first_pass":
+        return amount
+    bounds = f"the smallest within {facts['share_of_bounds']:g} of {facts['bounds']}"
+    return f"{bounds}, and at most {amount}" if amount else bounds
+
+
+def _outside(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The embedding and the head, where they were chosen for."""
+    return [unit for unit in facts["units"] if unit["block"] is None]
 
 
 def trust(facts: Mapping[str, Any]) -> str:
@@ -79,7 +100,8 @@ def bought_table(facts: Mapping[str, Any]) -> Table:
         (f"{each['scheme']} everywhere", size(each["bytes"]), f"{bits * each['bytes']:.3f}", number(each["kl"]))
         for each in sorted(facts["uniform"], key=lambda each: -each["bytes"])
     ]
-    return Table("What the budget bought", ("Choice", "Linears", "Bits", "Mean KL, tuning (nats)"), "lrrr", rows)
+    what = "Linears and vocabulary" if _outside(facts) else "Linears"
+    return Table("What the budget bought", ("Choice", what, "Bits", "Mean KL, tuning (nats)"), "lrrr", rows)
 
 
 def schemes_table(facts: Mapping[str, Any]) -> Table:
@@ -88,12 +110,13 @@ def schemes_table(facts: Mapping[str, Any]) -> Table:
     kinds = list(dict.fromkeys(unit["kind"] for unit in facts["units"]))
     schemes = sorted({unit["scheme"] for unit in facts["units"]})
     rows = [(scheme, *(str(counts[kind, scheme] or "") for kind in kinds)) for scheme in schemes]
-    return Table("Schemes by kind of linear", ("Scheme", *kinds), "l" + "r" * len(kinds), rows)
+    return Table("Schemes by kind", ("Scheme", *kinds), "l" + "r" * len(kinds), rows)
 
 
 def bits_map(units: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """Bits in each cell; the bar under it is the square root of what the unit's smallest candidate would cost, as a
-    share of the largest."""
+    """Bits of linears in each cell; the bar under it is the square root of what the unit's smallest candidate would
+    cost, as a share of the largest."""
+    units = [unit for unit in units if unit["block"] is not None]
     most = max((float(unit["sensitivity"]) for unit in units), default=0.0) or 1.0
     cells = [
         maps.Cell(

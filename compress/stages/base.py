@@ -86,6 +86,11 @@ class Stage(BaseModel):
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
     @property
+    def beside_linears(self) -> bool:
+        """Whether it works on the embedding and the head beside linears: `check` is then given the shapes of all."""
+        return False
+
+    @property
     def needs_codes(self) -> bool:
         """Whether it works on linears that stages before it quantised; `plan` refuses a recipe where there are none."""
         return False

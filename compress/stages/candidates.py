@@ -12,14 +12,14 @@ from compress.calibration.windows import Windows
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.base import Format
 from compress.checkpoints.formats.gguf import BLOCK
-from compress.quantization.scheme import Scheme
+from compress.quantization.scheme import Option, Scheme
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
-    Bits,
     GroupSize,
     checked_pattern,
     checked_size,
     groups_that_do_not_divide,
+    integer_inputs_that_do_not_fit,
     matches,
     patterns_that_match_nothing,
 )
@@ -29,16 +29,26 @@ class Candidate(BaseModel):
     """A scheme that linears may get; written as a number of bits where the group size is the stage's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    bits: Bits
+    bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(description="16: left as it is")
     group_size: GroupSize | None = Field(default=None, description="the stage's where left out")
     symmetric: bool = Field(default=True, description="false, for llama.cpp alone: with a zero point")
+    inputs: Literal["int8", "none"] = Field(default="none", description="int8: W8A8, with bits: 8 and a scale a row")
 
     _size = field_validator("group_size")(checked_size)
 
     @model_validator(mode="before")
     @classmethod
     def _from_bits(cls, data: Any) -> Any:
-        return {"bits": data} if isinstance(data, int) else data
+        found = {"bits": data} if isinstance(data, int) else data
+        if isinstance(found, dict) and found.get("inputs") == "int8":
+            return {"group_size": "channel", **found}
+        return found
+
+    @model_validator(mode="after")
+    def _nothing_beside_16(self) -> Candidate:
+        if self.bits == 16 and (self.group_size or not self.symmetric or self.inputs != "none"):
+            raise ValueError("bits: 16 leaves a linear as it is; group_size, symmetric and inputs say nothing of it")
+        return self
 
 
 class GroupOverride(BaseModel):
@@ -85,11 +95,17 @@ class CandidateStage(Stage):
     candidates: tuple[Candidate, ...] = Field(
         default=DEFAULT_CANDIDATES,
         min_length=2,
-        description="schemes to choose from: a number of bits, or {bits, group_size, symmetric}; left out for "
-        "llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
+        description="schemes to choose from: a number of bits (16: as it is), or {bits, group_size, symmetric, "
+        "inputs}; left out for llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
     )
     group_size: GroupSize = Field(
         default=64, description="input columns that share a scale, or 'channel'; left out for llama.cpp: 32"
+    )
+    vocabulary: bool = Field(
+        default=False,
+        description="choose for the embedding and the head too, where the runtime reads them quantised (any in GGUF, "
+        "an untied head in compressed-tensors); 16 bits are always among their candidates. A `vocabulary` stage with "
+        "bits: planned follows",
     )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[GroupOverride, ...] = Field(default=(), description="other group sizes by pattern, for all bits")
@@ -123,34 +139,81 @@ class CandidateStage(Stage):
         """What decides the candidates and the tuning split."""
         return {name: getattr(self, name) for name in CandidateStage.model_fields}
 
-    def scheme_for(self, module: str, candidate: Candidate) -> Scheme | None:
-        """The scheme of a module in one candidate; None if it is ignored."""
-        if any(matches(pattern, module) for pattern in self.ignore):
+    @property
+    def beside_linears(self) -> bool:
+        return self.vocabulary
+
+    def scheme_for(self, module: str, candidate: Candidate) -> Option:
+        """The scheme of a module in one candidate."""
+        if candidate.bits == 16:
             return None
         size = candidate.group_size or self.group_size
         for override in self.overrides:
-            if matches(override.match, module):
+            if matches(override.match, module) and candidate.inputs == "none":
                 size = override.group_size
-        return Scheme(candidate.bits, candidate.symmetric, None if size == "channel" else size)
+        inputs = 8 if candidate.inputs == "int8" else None
+        return Scheme(candidate.bits, candidate.symmetric, None if size == "channel" else size, inputs)
 
-    def options(self, module: str) -> list[Scheme]:
-        """Schemes of a module, one a candidate and in their order; empty if it is ignored."""
-        found = [self.scheme_for(module, candidate) for candidate in self.candidates]
-        return [scheme for scheme in found if scheme is not None]
+    def options(self, module: str) -> list[Option]:
+        """What a linear may get, one a candidate and in their order; empty if it is ignored."""
+        if any(matches(pattern, module) for pattern in self.ignore):
+            return []
+        return [self.scheme_for(module, candidate) for candidate in self.candidates]
+
+    def options_of_vocabulary(self, module: str) -> list[Option]:
+        """What the embedding or the head may get: candidates of weights alone, then 16 bits."""
+        found = [option for option in self.options(module) if option is not None and not option.inputs]
+        return [*dict.fromkeys(found), None] if found else []
+
+    def options_in(self, unit: Unit) -> list[list[Option]]:
+        """What a unit may get: for each option, what its modules get, in their order."""
+        options = self.options if unit.block is not None else self.options_of_vocabulary
+        return [list(each) for each in zip(*(options(module) for module in unit.modules), strict=True)]
 
     def units(self, architecture: Architecture, shapes: Shapes) -> list[Unit]:
-        """Units of the linears that are not ignored."""
-        return units_of(architecture, [module for module in shapes if self.options(module)])
+        """Units of the linears that are not ignored; then the embedding and the head where they are chosen for."""
+        linears = [module for module in shapes if architecture.block_index(module) is not None]
+        found = units_of(architecture, [module for module in linears if self.options(module)])
+        if self.vocabulary:
+            outside = [module for module in self._held_vocabulary(shapes, architecture) if self.options(module)]
+            found += [Unit(None, module.rsplit(".", 1)[-1], (module,)) for module in outside]
+        return found
+
+    def _held_vocabulary(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        """The embedding and the head, as far as the runtime reads them quantised."""
+        outside = [module for module in shapes if architecture.block_index(module) is None]
+        if self.format.vocabulary == "any":
+            return outside
+        return [module for module in outside if module == architecture.head] if self.format.vocabulary == "head" else []
+
+    def option_bytes(self, option: Option, shape: tuple[int, int], dtype_bytes: int) -> int:
+        """Bytes of a matrix (rows, columns) in the runtime's format."""
+        if option is None:
+            return self.format.other_bytes(shape, dtype_bytes)
+        return self.format.stored_bytes(option, *shape, dtype_bytes)
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         mistakes = patterns_that_match_nothing(self.ignore, [each.match for each in self.overrides], shapes)
-        if not any(self.options(module) for module in shapes):
+        linears = {module: shape for module, shape in shapes.items() if architecture.block_index(module) is not None}
+        if not any(self.options(module) for module in linears):
             mistakes.append("ignore: every linear is ignored, so there is nothing to choose")
+        outside = {module: shapes[module] for module in self._held_vocabulary(shapes, architecture)}
+        if self.vocabulary and not outside:
+            mistakes.append(
+                f"vocabulary: {self.format.name} holds {architecture.embedding} in 16 bits only, and the head is tied "
+                "to it; leave vocabulary out, or choose for llama.cpp"
+                if self.format.vocabulary == "head"
+                else f"vocabulary: {self.format.name} holds neither embedding nor head quantised; leave it out"
+            )
+        chosen = [module for module in (linears | outside) if self.options(module)]
         for candidate in self.candidates:
-            schemes = {module: scheme for module in shapes if (scheme := self.scheme_for(module, candidate))}
+            of = linears if candidate.inputs == "int8" else linears | outside
+            found = {module: self.scheme_for(module, candidate) for module in chosen if module in of}
+            schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
             of_blocks = BLOCK if self.format.name == "gguf" else 1
             undivided = groups_that_do_not_divide(schemes, shapes, architecture, of_blocks)
-            mistakes += undivided or self._not_held(schemes, shapes, architecture)
+            mistakes += undivided or integer_inputs_that_do_not_fit(schemes)
+            mistakes += [] if undivided else self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:
             split = self._split_by_ignore(fused, shapes, architecture)
             if split:
@@ -166,7 +229,7 @@ class CandidateStage(Stage):
     def _split_by_ignore(self, fused: tuple[str, ...], shapes: Shapes, architecture: Architecture) -> str | None:
         for index in sorted({block for name in shapes if (block := architecture.block_index(name)) is not None}):
             names = [f"{architecture.block_name(index)}.{part}" for part in fused]
-            labels = {str([scheme.label for scheme in self.options(name)]) for name in names}
+            labels = {str([scheme and scheme.label for scheme in self.options(name)]) for name in names}
             if len(labels) > 1:
                 return (
                     f"{architecture.block_name(index)}: {', '.join(fused)}: serving runtimes fuse these into one "

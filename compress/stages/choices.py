@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.allocation.budget import Sizes
 from compress.allocation.fit import Fit, by_kind, fit
+from compress.allocation.solver import BudgetError, cheapest
+from compress.allocation.units import Unit
 from compress.architecture import dimensions_of
-from compress.checkpoints.candidates import Assigned
-from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.candidates import Assigned, outer_records
 from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.working import WorkingCheckpoint
-from compress.errors import RecipeError, UnhealthySourceError
-from compress.evaluation.measure import States, score, walk_states
-from compress.events import Quiet
+from compress.errors import RecipeError
 from compress.files import digest_of_json, write_json
-from compress.quantization.scheme import Scheme
+from compress.quantization.scheme import Option, Scheme, label_of
 from compress.stages.base import StageContext
 from compress.stages.candidates import CandidateStage
+from compress.stages.tuning import Judged, TuningText
 
 WORTH_FITTING = 1.0
 """Nats above which a divergence says nothing about small ones."""
+HALVINGS = 8
+"""Of the interval in which the smallest choice within a bound is looked for: 1/256 of it."""
 Choice = tuple[int, ...]
 """The number of the candidate of each unit."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Of a choice on the tuning windows, a token: mean KL to the source, and by how much the loss rose (nats)."""
-
-    kl: float
-    lost: float
 
 
 class Choices:
@@ -43,11 +35,16 @@ class Choices:
 
     def __init__(self, stage: CandidateStage, context: StageContext, kept: Path) -> None:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
-        self._context, self._kept, self.source = context, kept, context.source
-        _, self.tuning = stage.split(context.windows)
+        self._kept, self.source = kept, context.source
+        _, tuning = stage.split(context.windows)
+        self.tuning = TuningText(context, tuning)
         skeleton = Skeleton(self.source.config, context.device, context.compute)
         self.blocks = skeleton.block_count
         matrices = skeleton.linear_shapes()
+        if stage.vocabulary:
+            names = (skeleton.architecture.embedding, skeleton.architecture.head)
+            stored = [name for name in names if self.source.has(f"{name}.weight")]
+            matrices |= {name: self.source.matrix_shape(name) for name in stored}
         self.units = stage.units(skeleton.architecture, matrices)
         self.sizes = Sizes.of(
             skeleton.parameter_shapes(),
@@ -60,14 +57,20 @@ class Choices:
         )
         found = candidates_in(self.source.folder, self.blocks)
         self.numbers = range(len(stage.candidates))
-        self.schemes = {module: [Scheme.from_json(each["scheme"]) for each in rows] for module, rows in found.items()}
+        self.schemes: dict[str, list[Option]] = {
+            module: [each["scheme"] and Scheme.from_json(each["scheme"]) for each in rows]
+            for module, rows in found.items()
+        }
         self.costs = self._summed(found, "cost")
         self.bytes = self._summed(found, "bytes")
         self._known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-        self._states: States | None = None
 
     def _summed(self, found: dict[str, list[dict[str, Any]]], what: str) -> list[list[Any]]:
-        return [[sum(found[module][k][what] for module in unit.modules) for k in self.numbers] for unit in self.units]
+        """By unit and option, the sum over the unit's modules."""
+        return [
+            [sum(each[what] for each in together) for together in zip(*(found[m] for m in unit.modules), strict=True)]
+            for unit in self.units
+        ]
 
     @property
     def measured(self) -> int:
@@ -75,18 +78,84 @@ class Choices:
         return len(self._known)
 
     def uniform(self, number: int) -> Choice:
-        return (number,) * len(self.units)
+        """One candidate for all linears; embedding and head, where they are chosen for, stay in 16 bits."""
+        return tuple(number if unit.block is not None else self._kept_as_it_is(unit) for unit in self.units)
+
+    def uniforms(self) -> list[Choice]:
+        """What a mixture has to beat: one candidate for all linears, with embedding and head in 16 bits, and with both
+        at the candidate of theirs that costs least."""
+        found = []
+        for number in self.numbers:
+            plain = self.uniform(number)
+            rounded = tuple(
+                k if unit.block is not None else min((cost, at) for at, cost in enumerate(row) if at != k)[1]
+                for unit, k, row in zip(self.units, plain, self.costs, strict=True)
+            )
+            found += [plain, rounded]
+        return list(dict.fromkeys(found))
+
+    def is_uniform(self, choice: Choice) -> bool:
+        """Whether all linears have one candidate."""
+        return len({k for unit, k in zip(self.units, choice, strict=True) if unit.block is not None}) == 1
+
+    def _kept_as_it_is(self, unit: Unit) -> int:
+        return self.schemes[unit.modules[0]].index(None)
+
+    def within(self, choices: Iterable[Choice], most: int) -> list[Choice]:
+        """Those that take at most so many bytes."""
+        return [choice for choice in choices if self.size(choice) <= most]
+
+    def cheapest(self, costs: list[list[float]], most: int) -> Choice:
+        """The cheapest choice within so many bytes. Raises BudgetError where nothing fits."""
+        return tuple(cheapest(costs, self.bytes, most))
+
+    def smallest(
+        self,
+        costs: list[list[float]],
+        mixed: Sequence[Choice],
+        accepted: Callable[[Choice], bool],
+        advance: Callable[[str], None],
+    ) -> Choice | None:
+        """The smallest choice by `costs` that is `accepted`, by bisection between those of `mixed` that lie on either
+        side; None where none of them is. Calls `advance` HALVINGS times."""
+        found = [choice for choice in mixed if accepted(choice)]
+        if not found:
+            return None
+        best = min(found, key=self.size)
+        low = max(
+            (self.size(choice) for choice in mixed if self.size(choice) < self.size(best)),
+            default=sum(min(row) for row in self.bytes) - 1,
+        )
+        high = self.size(best)
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            if middle > low:
+                choice = self._or_none(costs, middle)
+                if choice is not None and accepted(choice):
+                    best, high = choice, self.size(choice)
+                else:
+                    low = middle
+            advance(f"{8 * high / self.sizes.weights:.3f} bits")
+        return best
+
+    def _or_none(self, costs: list[list[float]], most: int) -> Choice | None:
+        try:
+            return self.cheapest(costs, most)
+        except BudgetError:
+            return None
 
     def size(self, choice: Choice) -> int:
-        """Bytes of the linears."""
+        """Bytes of what is chosen for."""
         return sum(int(row[k]) for row, k in zip(self.bytes, choice, strict=True))
 
     def effective_bits(self, choice: Choice) -> float:
         return 8 * self.size(choice) / self.sizes.weights
 
-    def label(self, number: int) -> str:
-        """A candidate in words, as the first unit has it."""
-        return self.schemes[self.units[0].modules[0]][number].label
+    def label(self, choice: Choice) -> str:
+        """A uniform choice in words: 'int4 symmetric group 64', and what embedding and head have beside it."""
+        of = [label_of(self.schemes[unit.modules[0]][k]) for unit, k in zip(self.units, choice, strict=True)]
+        outside = [f"{unit.kind} {name}" for unit, name in zip(self.units, of, strict=True) if unit.block is None]
+        return "; ".join([of[0], *outside])
 
     def by_module(self, choice: Choice) -> dict[str, int]:
         return {module: k for unit, k in zip(self.units, choice, strict=True) for module in unit.modules}
@@ -95,26 +164,11 @@ class Choices:
         """Measure a choice on the tuning windows; one that was measured before a kill is known."""
         key = digest_of_json(list(choice))
         if key not in self._known:
-            context, sets = self._context, {"tuning": self.tuning}
-            if self._states is None:
-                self._states = self._walk(self.source)
-            assigned = Assigned(self.source.folder, self.schemes, self.by_module(choice))
-            pairs = (self.source, self._states), (assigned, self._walk(assigned))
-            scores = score(*pairs, sets, context.device, context.compute, Quiet())["tuning"]
-            values = [scores.divergence, scores.loss - scores.source_loss]
-            self._known[key] = [float(value[scores.counts].double().mean()) for value in values]
-            if not all(map(math.isfinite, self._known[key])):
-                raise UnhealthySourceError(
-                    "mixed_precision: linears at some candidates gave a divergence that is no finite number; leave out "
-                    "the candidates with the fewest bits"
-                )
+            judged = self.tuning.judge(Assigned(self.source.folder, self.schemes, self.by_module(choice)))
+            self._known[key] = [judged.kl, judged.lost]
             self._kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._kept, self._known)
         return Judged(*self._known[key])
-
-    def _walk(self, checkpoint: Checkpoint) -> States:
-        context, sets = self._context, {"tuning": self.tuning}
-        return walk_states(checkpoint, sets, context.device, context.compute, context.tokens_at_once, Quiet(), "")
 
     def fit(self, choices: Sequence[Choice]) -> Fit:
         """Factors from those choices whose divergence is small enough to say something."""
@@ -124,7 +178,8 @@ class Choices:
             min(judged, key=lambda each: each[1])
         ]
         rows = [by_kind(kinds, [row[k] for row, k in zip(self.costs, choice, strict=True)]) for choice, _ in used]
-        return fit(rows, [max(kl, 1e-12) for _, kl in used])
+        exact = {unit.kind for unit in self.units if unit.block is None}
+        return fit(rows, [max(kl, 1e-12) for _, kl in used], exact)
 
     def fitted_costs(self, found: Fit) -> list[list[float]]:
         return [
@@ -133,7 +188,7 @@ class Choices:
 
 
 def candidates_in(folder: Path, blocks: int) -> dict[str, list[dict[str, Any]]]:
-    """What `sensitivity` recorded of every linear: scheme, cost in nats a token, bytes; by module, in order."""
+    """What `sensitivity` recorded of every matrix: scheme, cost in nats a token, bytes; by module, in order."""
     finished = WorkingCheckpoint(folder)
     found: dict[str, list[dict[str, Any]]] = {}
     for index in range(blocks):
@@ -141,4 +196,4 @@ def candidates_in(folder: Path, blocks: int) -> dict[str, list[dict[str, Any]]]:
         if "candidates" not in record:
             raise RecipeError("mixed_precision: its input has no candidates; a sensitivity stage comes right before it")
         found.update(record["candidates"])
-    return found
+    return found | (outer_records(folder) or {})

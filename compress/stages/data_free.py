@@ -71,7 +71,7 @@ def _block(
 
 def kept(module: str) -> Event:
     """That a linear stays in its source precision."""
-    return Event("module_kept", module, "left in its source precision: the recipe ignores it")
+    return Event("module_kept", module, "left in its source precision, by the recipe or its plan")
 
 
 def module_record(

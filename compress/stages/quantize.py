@@ -96,14 +96,20 @@ class QuantizeStage(Stage):
         return self.bits == "planned"
 
     def following(self, plan: dict[str, Scheme], modules: Iterable[str]) -> Self:
-        """The stage with a plan's schemes written out; modules that are not in it are ignored."""
+        """The stage with a plan's schemes for `modules` written out; those that are not in it are ignored."""
+        names = list(modules)
         overrides = tuple(
             Override(
-                match=name, bits=scheme.bits, symmetric=scheme.symmetric, group_size=scheme.group_size or "channel"
+                match=name,
+                bits=plan[name].bits,
+                symmetric=plan[name].symmetric,
+                group_size=plan[name].group_size or "channel",
+                inputs="int8" if plan[name].inputs else "none",
             )
-            for name, scheme in plan.items()
+            for name in names
+            if name in plan
         )
-        ignore = tuple(name for name in modules if name not in plan)
+        ignore = tuple(name for name in names if name not in plan)
         return self.model_copy(update={"bits": 4, "ignore": ignore, "overrides": overrides})
 
     def planned(self, source: Checkpoint) -> Self:

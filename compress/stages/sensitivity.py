@@ -2,8 +2,12 @@
 
 The source walks its own calibration windows once. Linears that read the same input share one H and one factorisation,
 from which GPTQ's columns are solved for each candidate. What a candidate costs is 1/2 sum_r lambda_r dW_r H dW_r^T in
-nats a token (`calibration.fisher`), with lambda from one backward pass over a few windows. Inputs are the source's own:
-what a linear would see behind compressed ones depends on a choice that is not made yet.
+nats a token (`calibration.fisher`), with lambda from one backward pass over a few windows; where inputs are integers
+too, 1/2 sum_r lambda_r W_r S W_r^T is added, S the mean outer product of what rounding does to them. Inputs are the
+source's own: what a linear would see behind compressed ones depends on a choice that is not made yet.
+
+Embedding and head, where they are chosen for, are rounded as the `vocabulary` stage does it. What that costs is
+measured on the tuning windows, each candidate alone: they are few, and an embedding is not a product.
 
 The folder this writes is its input with `candidates/` beside it. It depends on no budget, so that another budget finds
 it finished.
@@ -22,16 +26,25 @@ from compress.architecture import InputGroup
 from compress.calibration.fisher import output_sensitivities, rounding_cost
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival, Stream, forward_of, run_block
-from compress.checkpoints.candidates import write_candidates
+from compress.checkpoints.candidates import (
+    Assigned,
+    outer_records,
+    write_candidates,
+    write_outer_candidate,
+    write_outer_records,
+)
 from compress.checkpoints.skeleton import Skeleton
 from compress.events import Event
 from compress.files import atomic_path
 from compress.memory.measure import release, trim
 from compress.quantization.gptq import factorise, solve
 from compress.quantization.grid import Grid, dequantize
-from compress.quantization.scheme import Scheme
+from compress.quantization.inputs import rounded_inputs
+from compress.quantization.scheme import Option, Scheme, label_of
 from compress.stages.base import Shapes, StageContext, StageOutcome, restore
 from compress.stages.candidates import CandidateStage
+from compress.stages.tuning import TuningText
+from compress.stages.vocabulary import rounded_rows
 from compress.training.clock import Clock
 
 DAMPING = 0.01
@@ -68,16 +81,21 @@ class _Run:
     def __init__(self, stage: Sensitivity, context: StageContext) -> None:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
         self.stage, self.context, self.output = stage, context, context.output
-        self.windows, _ = stage.split(context.windows)
+        self.windows, tuning = stage.split(context.windows)
+        self.tuning = TuningText(context, tuning)
         self.skeleton = Skeleton(context.source.config, context.device, context.compute)
         self.batches = self.windows.batches(context.tokens_at_once)
-        self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write")
+        outside = ("vocabulary",) if stage.vocabulary else ()
+        self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write", *outside)
         self.sensitivities: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
         source, count = self.context.source, self.skeleton.block_count
         self.output.write_outer(source)
+        if self.stage.vocabulary and outer_records(self.output.folder) is None:
+            with self.clock.timed("vocabulary"):
+                write_outer_records(self.output.folder, self._vocabulary())
         self.sensitivities = self._sensitivities()
         with self.clock.timed("forward"):
             states = self.skeleton.embed(source, self.batches)
@@ -115,6 +133,39 @@ class _Run:
             save_file(found, temporary)
         return found
 
+    def _vocabulary(self) -> dict[str, list[dict[str, Any]]]:
+        """Candidates of the embedding and the head, each measured on its own."""
+        source, stage, stored = self.context.source, self.stage, self.context.stored
+        arch = self.skeleton.architecture
+        names = [arch.embedding] if source.tied_head else [arch.embedding, arch.head]
+        units = stage.units(arch, self.skeleton.linear_shapes() | {name: source.matrix_shape(name) for name in names})
+        records: dict[str, list[dict[str, Any]]] = {}
+        outside = [unit.modules[0] for unit in units if unit.block is None]
+        total = sum(len(stage.options_of_vocabulary(module)) for module in outside)
+        with self.context.progress.task("candidates of embedding and head", total) as advance:
+            for module in outside:
+                weight = source.dense(module)
+                options = stage.options_of_vocabulary(module)
+                records[module] = []
+                for number, scheme in enumerate(options):
+                    error, cost = 0.0, 0.0
+                    if scheme is not None:
+                        codes, grid, error = rounded_rows(weight, scheme, "mse", stored, self.context.device)
+                        write_outer_candidate(self.output.folder, module, number, codes, grid)
+                        cost = self._measured(module, options, number)
+                    size = stage.option_bytes(scheme, (weight.shape[0], weight.shape[1]), stored.itemsize)
+                    records[module].append(_record(scheme, cost, error, size))
+                    advance(f"{module}: {label_of(scheme)}")
+        return records
+
+    def _measured(self, module: str, options: list[Option], number: int) -> float:
+        """The divergence (nats a token) of the model with one matrix in one of its candidates.
+
+        The folder that is being written has no blocks yet, so its candidates are read into the model before it.
+        """
+        chosen = Assigned(self.context.source.folder, {module: options}, {module: number}, self.output.folder)
+        return max(self.tuning.judge(chosen).kl, 0.0)
+
     def _block(
         self, index: int, states: list[Tensor], record: dict[str, Any] | None
     ) -> tuple[list[Tensor], dict[str, Any]]:
@@ -146,20 +197,29 @@ class _Block:
 
     def __init__(self, run: _Run, prefix: str, block: nn.Module) -> None:
         self.run, self.prefix, self.block = run, prefix, block
-        self.found: dict[str, list[tuple[Tensor, Grid]]] = {}
+        self.found: dict[str, list[tuple[Tensor, Grid] | None]] = {}
         self.records: dict[str, list[dict[str, Any]]] = {}
         self.events: list[Event] = []
         self._statistics: InputStatistics | None = None
+        self._roundings: InputStatistics | None = None
+        """Of what becomes of inputs where candidates make integers of them: rounded less unrounded."""
+        self._rounds = any(each.inputs != "none" for each in run.stage.candidates)
 
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         with self.run.clock.timed("hessian"):
             if self._statistics is None:
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-            self._statistics.add(here.inputs, self.run.batches[number].mask)
+            mask = self.run.batches[number].mask
+            self._statistics.add(here.inputs, mask)
+            if self._rounds:
+                if self._roundings is None:
+                    self._roundings = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+                self._roundings.add(rounded_inputs(here.inputs) - here.inputs, mask)
 
     def on_group(self, group: InputGroup) -> None:
         assert self._statistics is not None
         statistics, self._statistics = self._statistics, None
+        roundings, self._roundings = self._roundings, None
         stage, clock = self.run.stage, self.run.clock
         names = [name for name in group.linears if stage.options(f"{self.prefix}.{name}")]
         if not names:
@@ -169,6 +229,7 @@ class _Block:
             hessian, _ = statistics.hessian()
             factor = factorise(hessian, DAMPING)
             single = hessian.float()
+            of_rounding = None if roundings is None else roundings.hessian()[0].float()
         if factor is None:
             where = f"{self.prefix}.{'+'.join(names)}"
             message = "candidates rounded to nearest: no damping on the ladder made the Hessian definite"
@@ -180,22 +241,31 @@ class _Block:
             schemes = [stage.options(f"{self.prefix}.{name}")[number] for name in names]
             for scheme in dict.fromkeys(schemes):
                 which = [at for at, each in enumerate(schemes) if each == scheme]
+                if scheme is None:
+                    for at in which:
+                        self._keep(f"{self.prefix}.{names[at]}", weights[at], None, 0.0, None, 0.0)
+                    continue
                 with clock.timed("solve"):
                     solutions = solve([weights[at] for at in which], single, factor, scheme, self.run.context.stored)
                     for at, solution in zip(which, solutions, strict=True):
-                        self._keep(f"{self.prefix}.{names[at]}", weights[at], single, solution, scheme)
+                        module = f"{self.prefix}.{names[at]}"
+                        value = dequantize(solution.codes, solution.grid).float()
+                        sensitivity = self.run.sensitivities[module]
+                        cost = rounding_cost(value - weights[at], single, sensitivity)
+                        if scheme.inputs and of_rounding is not None:
+                            cost += rounding_cost(value, of_rounding, sensitivity)
+                        found = solution.codes, solution.grid
+                        self._keep(module, weights[at], found, cost, scheme, solution.error)
 
-    def _keep(self, module: str, weight: Tensor, hessian: Tensor, solution: Any, scheme: Scheme) -> None:
-        difference = dequantize(solution.codes, solution.grid).float() - weight
-        cost = rounding_cost(difference, hessian, self.run.sensitivities[module])
-        self.found.setdefault(module, []).append((solution.codes, solution.grid))
-        self.records.setdefault(module, []).append(
-            {
-                "scheme": scheme.to_json(),
-                "cost": cost,
-                "error": solution.error,
-                "bytes": self.run.stage.format.stored_bytes(
-                    scheme, weight.shape[0], weight.shape[1], self.run.context.stored.itemsize
-                ),
-            }
-        )
+    def _keep(
+        self, module: str, weight: Tensor, found: tuple[Tensor, Grid] | None, cost: float, scheme: Option, error: float
+    ) -> None:
+        self.found.setdefault(module, []).append(found)
+        shape, itemsize = (weight.shape[0], weight.shape[1]), self.run.context.stored.itemsize
+        size = self.run.stage.option_bytes(scheme, shape, itemsize)
+        self.records.setdefault(module, []).append(_record(scheme, cost, error, size))
+
+
+def _record(scheme: Option, cost: float, error: float, size: int) -> dict[str, Any]:
+    """What is known of a candidate: its cost in nats a token, its relative error, its bytes."""
+    return {"scheme": scheme and scheme.to_json(), "cost": cost, "error": error, "bytes": size}

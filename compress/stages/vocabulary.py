@@ -11,29 +11,33 @@ import time
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.checkpoints.reader import Checkpoint
 from compress.quantization.gptq import choose_grid
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
-from compress.stages.data_free import module_record
-from compress.stages.quantize import Bits, GroupSize, checked_size
+from compress.stages.data_free import kept, module_record
+from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size
 
 ROWS = 1 << 14
 """Rounded at once."""
+Scales = Literal["minmax", "mse"]
 
 
 class Vocabulary(Stage):
     """Round the embedding and the head to integers. Data-free."""
 
     kind: Literal["vocabulary"] = "vocabulary"
-    bits: Bits = Field(default=8, description="bits per weight")
+    bits: BitsOrPlanned = Field(
+        default=8, description="bits per weight; 'planned': what a mixed_precision stage with vocabulary: true chose"
+    )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="columns of a row that share a scale, or 'channel'")
-    scales: Literal["minmax", "mse"] = Field(default="mse", description="how scales are chosen")
+    scales: Scales = Field(default="mse", description="how scales are chosen")
     parts: Literal["all", "embedding", "head"] = Field(
         default="all", description="which of the two; a tied head is the embedding, and only 'all' names it"
     )
@@ -41,11 +45,27 @@ class Vocabulary(Stage):
 
     _size = field_validator("group_size")(checked_size)
 
+    @model_validator(mode="after")
+    def _plan_decides(self) -> Vocabulary:
+        given = {"symmetric", "group_size", "parts"} & self.model_fields_set
+        changed = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
+        if self.follows_plan and changed:
+            raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
+        return self
+
+    @property
+    def follows_plan(self) -> bool:
+        return self.bits == "planned"
+
     @property
     def scheme(self) -> Scheme:
+        """What every matrix gets where no plan says it."""
+        assert self.bits != "planned", "schemes are in the plan"
         return Scheme(self.bits, self.symmetric, None if self.group_size == "channel" else self.group_size)
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
+        if self.follows_plan:
+            return []
         found = []
         if self.parts != "all" and len(shapes) == 1:
             found.append(
@@ -61,7 +81,15 @@ class Vocabulary(Stage):
         return found
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
-        return dict.fromkeys(self._of(shapes), self.scheme)
+        return {} if self.follows_plan else dict.fromkeys(self._of(shapes), self.scheme)
+
+    def _schemes_in(self, source: Checkpoint, shapes: Shapes) -> dict[str, Scheme]:
+        """Schemes of what it will round: its own, or the plan's."""
+        if not self.follows_plan:
+            return self.schemes(shapes)
+        plan = source.precision_plan
+        assert plan is not None, "steps.precision refuses bits: planned where no stage before planned"
+        return {name: plan[name] for name in shapes if name in plan}
 
     def _of(self, shapes: Shapes) -> Shapes:
         """The matrices that it rounds; `shapes` has the embedding first, then a head of its own."""
@@ -73,17 +101,19 @@ class Vocabulary(Stage):
         source = context.source
         arch = source.architecture
         names = [arch.embedding] if source.tied_head else [arch.embedding, arch.head]
+        schemes = self._schemes_in(source, {name: source.matrix_shape(name) for name in names})
+        events = [kept(name) for name in names if self.follows_plan and name not in schemes]
         modules, quantised = [], {}
         spent = {"solve": 0.0, "write": 0.0}
         with context.progress.task(self.kind, len(names) + source.block_count) as advance:
-            for name in self._of({name: source.matrix_shape(name) for name in names}):
+            for name, scheme in schemes.items():
                 started = time.perf_counter()
                 weight = source.dense(name)
-                codes, grid, error = self._rounded(weight, context)
+                codes, grid, error = rounded_rows(weight, scheme, self.scales, context.stored, context.device)
                 quantised[name] = codes, grid
                 seconds = time.perf_counter() - started
                 spent["solve"] += seconds
-                modules.append(module_record(name, None, self.scheme, tuple(weight.shape), error, seconds))
+                modules.append(module_record(name, None, scheme, tuple(weight.shape), error, seconds))
                 advance(name)
             started = time.perf_counter()
             context.output.write_outer(source, quantised=quantised)
@@ -93,19 +123,23 @@ class Vocabulary(Stage):
                     context.after_block(index)
                 advance(f"block {index + 1}/{source.block_count}")
             spent["write"] = time.perf_counter() - started
-        return StageOutcome(modules, [], spent)
+        return StageOutcome(modules, events, spent)
 
-    def _rounded(self, weight: Tensor, context: StageContext) -> tuple[Tensor, Grid, float]:
-        """Codes int8, grid and relative error of weight (rows, columns), some rows at a time: a vocabulary is long."""
-        codes, scales, zeros, lost, whole = [], [], [], 0.0, 0.0
-        for start in range(0, weight.shape[0], ROWS):
-            part = weight[start : start + ROWS].to(context.device).float()
-            grid = choose_grid(part, None, self.scheme, context.stored, self.scales)
-            found = quantize(part, grid)
-            lost += float((dequantize(found, grid).float() - part).square().sum(dtype=torch.float64))
-            whole += float(part.square().sum(dtype=torch.float64))
-            codes.append(found.cpu())
-            scales.append(grid.scale.cpu())
-            zeros += [] if grid.zero is None else [grid.zero.cpu()]
-        zero = torch.cat(zeros) if zeros else None
-        return torch.cat(codes), Grid(self.scheme, torch.cat(scales), zero), lost / max(whole, 1e-30)
+
+def rounded_rows(
+    weight: Tensor, scheme: Scheme, how: Scales, stored: torch.dtype, device: torch.device
+) -> tuple[Tensor, Grid, float]:
+    """Codes int8, grid (scales in `stored`) and relative error of weight (rows, columns), some rows at a time: a
+    vocabulary is long."""
+    codes, scales, zeros, lost, whole = [], [], [], 0.0, 0.0
+    for start in range(0, weight.shape[0], ROWS):
+        part = weight[start : start + ROWS].to(device).float()
+        grid = choose_grid(part, None, scheme, stored, how)
+        found = quantize(part, grid)
+        lost += float((dequantize(found, grid).float() - part).square().sum(dtype=torch.float64))
+        whole += float(part.square().sum(dtype=torch.float64))
+        codes.append(found.cpu())
+        scales.append(grid.scale.cpu())
+        zeros += [] if grid.zero is None else [grid.zero.cpu()]
+    zero = torch.cat(zeros) if zeros else None
+    return torch.cat(codes), Grid(scheme, torch.cat(scales), zero), lost / max(whole, 1e-30)

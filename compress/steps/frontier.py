@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.allocation.solver import BudgetError, cheapest
+from compress.allocation.solver import BudgetError
 from compress.checkpoints.sources import cache_folder
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
@@ -23,15 +23,12 @@ from compress.files import disk_errors
 from compress.memory.measure import PeakSampler
 from compress.recipe import Recipe
 from compress.stages.base import StageContext
-from compress.stages.choices import Choice, Choices
+from compress.stages.choices import HALVINGS, Choice, Choices
 from compress.stages.mixed_precision import MixedPrecision
 from compress.steps.fold import fold
 from compress.steps.plan import Plan
 from compress.steps.source import open_source
 from compress.steps.texts import read_calibration
-
-STEPS = 8
-"""Halvings of the interval in which the smallest budget within a bound is looked for: 1/256 of it."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,8 @@ def frontier(
     assert isinstance(stage, MixedPrecision)
     choices = _choices(recipe, planned, at, stage, progress)
     budgets = list(bits) if bits else _spread(choices, count)
-    with progress.task("frontier", len(choices.numbers) + 2 * len(budgets)) as advance:
-        uniform = [choices.uniform(k) for k in choices.numbers]
+    uniform = choices.uniforms()
+    with progress.task("frontier", len(uniform) + 2 * len(budgets)) as advance:
         for choice in uniform:
             choices.judge(choice)
             advance("uniform")
@@ -140,14 +137,14 @@ def _choices(recipe: Recipe, planned: Plan, at: int, stage: MixedPrecision, prog
 
 def _spread(choices: Choices, count: int) -> list[float]:
     """Budgets evenly apart, from a little above the smallest choice to that of the largest."""
-    sizes = [choices.effective_bits(choices.uniform(k)) for k in choices.numbers]
+    sizes = [choices.effective_bits(choice) for choice in choices.uniforms()]
     low, high = min(sizes), max(sizes)
     return [low + (high - low) * step / count for step in range(1, count + 1)]
 
 
 def _solved(choices: Choices, costs: list[list[float]], bits: float) -> Choice:
     try:
-        return tuple(cheapest(costs, choices.bytes, math.floor(bits * choices.sizes.weights / 8)))
+        return choices.cheapest(costs, math.floor(bits * choices.sizes.weights / 8))
     except BudgetError as error:
         least = math.ceil(8e4 * error.smallest / choices.sizes.weights) / 1e4
         raise RecipeError(f"--bits {bits:g}: the smallest mixture of the candidates takes {least:g}") from None
@@ -156,31 +153,15 @@ def _solved(choices: Choices, costs: list[list[float]], bits: float) -> Choice:
 def _smallest(
     choices: Choices, costs: list[list[float]], mixed: list[Choice], max_kl: float, progress: Progress
 ) -> Choice | None:
-    """The smallest mixture found whose KL is at most `max_kl`, by bisection between those measured on either side."""
-    within = [choice for choice in mixed if choices.judge(choice).kl <= max_kl]
-    if not within:
-        return None
-    best = min(within, key=choices.size)
-    high = choices.effective_bits(best)
-    below = [choices.effective_bits(choice) for choice in mixed if choices.size(choice) < choices.size(best)]
-    least = 8 * sum(min(row) for row in choices.bytes) / choices.sizes.weights
-    low = max(below, default=least)
-    with progress.task("smallest within the bound", STEPS) as advance:
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            choice = _solved(choices, costs, middle)
-            if choices.judge(choice).kl <= max_kl:
-                best, high = choice, middle
-            else:
-                low = middle
-            advance(f"{high:.3f} bits")
-    return best
+    """The smallest mixture found whose KL is at most `max_kl`."""
+    with progress.task("smallest within the bound", HALVINGS) as advance:
+        return choices.smallest(costs, mixed, lambda choice: choices.judge(choice).kl <= max_kl, advance)
 
 
 def _point(choices: Choices, choice: Choice, max_kl: float | None) -> Point:
     judged, size = choices.judge(choice), choices.size(choice)
     return Point(
-        scheme=choices.label(choice[0]) if len(set(choice)) == 1 else None,
+        scheme=choices.label(choice) if choices.is_uniform(choice) else None,
         effective_bits=choices.effective_bits(choice),
         linear_bytes=size,
         weight_bytes=size + choices.sizes.other_bytes,

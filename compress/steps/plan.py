@@ -152,7 +152,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     )
     trainings = trainings_of(recipe, shapes, schemes, machine)
     disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
-    disk += sum(stage.extra_disk_bytes(matrices) for stage in recipe.stages)
+    disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
     disk += format_.reading_bytes(last.parameters)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)

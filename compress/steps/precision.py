@@ -16,11 +16,16 @@ from compress.steps.shapes import Shapes
 def out_of_order(recipe: Recipe) -> list[str]:
     """Plans that nobody follows, followers without a plan, choices without candidates."""
     found, planned, coded = [], False, False
+    chooser: MixedPrecision | None = None
     for index, stage in enumerate(recipe.stages):
         where = f"stages[{index}]: "
         after = recipe.stages[index + 1 :]
         if stage.follows_plan and not planned:
             found.append(where + "bits: planned follows a mixed_precision stage, and none comes before it")
+        if stage.follows_plan and stage.on_vocabulary and chooser and not chooser.vocabulary:
+            found.append(where + "the mixed_precision stage before it chooses for linears; give it vocabulary: true")
+        if stage.follows_plan and stage.on_vocabulary and any(each.follows_plan for each in recipe.stages[:index]):
+            found.append(where + "put it right after mixed_precision, so that what follows sees what it has rounded")
         if stage.needs_weights and planned:
             found.append(
                 where
@@ -29,7 +34,7 @@ def out_of_order(recipe: Recipe) -> list[str]:
         if stage.kv_bytes and after:
             found.append(where + f"{stage.kind} calibrates the cache of the finished model; put it last")
         if isinstance(stage, MixedPrecision):
-            planned = True
+            planned, chooser = True, stage
             if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
                 found.append(
                     f"{where}runtime {stage.runtime}: its budget counts bytes of {stage.format.name}, and "
@@ -39,11 +44,17 @@ def out_of_order(recipe: Recipe) -> list[str]:
             if isinstance(before, Sensitivity) and before.choice_fields != stage.choice_fields:
                 differing = [name for name, value in before.choice_fields.items() if value != getattr(stage, name)]
                 found.append(where + f"{', '.join(differing)} differ from those of the sensitivity stage before it")
-            if not any(each.follows_plan for each in after):
+            if stage.vocabulary and any(each.on_vocabulary for each in recipe.stages[:index]):
+                found.append(where + "vocabulary: true chooses for what a vocabulary stage before it has rounded")
+            if stage.vocabulary and not any(each.follows_plan and each.on_vocabulary for each in after):
+                found.append(
+                    where + "it chooses for embedding and head; add {kind: vocabulary, bits: planned} right after it"
+                )
+            if not any(each.follows_plan and not each.on_vocabulary for each in after):
                 found.append(
                     where + "nothing follows its plan; add a stage such as {kind: gptq, bits: planned} after it"
                 )
-        if stage.on_vocabulary and planned:
+        if stage.on_vocabulary and planned and not stage.follows_plan:
             found.append(
                 where
                 + f"{stage.kind} changes what a mixed_precision stage before it has measured and counted; put it first"
@@ -66,17 +77,17 @@ def expected_schemes(
     explained = []
     mistakes = []
     for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
-        matrices = shape.matrices
+        matrices = shape.of(stage)
         if isinstance(stage, MixedPrecision):
             units = stage.units(shape.architecture, matrices)
             chosen: dict[str, Any] = {module: matrices[module] for unit in units for module in unit.modules}
-            packed = {module: scheme for module, scheme in schemes.items() if module in shape.vocabulary}
+            packed = {name: each for name, each in schemes.items() if name in shape.vocabulary and name not in chosen}
             sizes = Sizes.of(shape.tensors, chosen, shape.dimensions, stored_bytes, source_bytes, stage.format, packed)
-            explained.append(stage.budget.explained(sizes))
+            explained.append(stage.explained(sizes))
             try:
                 schemes.update(stage.schemes_within(sizes, units))
             except RecipeError as error:
                 mistakes.append(f"stages[{index}]: {error}")
         else:
-            schemes.update(stage.schemes(shape.of(stage)))
+            schemes.update(stage.schemes(matrices))
     return schemes, mistakes, explained

@@ -48,7 +48,9 @@ class Shape:
         return self.matrices | self.vocabulary
 
     def of(self, stage: Stage) -> dict[str, tuple[int, int]]:
-        """What a stage works on: linears, or embedding and head."""
+        """What a stage works on: linears, embedding and head, or all of them."""
+        if stage.beside_linears:
+            return self.everything
         return self.vocabulary if stage.on_vocabulary else self.matrices
 
     @cached_property

@@ -36,12 +36,12 @@ def test_more_bytes_are_less_divergence_and_mixtures_beat_uniform_schemes_of_the
 
 def test_a_second_frontier_measures_only_what_is_new(budgeted, here, monkeypatch):
     assert here("frontier", budgeted, "--bits", "4,5").code == 0
-    from compress.stages import choices
+    from compress.stages import tuning
 
     def never(*arguments, **options):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(choices, "score", never)
+    monkeypatch.setattr(tuning, "score", never)
     ended = here("frontier", budgeted, "--bits", "4,5")
     assert ended.code == 0 and "mixture" in ended.out
 

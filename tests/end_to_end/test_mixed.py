@@ -166,3 +166,72 @@ def test_too_few_windows_to_keep_some_apart_are_an_error(glass_recipe, here, tmp
     path = write_recipe(tmp_path / "r.yaml", mixed(glass_recipe, {"ratio": 0.6}, calibration=calibration))
     ended = here("run", path, "--store", tmp_path / "store")
     assert ended.code == 2 and "tuning_windows" in ended.err
+
+
+GGUF = {"runtime": "llama.cpp", "vocabulary": True, "ignore": ["*.down_proj"], "tuning_windows": 4, "probes": 3}
+FOLLOWED = [{"kind": "vocabulary", "bits": "planned"}, {"kind": "gptq", "bits": "planned"}]
+
+
+def test_embedding_and_linears_share_a_budget_of_the_files_bytes(glass_recipe, here, tmp_path):
+    first = {"kind": "mixed_precision", "budget": {"ratio": 0.45}, "proposals": 2, **GGUF}
+    gates = [{"kind": "threshold", "measure": "divergence.held-out.mean_kl", "max": 0.5}]
+    recipe = changed(glass_recipe, stages=[first, *FOLLOWED], gates=gates, export={"format": "gguf"})
+    path = write_recipe(tmp_path / "r.yaml", recipe)
+    planned = json.loads(here("plan", path, "--store", tmp_path / "store", "--json").out)
+    ended = here("run", path, "--store", tmp_path / "store", "--json")
+    assert ended.code == 0, ended.err
+    report = json.loads(ended.out)
+    facts = next(stage for stage in report["stages"] if stage["kind"] == "mixed_precision")["facts"]
+    source, made = (report["measurements"][which]["weight_bytes"] for which in ("source", "compressed"))
+    assert made <= 0.45 * source and planned["stored_bytes"] <= 0.45 * source
+    assert made == facts["linear_bytes"] + facts["other_bytes"]
+    (outside,) = [unit for unit in facts["units"] if unit["block"] is None]
+    page = next((tmp_path / "store").rglob("report.html")).read_text(encoding="utf-8")
+    assert "linears and vocabulary take" in page and outside["kind"] in page
+
+
+def test_the_smallest_that_the_gates_would_pass_is_found_without_their_text(glass_recipe, here, tmp_path):
+    stages = [{"kind": "mixed_precision", "stop": "first_pass", **CANDIDATES}, {"kind": "gptq", "bits": "planned"}]
+    made = {}
+    for bound in (0.01, 0.04):
+        gates = [{"kind": "threshold", "measure": "divergence.held-out.mean_kl", "max": bound}]
+        path = write_recipe(tmp_path / f"{bound}.yaml", changed(glass_recipe, stages=stages, gates=gates))
+        ended = here("run", path, "--store", tmp_path / "store", "--json")
+        assert ended.code == 0, ended.err
+        report = json.loads(ended.out)
+        facts = next(stage for stage in report["stages"] if stage["kind"] == "mixed_precision")["facts"]
+        assert facts["bounds"] == f"a mean KL of {bound:g}" and facts["kl"] <= 0.8 * bound
+        made[bound] = report["measurements"]["compressed"]["weight_bytes"]
+    assert made[0.04] < 0.95 * made[0.01]
+    stored = sorted((tmp_path / "store").rglob("recipe.yaml"))[-1].read_text(encoding="utf-8")
+    assert "max_kl: 0.04" in stored and "share_of_bounds: 0.8" in stored
+
+
+FIRST = {"kind": "mixed_precision", "stop": "first_pass", **CANDIDATES}
+CHOSEN = {"kind": "mixed_precision", "budget": {"ratio": 0.5}, **GGUF}
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "said"),
+    [
+        ([FIRST, FOLLOWED[1]], {"gates": [{"kind": "size", "max_ratio": 0.9}]}, "none bounds a mean KL"),
+        (
+            [FIRST, FOLLOWED[1]],
+            {"gates": [{"kind": "relative", "measure": "weight_bytes", "max_ratio": 1}]},
+            "none bounds",
+        ),
+        ([CHOSEN, FOLLOWED[1]], {"export": {"format": "gguf"}}, "add {kind: vocabulary, bits: planned} right after it"),
+        ([CHOSEN, *FOLLOWED[::-1]], {"export": {"format": "gguf"}}, "put it right after mixed_precision"),
+        ([FIRST, *FOLLOWED], {}, "chooses for linears; give it vocabulary: true"),
+        ([{**FIRST, "vocabulary": True}, *FOLLOWED], {}, "compressed-tensors holds model.embed_tokens in 16 bits only"),
+        ([{"kind": "vocabulary", "group_size": 32}, CHOSEN, *FOLLOWED], {"export": {"format": "gguf"}}, "has rounded"),
+        ([FOLLOWED[0]], {}, "follows a mixed_precision stage, and none comes before it"),
+        ([{**FOLLOWED[0], "group_size": 32}], {}, "leaves group_size to the mixed_precision stage"),
+    ],
+)
+def test_choices_for_a_vocabulary_and_bounds_are_checked_before_work_starts(
+    stages, changes, said, glass_recipe, here, tmp_path
+):
+    path = write_recipe(tmp_path / "r.yaml", changed(glass_recipe, stages=stages, **changes))
+    ended = here("plan", path, "--store", tmp_path / "store")
+    assert ended.code == 2 and said in ended.err.replace("\n", " "), ended.err

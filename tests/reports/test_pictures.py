@@ -123,7 +123,7 @@ def test_numbers_on_shades_links_and_labels_can_be_read(theme: int) -> None:
     }
     bits = [int(share) for share in re.findall(r"\(\d+, (\d+)\)", re.search(r"in \[(\(2.*?)\] %", style)[1])]  # type: ignore[index]
     errors = [int(share) for share in re.search(r"for share in \[([\d, ]+)\]", style)[1].split(", ")]  # type: ignore[index]
-    assert len(bits) == 6 and len(errors) == 5
+    assert len(bits) == 7 and len(errors) == 5
     for name, shares in (("solved", bits), ("heat", errors)):
         for share in shares:
             assert contrast(colours["ink"], mixed(colours[name], colours["panel"], share)) >= 4.5, (name, share)

@@ -98,7 +98,8 @@ def test_for_llama_cpp_groups_are_32_columns_unless_others_are_given():
     wide = Sensitivity(runtime="llama.cpp", group_size=64)
     assert {scheme.group_size for scheme in wide.options("a.b")} == {64}
     (said,) = {
-        each.partition("; ")[2] for each in wide.check({"b.0.x": (8, 352)}, architecture_of({"model_type": "llama"}))
+        each.partition("; ")[2]
+        for each in wide.check({"model.layers.0.x": (8, 352)}, architecture_of({"model_type": "llama"}))
     }
     assert said == "use group_size 32, 352 or channel for x (overrides), or ignore it"
 
@@ -299,3 +300,194 @@ def test_a_mixed_config_is_matched_by_compressed_tensors_and_under_fused_names(s
     assert not any(
         is_match("lm_head", linear, g["targets"], config["ignore"]) for g in config["config_groups"].values()
     )
+
+
+# --- embedding and head, 16 bits, integer inputs ---------------------------------------------------------------------
+
+TIED = {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+UNTIED = {**TIED, "tie_word_embeddings": False}
+
+
+def chosen_with_vocabulary(folder, sizes, budget, **fields):
+    """A model of those sizes through sensitivity, the choice, and what follows it. Returns the last and the outcome."""
+    random_model("llama", folder / "model", torch.float16, **sizes)
+    more = {"origin": folder / "model", "windows": WINDOWS}
+    given = {"tuning_windows": 4, "vocabulary": True, **fields}
+    solved, _ = apply_stage(Sensitivity(**given), folder / "model", folder / "solved", **more)
+    stage = MixedPrecision(**given, budget=budget, probes=2, proposals=2)
+    _, outcome = apply_stage(stage, folder / "solved", folder / "plan", **more)
+    apply_stage(Vocabulary(bits="planned"), folder / "plan", folder / "rounded", **more)
+    done, _ = apply_stage(Gptq(bits="planned"), folder / "rounded", folder / "done", **more)
+    return solved, done, outcome
+
+
+@pytest.mark.parametrize("share", [0.3, 0.35, 0.6])
+def test_a_tied_embedding_is_chosen_for_beside_linears_and_the_file_keeps_the_budget(tmp_path, share):
+    budget = {"ratio": share}
+    _, done, outcome = chosen_with_vocabulary(tmp_path, TIED, budget, runtime="llama.cpp")
+    written = export(done, tmp_path / "export", "gguf", torch.float16, 10**9)
+
+    source = Checkpoint(tmp_path / "model").weight_bytes
+    assert written.bytes <= share * source
+    assert written.bytes == outcome.facts["linear_bytes"] + outcome.facts["other_bytes"]
+    (unit,) = [each for each in outcome.facts["units"] if each["block"] is None]
+    assert unit["kind"] == "embed_tokens" and outcome.facts["fit"]["factors"]["embed_tokens"] == 1
+    plan = Checkpoint(tmp_path / "plan").precision_plan
+    assert done.schemes == plan
+    assert (unit["bits"] == 16) == ("model.embed_tokens" not in plan)
+    if share == 0.3:
+        assert unit["bits"] < 16, "in 16 bits it leaves too little for linears"
+
+
+def test_what_rounding_an_embedding_costs_is_measured_and_is_what_the_stage_for_it_does(tmp_path):
+    solved, _, _ = chosen_with_vocabulary(tmp_path, TIED, {"ratio": 0.4}, runtime="llama.cpp")
+    rows = candidates_in(solved.folder, 2)["model.embed_tokens"]
+    kinds = [each["scheme"] and Scheme.from_json(each["scheme"]) for each in rows]
+    assert kinds[-1] is None and rows[-1]["cost"] == 0
+    _, tuning = WINDOWS.apart(4)
+    before = our_logits(tmp_path / "model", tuning).log_softmax(-1)
+    for number, (scheme, row) in enumerate(zip(kinds[:-1], rows, strict=False)):
+        stage = Vocabulary(bits=scheme.bits, symmetric=scheme.symmetric, group_size=32)
+        alone, _ = apply_stage(stage, tmp_path / "model", tmp_path / f"alone{number}")
+        after = our_logits(alone.folder, tuning).log_softmax(-1)
+        # The last token of a window predicts nothing.
+        divergence = float((before.exp() * (before - after)).sum(-1)[:, :-1].mean())
+        assert row["cost"] == pytest.approx(divergence, rel=1e-3)
+
+
+def test_of_an_untied_pair_vllm_reads_a_quantised_head(tmp_path):
+    _, done, outcome = chosen_with_vocabulary(tmp_path, UNTIED, {"ratio": 0.45}, candidates=(4, 8), group_size=32)
+    written = export(done, tmp_path / "export", "compressed-tensors", torch.float16, 10**9)
+    assert [each["name"] for each in outcome.facts["units"] if each["block"] is None] == ["lm_head"]
+    assert "model.embed_tokens" not in done.schemes
+    assert written.bytes == outcome.facts["linear_bytes"] + outcome.facts["other_bytes"]
+    assert written.bytes <= 0.45 * Checkpoint(tmp_path / "model").weight_bytes
+
+
+@pytest.mark.parametrize(("sizes", "fields", "said"), [(TIED, {}, "holds model.embed_tokens in 16 bits only")])
+def test_where_the_runtime_reads_no_quantised_vocabulary_none_is_chosen_for(tmp_path, sizes, fields, said):
+    from compress.steps.shapes import Shape
+
+    checkpoint = random_model("llama", tmp_path / "model", torch.float16, **sizes) or Checkpoint(tmp_path / "model")
+    shape = Shape(Checkpoint(tmp_path / "model").config)
+    (mistake,) = Sensitivity(candidates=(4, 8), group_size=32, vocabulary=True, **fields).check(
+        shape.everything, shape.architecture
+    )
+    assert said in mistake and checkpoint
+
+
+def test_linears_may_stay_in_16_bits(model, tmp_path):
+    fields = {**FIELDS, "candidates": (4, 16)}
+    apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
+    for rows in candidates_in(tmp_path / "solved", 2).values():
+        assert rows[1]["scheme"] is None and rows[1]["cost"] == 0 and rows[1]["bytes"] > rows[0]["bytes"]
+    stage = MixedPrecision(**fields, budget={"effective_bits": 9}, probes=2, proposals=2)
+    planned, outcome = apply_stage(stage, tmp_path / "solved", tmp_path / "plan", WINDOWS, origin=model)
+    done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "done", WINDOWS, origin=model)
+    assert 0 < len(planned.precision_plan) < 14 and done.schemes == planned.precision_plan
+    kept = {unit["scheme"] for unit in outcome.facts["units"]}
+    assert kept == {"int4 symmetric group 32", "16 bits"} and outcome.facts["effective_bits"] <= 9
+    source = Checkpoint(model)
+    untouched = [name for name in source.names if name.endswith("proj.weight") and name[:-7] not in done.schemes]
+    assert untouched and all(torch.equal(done.read(name), source.read(name)) for name in untouched)
+
+
+def test_integer_inputs_are_a_candidate_and_cost_more_than_the_same_weights_alone(model, tmp_path):
+    eight = {"bits": 8, "group_size": "channel"}
+    fields = {**FIELDS, "candidates": (4, eight, {"bits": 8, "inputs": "int8"})}
+    apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
+    found = candidates_in(tmp_path / "solved", 2)
+    assert all(rows[2]["cost"] > rows[1]["cost"] for rows in found.values())
+    schemes = {module: [Scheme.from_json(each["scheme"]) for each in rows] for module, rows in found.items()}
+    assert {rows[2].inputs for rows in schemes.values()} == {8}
+    text = random_windows(count=64, seed=5)
+    before = our_logits(model, text).log_softmax(-1)
+    whole = [
+        float(
+            (
+                before.exp()
+                * (
+                    before
+                    - _logits(Assigned(tmp_path / "solved", schemes, dict.fromkeys(found, k)), text).log_softmax(-1)
+                )
+            )
+            .sum(-1)
+            .mean()
+        )
+        for k in (1, 2)
+    ]
+    predicted = [sum(rows[k]["cost"] for rows in found.values()) for k in (1, 2)]
+    assert whole[1] > 1.5 * whole[0] and predicted[1] > 1.5 * predicted[0]
+    assert 0.4 < whole[1] / predicted[1] < 2.5
+
+
+def test_a_plan_with_integer_inputs_is_followed(model, tmp_path):
+    fields = {**FIELDS, "candidates": (4, {"bits": 8, "inputs": "int8"})}
+    apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
+    stage = MixedPrecision(**fields, budget={"effective_bits": 6.5}, probes=2, proposals=2)
+    planned, _ = apply_stage(stage, tmp_path / "solved", tmp_path / "plan", WINDOWS, origin=model)
+    done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "done", WINDOWS, origin=model)
+    assert {scheme.inputs for scheme in planned.precision_plan.values()} == {None, 8}
+    assert done.schemes == planned.precision_plan
+
+
+@pytest.mark.parametrize(
+    ("candidate", "said"),
+    [
+        ({"bits": 16, "group_size": 32}, "leaves a linear as it is"),
+        ({"bits": 7}, "Input should be 2, 3, 4, 5, 6, 8 or 16"),
+    ],
+)
+def test_candidates_that_mean_nothing_are_refused(candidate, said):
+    with pytest.raises(ValueError, match=said):
+        Sensitivity(candidates=(4, candidate))
+
+
+def test_integer_inputs_go_with_a_scale_a_row(model):
+    checkpoint = Checkpoint(model)
+    shapes = Skeleton(checkpoint.config, CPU, torch.float32).linear_shapes()
+    stage = Sensitivity(candidates=(4, {"bits": 8, "inputs": "int8", "group_size": 32}), group_size=32)
+    assert any("int8 inputs go with bits: 8" in each for each in stage.check(shapes, checkpoint.architecture))
+
+
+# --- the smallest within bounds --------------------------------------------------------------------------------------
+
+
+def first_pass(solved, folder, model, **fields):
+    return choose(solved, folder, model, stop="first_pass", **{"probes": 4, "proposals": 3, **fields})
+
+
+@pytest.mark.parametrize("max_kl", [1e-3, 1e-2, 4e-2])
+def test_the_smallest_within_a_bound_is_within_it_and_smaller_than_any_uniform_one(solved, model, tmp_path, max_kl):
+    _, outcome = first_pass(solved, tmp_path / "out", model, bounds={"max_kl": max_kl}, share_of_bounds=1)
+    facts = outcome.facts
+    assert facts["kl"] <= max_kl
+    within = [each["bytes"] for each in facts["uniform"] if each["kl"] <= max_kl]
+    assert all(facts["linear_bytes"] <= size for size in within)
+    smaller, looser = first_pass(solved, tmp_path / "looser", model, bounds={"max_kl": 3 * max_kl}, share_of_bounds=1)
+    assert looser.facts["linear_bytes"] < facts["linear_bytes"] and smaller.precision_plan
+
+
+def test_only_a_share_of_the_bounds_is_used(solved, model, tmp_path):
+    _, outcome = first_pass(solved, tmp_path / "out", model, bounds={"max_kl": 2e-2}, share_of_bounds=0.5)
+    assert outcome.facts["kl"] <= 1e-2
+    _, outcome = first_pass(solved, tmp_path / "p", model, bounds={"max_perplexity_ratio": 1.02}, share_of_bounds=0.5)
+    assert outcome.facts["perplexity_ratio"] <= 1.01
+
+
+def test_a_budget_is_the_most_that_the_smallest_may_be(solved, model, tmp_path):
+    with pytest.raises(RecipeError, match=r"nothing measured stays within 0\.8 of a mean KL"):
+        first_pass(solved, tmp_path / "out", model, bounds={"max_kl": 1e-7}, budget={"effective_bits": 4})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "give a budget, or stop: first_pass"),
+        ({"budget": {"ratio": 0.5}, "bounds": {"max_kl": 1}}, "bounds belong to stop: first_pass"),
+        ({"stop": "first_pass", "bounds": {}}, "bound nothing"),
+    ],
+)
+def test_a_choice_needs_something_to_stop_at(fields, said):
+    with pytest.raises(ValueError, match=said):
+        MixedPrecision(**fields)

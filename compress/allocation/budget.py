@@ -133,12 +133,13 @@ class Budget(BaseModel):
             return whole / sizes.source_bytes
         return float(whole + sum(self.taken(sizes).values()))
 
-    def explained(self, sizes: Sizes) -> str:
-        """What of the budget goes where: 'serving_bytes 6,000,000,000, in bytes: kv cache ..., linears at most ...'."""
+    def explained(self, sizes: Sizes, what: str = "linears") -> str:
+        """What of the budget goes where: 'serving_bytes 6,000,000,000, in bytes: kv cache ..., linears at most ...'.
+        `what`: what is chosen for."""
         parts = [f"{name.replace('_', ' ')} {size:,}" for name, size in self.taken(sizes).items()]
         if self.effective_bits is None:
             parts.append(f"tensors that stay as they are {sizes.other_bytes:,}")
-        parts.append(f"linears at most {self.linear_bytes(sizes):,}")
+        parts.append(f"{what} at most {self.linear_bytes(sizes):,}")
         amount = f"{self.amount:,.0f}" if self.kind.endswith("bytes") else f"{self.amount:g}"
         return f"{self.kind} {amount}, in bytes: {', '.join(parts)}"
 

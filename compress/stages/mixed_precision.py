@@ -133,14 +133,17 @@ class MixedPrecision(CandidateStage):
             assert self.budget is not None, "without a budget everything fits"
             raise RecipeError(self._infeasible(self.budget, error.smallest, sizes)) from None
 
+    @property
+    def _what(self) -> str:
+        return "linears and vocabulary" if self.vocabulary else "linears"
+
     def _infeasible(self, budget: Budget, smallest: int, sizes: Sizes) -> str:
-        what = "linears and vocabulary take" if self.vocabulary else "linears take"
         taken = [f"{name.replace('_', ' ')} {size:,}" for name, size in budget.taken(sizes).items()]
         if budget.effective_bits is None:
             taken.append(f"tensors that are not quantised {sizes.other_bytes:,}")
         beside = f" Beside them: {', '.join(taken)} bytes." if taken else ""
         return (
-            f"mixed_precision: budget {budget.words(budget.amount)}: {what} {smallest:,} bytes at the smallest "
+            f"mixed_precision: budget {budget.words(budget.amount)}: {self._what} take {smallest:,} bytes at the smallest "
             f"candidates.{beside} The smallest feasible budget is {budget.words(budget.amount_for(smallest, sizes))}; "
             "or give candidates with fewer bits."
         )
@@ -149,10 +152,10 @@ class MixedPrecision(CandidateStage):
         """What a run will go by, for `plan`."""
         if self.stop == "budget":
             assert self.budget is not None
-            return self.budget.explained(sizes)
+            return self.budget.explained(sizes, self._what)
         bounds = self.bounds.words if self.bounds else "what the gates allow"
         said = f"first_pass: the smallest mixture within {self.share_of_bounds:g} of {bounds} on tuning windows"
-        most = f"; at most {self.budget.explained(sizes)}" if self.budget else ""
+        most = f"; at most {self.budget.explained(sizes, self._what)}" if self.budget else ""
         return f"{said}; bytes are predicted for the largest{most}"
 
     def _bytes(self, unit: Unit, schemes: list[Option], sizes: Sizes) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compress.steps import costs
 from tests.artifacts.conftest import overwrite
 from tests.helpers import run_cli
 
@@ -171,13 +172,14 @@ def test_gc_removes_cached_stages_and_says_how_much(here, recipe, tmp_path, monk
     assert (tmp_path / "store" / "glass-int4" / "v0001" / "manifest.json").is_file()
 
 
-def test_low_memory_is_predicted_to_take_less_memory_and_more_time(recipe, cli, glass_recipe, tmp_path):
-    """4096 windows of 128 tokens: what is held inside a block is hundreds of MiB."""
+def test_low_memory_is_predicted_to_take_less_memory_and_more_time(recipe, here, glass_recipe, tmp_path, monkeypatch):
+    """4096 windows of 128 tokens: what is held inside a block is hundreds of MiB. As one machine of constant speed."""
+    monkeypatch.setattr(costs, "_multiplication_rate", lambda machine: 1e11)
     found = {}
     for low in (False, True):
         stage = {**glass_recipe["stages"][0], "low_memory": low}
         path = recipe(stages=[stage], calibration={**glass_recipe["calibration"], "windows": 4096})
-        ended = cli("plan", path, "--store", tmp_path / "store", "--json")
+        ended = here("plan", path, "--store", tmp_path / "store", "--json")
         assert ended.code == 0, ended.err
         found[low] = json.loads(ended.out)
 

@@ -142,10 +142,11 @@ class MixedPrecision(CandidateStage):
         if budget.effective_bits is None:
             taken.append(f"tensors that are not quantised {sizes.other_bytes:,}")
         beside = f" Beside them: {', '.join(taken)} bytes." if taken else ""
+        feasible = budget.words(budget.amount_for(smallest, sizes))
         return (
-            f"mixed_precision: budget {budget.words(budget.amount)}: {self._what} take {smallest:,} bytes at the smallest "
-            f"candidates.{beside} The smallest feasible budget is {budget.words(budget.amount_for(smallest, sizes))}; "
-            "or give candidates with fewer bits."
+            f"mixed_precision: budget {budget.words(budget.amount)}: {self._what} take {smallest:,} bytes at the "
+            f"smallest candidates.{beside} The smallest feasible budget is {feasible}; or give candidates with fewer "
+            "bits."
         )
 
     def explained(self, sizes: Sizes) -> str:

@@ -29,6 +29,11 @@ def has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
+def has_units_for_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 faster than float32, by AMX or AVX-512."""
+    return has_amx() or bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def multiplying_in(products: torch.dtype, skeleton: Skeleton) -> AbstractContextManager[object]:
     """Linears inside multiply in `products`; nothing changes where they do already."""
     if products == skeleton.dtype or products != torch.bfloat16:

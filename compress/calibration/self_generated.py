@@ -1,16 +1,19 @@
-"""Calibration text sampled from the model itself, for when no data may be used.
+"""Calibration text sampled from the model itself: for when no data may be used, and beside text that is too uniform.
 
-Each window starts from the start token (or, where a model has none, from a random common token), and is sampled with
+Each document starts from the start token (or, where a model has none, from a random common token), and is sampled with
 the model's own probabilities; that is the data the model was made to predict (see LLM-QAT, arXiv 2305.17888). The
-whole model is loaded for this, so it needs the memory of the model.
+whole model is loaded for this, so it needs the memory of the model. On CPUs with units for it the model computes in
+bfloat16: which likely text is drawn does not matter.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.texts import Descriptor, SelfGenerated
 from compress.calibration.windows import Windows, WindowSpec, assemble
 from compress.checkpoints.reader import Checkpoint
@@ -25,18 +28,27 @@ def sample_windows(
 
     assert isinstance(spec.data, SelfGenerated) or spec.data == "self-generated"
     source = spec.data if isinstance(spec.data, SelfGenerated) else SelfGenerated()
-    dtype = torch.float32 if device.type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=_dtype(device)).to(device).eval()
     generator = torch.Generator(device=device).manual_seed(seed)
+    length = min(source.document_tokens or spec.window_tokens, spec.window_tokens)
+    each = math.ceil(spec.window_tokens / length)
+    at_once = source.batch_windows * each
     rows = []
-    starts = range(0, spec.windows, source.batch_windows)
-    with progress.task("calibration text from the model", spec.window_tokens * len(starts)) as advance:
+    starts = range(0, spec.windows * each, at_once)
+    with progress.task("calibration text from the model", length * len(starts)) as advance:
         for start in starts:
-            count = min(source.batch_windows, spec.windows - start)
+            count = min(at_once, spec.windows * each - start)
             first = _first_tokens(count, tokenizer, model.config.vocab_size, generator, device)
-            rows.append(_sample(model, first, spec.window_tokens, source.temperature, generator, advance))
+            rows.append(_sample(model, first, length, source.temperature, generator, advance))
     descriptor = Descriptor(name="self-generated", source=source, licence="that of the model")
-    return assemble(torch.cat(rows).cpu(), None, spec, descriptor, {"documents": spec.windows}, "calibration")
+    ids = torch.cat(rows).cpu().view(spec.windows, each * length)[:, : spec.window_tokens].contiguous()
+    return assemble(ids, None, spec, descriptor, {"documents": spec.windows * each}, "calibration")
+
+
+def _dtype(device: torch.device) -> torch.dtype | str:
+    if device.type != "cpu":
+        return "auto"
+    return torch.bfloat16 if has_units_for_bfloat16() else torch.float32
 
 
 def _first_tokens(
@@ -59,7 +71,15 @@ def _sample(
     step = ids
     while ids.shape[1] < length:
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        step = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+        step = _drawn(logits / temperature, generator)
         ids = torch.cat([ids, step], dim=1)
         advance("")
     return ids
+
+
+def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A token (rows, 1) for each row of logits (rows, vocabulary), by its probability: where a number drawn evenly
+    falls into the sums. `torch.multinomial` draws a number for every token of the vocabulary."""
+    sums = torch.softmax(logits, -1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * sums[:, -1:]
+    return torch.searchsorted(sums, drawn, right=True).clamp_max_(logits.shape[-1] - 1)

@@ -71,11 +71,14 @@ class PythonDocstrings(_Source):
 
 
 class SelfGenerated(_Source):
-    """Text sampled from the source model, each window from the start token on."""
+    """Text sampled from the source model, each document from the start token on."""
 
     kind: Literal["self-generated"] = "self-generated"
     temperature: float = Field(default=1.0, gt=0)
     batch_windows: int = Field(default=16, gt=0, description="windows sampled together")
+    document_tokens: int | None = Field(
+        default=None, ge=8, description="tokens of a document, of which a window holds as many as fit; a window's"
+    )
 
 
 TextSource = Annotated[

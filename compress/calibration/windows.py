@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from compress.calibration.texts import (
@@ -57,6 +57,46 @@ class WindowSpec(BaseModel):
         return Descriptor(name=self.data.name or self.data.kind, licence=self.data.licence, source=self.data), base
 
 
+class CalibrationSpec(WindowSpec):
+    """The text that calibrated stages read, and text of the source's own beside it."""
+
+    self_generated_windows: int = Field(
+        default=0,
+        ge=0,
+        description="windows sampled from the source model beside those of the text: what the model knows of other "
+        "kinds of text, so that it is not fitted to one (docs/benchmarks/ablation.md)",
+    )
+
+    @model_validator(mode="after")
+    def _not_twice(self) -> CalibrationSpec:
+        sampled = self.data == "self-generated" or isinstance(self.data, SelfGenerated)
+        if sampled and self.self_generated_windows:
+            raise ValueError("self_generated_windows are beside a text; with data: self-generated take more windows")
+        return self
+
+    @property
+    def all_windows(self) -> int:
+        return self.windows + self.self_generated_windows
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows, if the text is long enough."""
+        return self.all_windows * self.window_tokens
+
+    @property
+    def of_text(self) -> CalibrationSpec:
+        """Without the windows that are sampled."""
+        return self.model_copy(update={"self_generated_windows": 0})
+
+    @property
+    def of_model(self) -> WindowSpec:
+        """The windows that are sampled beside the text."""
+        data = SelfGenerated(document_tokens=DOCUMENT_TOKENS)
+        return WindowSpec(data=data, windows=self.self_generated_windows, window_tokens=self.window_tokens)
+
+
+DOCUMENT_TOKENS = 128
+"""Of texts that are sampled beside another: short ones are sampled several times as fast, and more of them differ."""
 CHARACTERS_PER_TOKEN = 6
 """More than any common tokenizer packs into a token on average."""
 
@@ -131,6 +171,21 @@ class Windows:
         masks = [windows.mask for windows in (self, *pieces)]
         mask = None if self.mask is None else torch.cat([mask for mask in masks if mask is not None])
         return replace(Windows(ids, mask, self.ledger).part(0, len(ids)), events=self.events)
+
+    def mixed_with(self, other: Windows, seed: int) -> Windows:
+        """These and windows of another text, shuffled, so that any part of them holds both. The ledger tells of both
+        texts; its own numbers are those of all."""
+        ids = torch.cat([self.ids, other.ids])
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            masks = [torch.ones_like(each.ids) if each.mask is None else each.mask for each in (self, other)]
+            mask = torch.cat(masks)
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+        whole = Windows(ids[order], None if mask is None else mask[order], self.ledger).part(0, len(ids))
+        names = f"{self.ledger['name']} + {other.ledger['name']}"
+        asked = {key: self.ledger[key] + other.ledger[key] for key in ("windows_requested", "tokens_requested")}
+        parts = {"texts": [self.ledger, other.ledger]}
+        return replace(whole, ledger={**whole.ledger, **asked, "name": names, **parts}, events=self.events)
 
     def batches(self, tokens_at_once: int, at_least: int = 1) -> list[Batch]:
         """Cut into batches of about `tokens_at_once` tokens, or smaller ones to have `at_least` so many."""

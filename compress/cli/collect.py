@@ -29,7 +29,7 @@ def gc(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """Remove cached stages and baselines. Artifacts and converted source models are left alone.
+    """Remove cached stages, baselines and sampled texts. Artifacts and converted source models are left alone.
 
     With --artifacts, versions of the store go instead. What a channel holds or would go back to, what was waived, and
     what a kept version was made from stays. Every removal is a line of the history.
@@ -83,7 +83,7 @@ def _gc_cache(dry_run: bool, json: bool) -> int:
     from compress.checkpoints.sources import cache_folder
 
     removed: list[dict[str, Any]] = []
-    for area in ("stages", "baselines", "frontiers", "listings"):
+    for area in ("stages", "baselines", "frontiers", "listings", "texts"):
         folder = cache_folder() / area
         for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
             if entry.suffix == ".lock":

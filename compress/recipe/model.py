@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from compress.calibration.windows import WindowSpec
+from compress.calibration.windows import CalibrationSpec
 from compress.checkpoints.formats import FormatName
 from compress.checkpoints.sources import ModelSpec
 from compress.evaluation.latency.spec import Latency
@@ -61,7 +61,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="name of the artifact in the store")
     seed: int = Field(default=0, ge=0, description="orders calibration text and seeds every draw")
     model: ModelSpec
-    calibration: WindowSpec | None = Field(default=None, description="text that calibrated stages read")
+    calibration: CalibrationSpec | None = Field(default=None, description="text that calibrated stages read")
     stages: tuple[AnyStage, ...] = Field(min_length=1, description="applied in order")
     export: Export = Export()
     evaluation: tuple[AnyEvaluation, ...] = Field(min_length=1, description="what is measured, on which text or task")

@@ -28,7 +28,7 @@ from compress.architecture import Architecture
 from compress.calibration.products import Products, chosen
 from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import HELD_OUT, Windows, WindowSpec
+from compress.calibration.windows import DOCUMENT_TOKENS, HELD_OUT, Windows, WindowSpec
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import ResourceError
 from compress.events import Event
@@ -252,7 +252,7 @@ class _Run:
         # A seed of its own: the calibration text may have been sampled from the same model with the recipe's.
         seed = int(digest_of_json([self.context.seed, self.windows.digest])[:12], 16)
         count, width = self.stage.self_generated_windows, int(self.windows.ids.shape[1])
-        spec = WindowSpec(data=SelfGenerated(), windows=count, window_tokens=width)
+        spec = WindowSpec(data=SelfGenerated(document_tokens=DOCUMENT_TOKENS), windows=count, window_tokens=width)
         origin = self.context.origin
         tokenizer = AutoTokenizer.from_pretrained(origin.folder)
         return sample_windows(spec, origin, tokenizer, seed, self.context.device, self.context.progress)

@@ -13,7 +13,7 @@ import torch
 from compress.artifacts import manifest
 from compress.artifacts.store import Store
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import WindowSpec, build_windows
+from compress.calibration.windows import CalibrationSpec, build_windows
 from compress.checkpoints.export import stored_dtype
 from compress.checkpoints.foreign import readable_as, write_dense
 from compress.checkpoints.formats import FORMATS
@@ -68,8 +68,8 @@ class Candidate:
     version: str = ""
     recorded: dict[str, int] | None = None
     """Events of its making by kind, where it brings a report that tells; empty where they are among a run's own."""
-    calibration: WindowSpec | None = None
-    """What it was calibrated on, where that is known."""
+    calibration: CalibrationSpec | None = None
+    """What it was calibrated on, where that is known; without what was sampled from the model."""
     calibration_digest: str | None = None
     """Of the windows it was calibrated on, as its manifest recorded it."""
     loader_lacks: tuple[str, ...] = ()
@@ -189,6 +189,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
     recorded, calibration, unknown = _making(found.artifact)
     if unknown:
         events.append(Event("calibration_unknown", found.text, unknown))
+    sampled = calibration is not None and calibration.self_generated_windows > 0
     published = manifest.read(found.artifact) if found.artifact else None
     lacks = () if is_gguf else _lacks(files)
     return Candidate(
@@ -204,8 +205,8 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
         name=published.name if published else source.folder.name if not is_gguf else Path(found.text).name,
         version=published.version if published else "",
         recorded=recorded,
-        calibration=calibration,
-        calibration_digest=published.lineage.get("calibration") if published else None,
+        calibration=calibration and calibration.of_text,
+        calibration_digest=published.lineage.get("calibration") if published and not sampled else None,
         events=tuple(events),
     )
 
@@ -221,7 +222,7 @@ def _measured(files: Checkpoint, found: Found, progress: Progress) -> tuple[Chec
     return Checkpoint(folder), [Event("read_through_loader", found.text, message)]
 
 
-def _making(artifact: Path | None) -> tuple[dict[str, int] | None, WindowSpec | None, str]:
+def _making(artifact: Path | None) -> tuple[dict[str, int] | None, CalibrationSpec | None, str]:
     """Events of its making, its calibration text, and why overlap with that cannot be checked, if it cannot."""
     if artifact is None:
         return None, None, "the model brings no record of its making, so nobody knows what it was calibrated on"
@@ -232,6 +233,8 @@ def _making(artifact: Path | None) -> tuple[dict[str, int] | None, WindowSpec | 
         return recorded, None, f"its calibration text is not here ({str(error).splitlines()[0]})"
     if calibration and isinstance(calibration.descriptor(Path.cwd())[0].source, SelfGenerated):
         return recorded, None, "its calibration text was sampled from the model, and was not sampled again"
+    if calibration and calibration.self_generated_windows:
+        return recorded, calibration, "what of its calibration text was sampled from the model was not sampled again"
     return recorded, calibration, ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.architecture import Architecture, Dimensions
+from compress.calibration.windows import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText
@@ -37,7 +38,7 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
             schemes |= stage.schemes(shape.of(stage))
         found += format_mistakes(recipe, shapes.last, schemes)
     if dimensions.max_context:
-        texts = [("calibration", recipe.calibration)] if recipe.calibration else []
+        texts: list[tuple[str, WindowSpec]] = [("calibration", recipe.calibration)] if recipe.calibration else []
         texts += [
             (f"evaluation[{index}]", spec) for index, spec in enumerate(recipe.evaluation) if isinstance(spec, OnText)
         ]

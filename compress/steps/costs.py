@@ -12,6 +12,7 @@ import torch
 from compress import parallel
 from compress.architecture import Dimensions
 from compress.calibration.texts import SelfGenerated
+from compress.calibration.windows import DOCUMENT_TOKENS, CalibrationSpec
 from compress.checkpoints.skeleton import Skeleton
 from compress.evaluation.tasks.likelihood import STATES_BYTES
 from compress.evaluation.tasks.size import Size
@@ -22,7 +23,7 @@ from compress.stages.base import Training
 from compress.stages.depth import TRIED
 from compress.steps.environment import Machine, fits
 from compress.steps.shapes import Shapes
-from compress.steps.training import training_bytes, training_flops
+from compress.steps.training import sampling_flops, training_bytes, training_flops
 
 
 def walk_load(
@@ -37,7 +38,7 @@ def walk_load(
     """What decides peaks of memory: the host's, or the device's where `computes` says that activations lie there."""
     computes = machine.device.type == "cpu" if computes is None else computes
     streams = max((stage.activation_streams for stage in recipe.stages), default=0)
-    calibrated = recipe.calibration.windows * recipe.calibration.window_tokens if recipe.calibration else 0
+    calibrated = recipe.calibration.tokens if recipe.calibration else 0
     calibrated = math.ceil(calibrated / parallel.met())
     if not (computes and streams):
         calibrated = 0
@@ -70,16 +71,17 @@ def peak_bytes(
     load: predict.WalkLoad,
     trainings: list[tuple[Training, predict.TrainingLoad]],
     asked: Size,
+    dimensions: Dimensions,
     machine: Machine,
 ) -> int:
-    """The worst phase: sampling text (the whole model in float32), calibrating, training, measuring, asking, or, where
-    it fits, reloading the export publicly, beside the source to compare times."""
+    """The worst phase: sampling text (the whole model in float32 and a KV cache), calibrating, training, measuring,
+    asking, or, where it fits, reloading the export publicly, beside the source to compare times."""
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
     if asked.tokens:
         states = min(STATES_BYTES, asked.tokens * load.hidden * load.compute_bytes)
         peaks.append(predict.asking_peak_bytes(load, states, asked.positions))
     if samples_text(recipe) and machine.device.type == "cpu":
-        peaks.append(predict.INTERPRETER + load.parameters * 4)
+        peaks.append(predict.INTERPRETER + load.parameters * 4 + _sampling_bytes(recipe, dimensions))
     if machine.device.type == "cpu":
         states = load.evaluation_tokens * load.hidden * 4
         peaks += [predict.INTERPRETER + states + training_bytes(*training, machine) for training in trainings]
@@ -95,7 +97,28 @@ def samples_text(recipe: Recipe) -> bool:
     if any(stage.training and stage.training.more_windows for stage in recipe.stages):
         return True
     text = recipe.calibration
-    return text is not None and isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
+    return text is not None and (text.self_generated_windows > 0 or _is_sampled(text))
+
+
+def _sampling_bytes(recipe: Recipe, dimensions: Dimensions) -> int:
+    """The KV cache of the windows that are sampled together, twice while it grows, and probabilities."""
+    assert recipe.calibration is not None, "stages that train need a calibration text"
+    windows = SelfGenerated().batch_windows
+    cache = predict.kv_cache_bytes(dimensions, recipe.calibration.window_tokens, windows, 4)
+    documents = windows * math.ceil(recipe.calibration.window_tokens / DOCUMENT_TOKENS)
+    return 2 * cache + 3 * documents * dimensions.vocabulary * 4
+
+
+def _sampled_tokens(recipe: Recipe) -> int:
+    """Of calibration text, those that are sampled from the model before any stage runs."""
+    text = recipe.calibration
+    if text is None:
+        return 0
+    return (text.all_windows if _is_sampled(text) else text.self_generated_windows) * text.window_tokens
+
+
+def _is_sampled(text: CalibrationSpec) -> bool:
+    return isinstance(text.descriptor(Path.cwd())[0].source, SelfGenerated)
 
 
 def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> float:
@@ -110,6 +133,7 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> fl
     # Softmax and divergence over the vocabulary: about 40 slow operations a logit.
     flops += 40 * 10 * evaluated * dimensions.vocabulary
     flops += _search_flops(recipe, shapes)
+    flops += sampling_flops(_sampled_tokens(recipe), inside, dimensions)
     compared: tuple[Stage, ...] = (Gptq(),) if any(stage.compares for stage in recipe.stages) else ()
     # What is compared is measured like the artifact: half of what both models take.
     flops += 2.0 * evaluated * (inside + head) if compared else 0
@@ -117,7 +141,7 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> fl
         if stage.training and recipe.calibration:
             flops += training_flops(stage.training, recipe.calibration, inside, dimensions)
         elif stage.needs_calibration and recipe.calibration:
-            tokens = recipe.calibration.windows * recipe.calibration.window_tokens
+            tokens = recipe.calibration.tokens
             flops += 2 * tokens * inside * stage.forwards
             # H takes a little over half of a product, D and R one and a third, of the tokens they cover.
             moments = 0.6 + 1.35 * (stage.activation_streams - 1)

@@ -182,7 +182,8 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         kv_cache_bytes=predict.kv_cache_bytes(
             last.dimensions, recipe.export.context, recipe.export.concurrency, per_element
         ),
-        peak_host_bytes=peak_bytes(recipe, load, trainings, asked, machine) + (on_device.pinned if on_device else 0),
+        peak_host_bytes=peak_bytes(recipe, load, trainings, asked, dimensions, machine)
+        + (on_device.pinned if on_device else 0),
         peak_device_bytes=on_device.run if on_device else None,
         reload_bytes=predict.reload_peak_bytes(load),
         disk_bytes=disk,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.overlap import LIMIT, NGRAM, shared_fraction
-from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.windows import Windows, build_windows
 from compress.errors import RecipeError
@@ -16,6 +15,7 @@ from compress.evaluation.looks import look_sizes
 from compress.events import Event, Progress
 from compress.recipe import Recipe
 from compress.steps.environment import Machine
+from compress.steps.sampled import sampled_windows
 from compress.steps.source import OpenedSource
 
 
@@ -88,8 +88,12 @@ def read_calibration(recipe: Recipe, source: OpenedSource, machine: Machine, pro
     descriptor, _ = spec.descriptor(Path.cwd())
     if isinstance(descriptor.source, SelfGenerated):
         spec = spec.model_copy(update={"data": descriptor.source})
-        return sample_windows(spec, source.checkpoint, source.tokenizer, recipe.seed, machine.device, progress)
-    return build_windows(spec, Path.cwd(), source.tokenizer, recipe.seed, "calibration")
+        return sampled_windows(spec, source, recipe.seed, machine, progress)
+    windows = build_windows(spec, Path.cwd(), source.tokenizer, recipe.seed, "calibration")
+    if spec.self_generated_windows:
+        own = sampled_windows(spec.of_model, source, recipe.seed, machine, progress)
+        windows = windows.mixed_with(own, recipe.seed)
+    return windows
 
 
 def _overlap(calibration: Windows | None, evaluation: dict[str, Windows]) -> dict[str, float]:

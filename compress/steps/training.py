@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.architecture import Dimensions
-from compress.calibration.windows import WindowSpec
+from compress.calibration.windows import CalibrationSpec
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
@@ -78,7 +78,7 @@ def trainings_of(
         if training is not None and recipe.calibration is not None:
             window = recipe.calibration.window_tokens
             batch = max(1, training.batch_tokens // window) * window
-            kept = (recipe.calibration.windows + training.more_windows) * window
+            kept = (recipe.calibration.all_windows + training.more_windows) * window
             load = training_load(shape.skeleton, coded, training.trained, batch, kept, machine.compute)
             found.append((training, load))
     return found
@@ -91,14 +91,18 @@ def training_bytes(training: Training, load: predict.TrainingLoad, machine: Mach
     return predict.block_training_bytes(load)
 
 
-def training_flops(training: Training, text: WindowSpec, inside: int, dimensions: Dimensions) -> float:
+def training_flops(training: Training, text: CalibrationSpec, inside: int, dimensions: Dimensions) -> float:
     """Multiplications of all passes, logits of source and student, weights rebuilt in every step, text sampled."""
     sampled = training.more_windows * text.window_tokens
-    tokens = text.windows * text.window_tokens + sampled
+    tokens = text.tokens + sampled
     head = dimensions.hidden * dimensions.vocabulary
     # Logits of both models are formed once where blocks run forward, forward and backward; the softmaxes are slow.
     logits = training.forwards / 4 * tokens
     flops = 2 * training.forwards * tokens * inside + logits * (6 * head + 40 * 10 * dimensions.vocabulary)
     flops += 100 * inside * logits / training.batch_tokens
-    # A token at a time, sixteen windows together: a multiplication then waits for the weights.
-    return flops + 4 * 2 * sampled * (inside + head)
+    return flops + sampling_flops(sampled, inside, dimensions)
+
+
+def sampling_flops(tokens: int, inside: int, dimensions: Dimensions) -> float:
+    """Of sampling tokens from the model: one at a time, a few windows together, so that products wait for weights."""
+    return 2 * 2.0 * tokens * (inside + dimensions.hidden * dimensions.vocabulary)

@@ -119,6 +119,29 @@ def test_the_model_can_calibrate_on_text_of_its_own(recipe, here, tmp_path):
     assert json.loads(ended.out)["calibration"]["name"] == "self-generated"
 
 
+def test_text_of_its_own_stands_beside_another_and_is_sampled_once(recipe, here, glass_recipe, tmp_path, monkeypatch):
+    text = {**glass_recipe["calibration"], "windows": 8, "window_tokens": 64, "self_generated_windows": 4}
+    path = recipe(calibration=text)
+    ended = here("run", path, "--store", tmp_path / "store", "--json")
+    assert ended.code == 0, ended.err
+    ledger = json.loads(ended.out)["calibration"]
+    assert ledger["windows_obtained"] == 12 and ledger["name"].endswith(" + self-generated")
+    assert [each["windows_obtained"] for each in ledger["texts"]] == [8, 4]
+
+    monkeypatch.setattr("compress.steps.sampled.sample_windows", None)
+    again = here("run", path, "--store", tmp_path / "again", "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["calibration"] == ledger
+    assert json.loads(again.out)["event_counts"]["stage_reused"] == 1
+
+    judged = here("eval", tmp_path / "store" / "glass-int4" / "v0001", "--recipe", path, "--json")
+    assert judged.code == 0, judged.err
+    events = json.loads(judged.out)["events"]
+    assert [event["message"] for event in events if event["kind"] == "calibration_unknown"] == [
+        "what of its calibration text was sampled from the model was not sampled again"
+    ]
+
+
 def test_fewer_calibration_windows_than_asked_is_an_event_a_gate_can_bound(recipe, here, glass_recipe, tmp_path):
     calibration = {**glass_recipe["calibration"], "windows": 4000}
     gates = [{"kind": "events", "event": "calibration_shortfall", "max": 0}]

@@ -513,6 +513,8 @@ def test_scales_too_small_for_float16_are_an_event(tmp_path):
 
 PREPEND = {"type": "Prepend", "prepend": "\u2581"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""As in Gemma's tokenizer.json, behind REPLACE."""
 PIECES = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"\u2581": 0, "a": 1, "<0x0A>": 2}, "merges": []}}
 
 
@@ -521,6 +523,7 @@ PIECES = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"\u2581": 0,
     [
         ({"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}}, True),
         ({"normalizer": REPLACE}, False),
+        ({"normalizer": REPLACE, "pre_tokenizer": SPLIT}, False),
         ({"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first"}}, True),
         ({"pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"}}, False),
     ],
@@ -533,6 +536,19 @@ def test_a_sentencepiece_like_tokenizer_says_whether_text_begins_with_a_space(tm
     assert keys["tokenizer.ggml.token_type"] == [1, 1, 6]
 
 
+def test_added_tokens_of_spaces_are_looked_for_in_text_as_it_is_or_the_tokenizer_is_left_out(tmp_path):
+    added = [{"id": 3, "content": "\u2581\u2581", "special": False, "normalized": False}]
+    content = {**PIECES, "normalizer": REPLACE, "added_tokens": added}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert vocabulary_of(tmp_path, 4).left_out == ""
+    added[0]["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert "looks for its added tokens before it writes spaces" in vocabulary_of(tmp_path, 4).left_out
+
+
 def test_a_sentencepiece_like_tokenizer_that_changes_text_is_left_out(tmp_path):
+    for parts in ({"normalizer": PREPEND}, {"normalizer": PREPEND, "pre_tokenizer": SPLIT}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**PIECES, **parts}))
+        assert "does not prepare text" in vocabulary_of(tmp_path, 3).left_out
     (tmp_path / "tokenizer.json").write_text(json.dumps({**PIECES, "normalizer": {"type": "Lowercase"}}))
     assert "does not prepare text" in vocabulary_of(tmp_path, 3).left_out

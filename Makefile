@@ -84,6 +84,7 @@ unit: demo-model glass  ## pytest, the whole suite
 loaders: demo-model  ## what we write, loaded by GPTQModel, auto-gptq and llama.cpp (heavy: builds .loaders/)
 	$(BIN)/python scripts/loaders/run.py
 	$(BIN)/python scripts/loaders/gguf_tokenizers.py
+	$(BIN)/python scripts/loaders/gguf_architectures.py
 
 object-stores: install  ## push and pull through S3's, Google's and Azure's protocols, spoken by emulators
 	$(BIN)/python scripts/object_stores.py

@@ -1,7 +1,8 @@
 """A single .gguf file -> float32 safetensors, tokenizer and config, through transformers' own GGUF reader.
 
 `dequantize=True` matters: without it transformers 5 may keep the weights packed. Slow (tens of seconds for 135M
-parameters), so the caller keeps the result.
+parameters), so the caller keeps the result. Of our own files, those of types that transformers' reader does not know
+(`Kind.read`) are read here, by undoing what the format did.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from compress.architecture import architecture_of
+from compress.checkpoints.formats.gguf_names import KINDS, Names
 from compress.checkpoints.reader import companion_files
 from compress.errors import EnvironmentLacksError, RecipeError
 
@@ -29,13 +32,15 @@ def convert(path: Path, folder: Path, beside: Path | None = None) -> str:
         raise EnvironmentLacksError(f"reading .gguf needs transformers >= 5.17 with GgufConfig ({error}).") from error
     try:
         tensor_types = _tensor_types(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            **_own_config(beside),
-        )
+        model = _read_here(path, beside) if beside else None
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                **_own_config(beside),
+            )
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise RecipeError(f"{path}: cannot be read as a GGUF model ({error}).") from error
     if hasattr(model, "hf_quantizer"):
@@ -48,6 +53,30 @@ def convert(path: Path, folder: Path, beside: Path | None = None) -> str:
         for companion in companion_files(beside):
             shutil.copyfile(companion, folder / companion.name)
     return tensor_types
+
+
+def _read_here(path: Path, beside: Path) -> Any:
+    """The model in float32, its computed buffers left out; None of a type that transformers reads itself."""
+    from gguf import GGUFReader, dequantize
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(beside)
+    kind = KINDS.get(config.model_type)
+    if kind is None or kind.read:
+        return None
+    names, stored = Names(config), {tensor.name: tensor for tensor in GGUFReader(str(path)).tensors}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    tied = f"{architecture_of(config).head}.weight" if config.tie_word_embeddings else None
+    values = {}
+    for name in model.state_dict():
+        if name != tied:
+            tensor = stored[names.of(name)]
+            dense = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            values[name] = names.read(name, dense).contiguous()
+    model.load_state_dict(values, strict=False, assign=True)
+    model.tie_weights()
+    return model
 
 
 def _own_config(beside: Path | None) -> dict[str, Any]:

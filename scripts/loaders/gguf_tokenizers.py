@@ -53,6 +53,8 @@ def kinds() -> Iterator[tuple[str, Any]]:
     yield "pieces, a space before", _trained(prepended, None, BYTES)
     yield "pieces, none before", _trained(space, None, BYTES)
     metaspace = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="first", split=False)
+    at_spaces = pre_tokenizers.Split(" ", "merged_with_previous")
+    yield "pieces, none before, split at spaces", _trained(space, at_spaces, BYTES)
     yield "pieces by metaspace", _trained(None, metaspace, BYTES)
 
 

@@ -68,6 +68,31 @@ def test_an_export_is_a_new_version_with_the_same_measurements_that_names_its_pa
     assert json.loads(judged.out)["measurements"]["compressed"][kl] == found[kl]
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3_text", "smollm3", "phi3"])
+def test_a_gguf_of_other_architectures_is_judged_by_what_is_in_it(glass_recipe, glass, here, tmp_path, name):
+    import shutil
+
+    from tests.tiny import random_model
+
+    changes = {"smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}, "phi3": {"sliding_window": None}}
+    random_model(name, tmp_path / "model", vocab_size=1024, max_position_embeddings=128, **changes.get(name, {}))
+    for path in glass.glob("tokenizer*"):
+        shutil.copyfile(path, tmp_path / "model" / path.name)
+    model = {"path": str(tmp_path / "model"), "max_perplexity": 1e9}
+    fields = {"model": model, "gates": [{"kind": "events", "event": "scales_rounded", "max": 0}]}
+    stage = {"kind": "round_to_nearest", "bits": 4, "group_size": 32}
+
+    found = {
+        format_: run(here, glass_recipe, tmp_path / format_, [stage], format_, **fields)
+        for format_ in ("plain", "gguf")
+    }
+
+    stored = found["gguf"]["memory"]["stored"]
+    assert stored["predicted"] == stored["measured"]
+    kl = [report["measurements"]["compressed"]["divergence.held-out.mean_kl"] for report in found.values()]
+    assert kl[0] > 0.001 and kl[1] == pytest.approx(kl[0], rel=0.05)
+
+
 def test_embedding_and_head_are_quantised_where_the_format_holds_them(glass_recipe, here, tmp_path):
     plain = run(here, glass_recipe, tmp_path / "plain", [KEPT], "gguf")
     report = run(here, glass_recipe, tmp_path / "rounded", [{"kind": "vocabulary", "group_size": 32}, KEPT], "gguf")

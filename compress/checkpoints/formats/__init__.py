@@ -4,7 +4,7 @@ base                what a format is, and how a folder of safetensors is written
 compressed_tensors  packed integers, int8 inputs: the default
 gptq                AutoGPTQ's layout
 bitsandbytes        NF4, FP4, LLM.int8
-gguf                one file for llama.cpp (`gguf_names`, `gguf_tokenizer`: what it is called there)
+gguf                one file for llama.cpp (`gguf_names`, `gguf_rope`, `gguf_tokenizer`: what it is called there)
 plain               values written out
 layouts             which of them a folder has that is read
 support             what each runtime serves of them, with sources: `plan` warns by it, docs/formats.md shows it

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.checkpoints.formats.base import Format, Shapes, Written, cast
-from compress.checkpoints.formats.gguf_names import Names, metadata, rope_factors, unsupported
+from compress.checkpoints.formats.gguf_names import Names, completed, metadata, refusals, unsupported
+from compress.checkpoints.formats.gguf_rope import tensors_of
 from compress.checkpoints.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from compress.checkpoints.reader import Checkpoint, is_float, tokenizer_files
 from compress.errors import RecipeError
@@ -80,8 +81,9 @@ class Gguf(Format):
         return [f"{self.name}: {reason}"] if reason else []
 
     def refuses_config(self, config: Mapping[str, Any]) -> list[str]:
-        reason = unsupported(str(config.get("model_type")), config)
-        return [f"{self.name}: {reason}"] if reason else []
+        if unsupported(str(config.get("model_type"))):
+            return []  # `refuses` says it.
+        return [f"{self.name}: {reason}" for reason in refusals(completed(config))]
 
     def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
         return rows * columns // BLOCK * BLOCK_BYTES[str(type_of(scheme))]
@@ -90,8 +92,7 @@ class Gguf(Format):
         return math.prod(shape) * (4 if len(shape) == 1 else dtype_bytes)
 
     def added_bytes(self, config: Mapping[str, Any]) -> int:
-        factors = rope_factors(config)
-        return 0 if factors is None else 4 * factors.numel()
+        return sum(4 * factors.numel() for factors in tensors_of(completed(config)).values())
 
     def reading_bytes(self, parameters: int) -> int:
         return 4 * parameters  # transformers' reader gives float32
@@ -103,7 +104,7 @@ class Gguf(Format):
         rounded: dict[str, float] = {}
         tensors = _tensors(source, dtype, rounded)
         with atomic_path(folder / FILE) as temporary:
-            _write_file(temporary, metadata(source.config), vocabulary, tensors)
+            _write_file(temporary, metadata(completed(source.config)), vocabulary, tensors)
         config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "dtype")}
         config.pop("quantization_config", None)
         write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
@@ -151,7 +152,8 @@ class Stored:
 
 def _tensors(source: Checkpoint, dtype: torch.dtype, rounded: dict[str, float]) -> list[Stored]:
     """Every tensor; modules whose scales lose more than float16's rounding go into `rounded` when they are loaded."""
-    names = Names(source)
+    config = completed(source.config)
+    names = Names(config)
     found, done = [], set()
     for name in source.names:
         module = source.quantised_owner(name)
@@ -160,9 +162,8 @@ def _tensors(source: Checkpoint, dtype: torch.dtype, rounded: dict[str, float]) 
         elif module not in done:
             done.add(module)
             found.append(_blocks(source, names, module, rounded))
-    factors = rope_factors(source.config)
-    if factors is not None:
-        found.append(Stored("rope_freqs.weight", "F32", tuple(factors.shape), factors.numpy))
+    for name, factors in tensors_of(config).items():
+        found.append(Stored(name, "F32", tuple(factors.shape), factors.numpy))
     return found
 
 
@@ -174,7 +175,7 @@ def _dense(source: Checkpoint, names: Names, name: str, dtype: torch.dtype) -> S
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[kept]
 
     def load() -> Any:
-        value = cast(names.ordered(name, source.read(name)), kept, name).contiguous()
+        value = cast(names.written(name, source.read(name)), kept, name).contiguous()
         return value.view(torch.int16).numpy() if kept is torch.bfloat16 else value.numpy()
 
     return Stored(names.of(name), kind, tuple(shape), load)

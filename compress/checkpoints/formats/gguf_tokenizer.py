@@ -56,6 +56,8 @@ def vocabulary_of(folder: Path, size: int) -> Vocabulary:
         kind, pre, prefix = "llama", "default", _space_prefix(content)
         if prefix is None:
             return _none(folder, "llama.cpp does not prepare text as its tokenizer does before it looks for pieces")
+        if any(SPACE in token["content"] and token.get("normalized") for token in content.get("added_tokens") or []):
+            return _none(folder, f"llama.cpp looks for its added tokens before it writes spaces as {SPACE}")
     else:
         kind, pre, prefix = "gpt2", _pre_tokenizer(content.get("pre_tokenizer")), None
         if not pre:
@@ -103,15 +105,19 @@ def _space_prefix(content: dict[str, Any]) -> bool | None:
     where it does something else to text than to write spaces as \u2581."""
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    prefix = False
+    prefix = replaced = False
     for step in steps:
         if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
             prefix = True
-        elif step.get("type") != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
+        elif step.get("type") == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE:
+            replaced = True
+        else:
             return None
+    if replaced and pre.get("type") == "Split" and pre.get("pattern") == {"String": " "}:
+        pre = {}  # Gemma's: no space is left to split at.
     if pre.get("type") == "Metaspace" and pre.get("replacement", SPACE) == SPACE:
         return prefix or pre.get("prepend_scheme", "always") != "never"
-    return prefix if not pre and steps else None
+    return prefix if replaced and not pre else None
 
 
 def _tokens(content: dict[str, Any], size: int, kind: str) -> tuple[list[str], list[int]]:

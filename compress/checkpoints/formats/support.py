@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from compress.checkpoints.formats.base import Shapes
+from compress.checkpoints.formats.gguf_names import KINDS
 from compress.quantization.scheme import Scheme
 
 VLLM = "https://github.com/vllm-project/vllm/blob/v0.32.0/vllm/model_executor"
@@ -203,7 +204,7 @@ SUPPORT: tuple[Row, ...] = (
             "multiples of 32",
             "yes",
             "columns divide by 32",
-            "llama, mistral, qwen2, qwen3; 2 and 3 bits take 4, 6 take 8",
+            f"{', '.join(KINDS)}; 2 and 3 bits take 4, 6 take 8",
         ),
         LOADERS,
         lambda rows, columns: columns % 32 == 0,

@@ -73,7 +73,7 @@ PEERS = {
             "gptqmodel",
             (("gptqmodel==7.7.0",),),
             "gptqmodel_worker.py",
-            ("default", "mse", "gptaq", "mse-gptaq", "mse-foem", "batched"),
+            ("default", "mse", "gptaq", "mse-gptaq", "mse-foem", "dynamic", "batched"),
         ),
     )
 }

@@ -17,7 +17,8 @@ name: {name}
 seed: 0
 model:
   {model}
-calibration: {{data: {calibration}, windows: 128, window_tokens: 512}}
+# self_generated_windows are sampled from the model itself, which is held in memory for that; 0 leaves them out.
+calibration: {{data: {calibration}, windows: 64, window_tokens: 512, self_generated_windows: 64}}
 stages:
   - {{kind: gptq, bits: 4, group_size: {group_size}}}
 export: {{format: compressed-tensors, context: 4096, concurrency: 8}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 from compress.allocation.budget import Sizes
 from compress.allocation.fit import Fit, by_kind, fit
 from compress.allocation.solver import BudgetError, cheapest
-from compress.allocation.units import Unit
 from compress.architecture import dimensions_of
 from compress.checkpoints.candidates import Assigned, outer_records
 from compress.checkpoints.skeleton import Skeleton
@@ -77,29 +77,27 @@ class Choices:
         """Choices measured so far, kept ones included."""
         return len(self._known)
 
-    def uniform(self, number: int) -> Choice:
-        """One candidate for all linears; embedding and head, where they are chosen for, stay in 16 bits."""
-        return tuple(number if unit.block is not None else self._kept_as_it_is(unit) for unit in self.units)
-
     def uniforms(self) -> list[Choice]:
-        """What a mixture has to beat: one candidate for all linears, with embedding and head in 16 bits, and with both
-        at the candidate of theirs that costs least."""
-        found = []
-        for number in self.numbers:
-            plain = self.uniform(number)
-            rounded = tuple(
-                k if unit.block is not None else min((cost, at) for at, cost in enumerate(row) if at != k)[1]
-                for unit, k, row in zip(self.units, plain, self.costs, strict=True)
-            )
-            found += [plain, rounded]
-        return list(dict.fromkeys(found))
+        """What a mixture has to beat: one candidate for all linears, and where embedding and head are chosen for, one
+        for each of those; of these only what no other is both smaller and cheaper than."""
+        outside = [range(len(row)) for unit, row in zip(self.units, self.costs, strict=True) if unit.block is None]
+        linears = len(self.units) - len(outside)
+        found = [(number,) * linears + rest for number in self.numbers for rest in itertools.product(*outside)]
+        if not outside:
+            return found
+        leading: list[Choice] = []
+        for choice in sorted(found, key=lambda each: (self.size(each), self.predicted(each))):
+            if not leading or self.predicted(choice) < self.predicted(leading[-1]):
+                leading.append(choice)
+        return leading
+
+    def predicted(self, choice: Choice) -> float:
+        """The cost (nats a token) before anything is fitted."""
+        return float(sum(row[k] for row, k in zip(self.costs, choice, strict=True)))
 
     def is_uniform(self, choice: Choice) -> bool:
         """Whether all linears have one candidate."""
         return len({k for unit, k in zip(self.units, choice, strict=True) if unit.block is not None}) == 1
-
-    def _kept_as_it_is(self, unit: Unit) -> int:
-        return self.schemes[unit.modules[0]].index(None)
 
     def within(self, choices: Iterable[Choice], most: int) -> list[Choice]:
         """Those that take at most so many bytes."""

@@ -1,7 +1,8 @@
 """Every candidate of every linear, kept beside a model: what a mixture of schemes is put together from.
 
     candidates/block-00003.safetensors           <module>#<k>.codes, .scale and, where its scheme is asymmetric,
-                                                 .zero_point: the linear in its k-th candidate
+                                                 .zero_point: the linear in its k-th candidate. Codes of up to 4 bits
+                                                 lie two in a byte, those of even columns in its lower half
     candidates/outer-<module>#<k>.safetensors    the same of the embedding and the head, where they are chosen for
     candidates/outer.json                        what those cost, and their bytes
 
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +26,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import parts_of
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
-from compress.quantization.scheme import Option
+from compress.quantization.scheme import Option, Scheme
 
 FOLDER = "candidates"
 OUTER_RECORDS = Path(FOLDER) / "outer.json"
@@ -36,13 +38,13 @@ def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Te
     for module, options in found.items():
         for number, option in enumerate(options):
             if option is not None:
-                tensors |= parts_of(f"{module}#{number}", *option)
+                tensors |= _kept(f"{module}#{number}", *option)
     _write(_path(folder, block), tensors)
 
 
 def write_outer_candidate(folder: Path, module: str, number: int, codes: Tensor, grid: Grid) -> None:
     """Keep one candidate of the embedding or the head: a file each, since a vocabulary is large."""
-    _write(_outer_path(folder, module, number), parts_of(f"{module}#{number}", codes, grid))
+    _write(_outer_path(folder, module, number), _kept(f"{module}#{number}", codes, grid))
 
 
 def write_outer_records(folder: Path, records: Mapping[str, list[dict[str, Any]]]) -> None:
@@ -88,7 +90,30 @@ class Assigned(Checkpoint):
         with safe_open(path, framework="pt") as file:
             zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")
             grid = Grid(scheme, file.get_tensor(f"{module}#{number}.scale"), zero)
-            return file.get_tensor(f"{module}#{number}.codes"), grid
+            return _unpacked(file.get_tensor(f"{module}#{number}.codes")), grid
+
+
+def _kept(label: str, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
+    if _halved(grid.scheme, codes.shape[1]):
+        unsigned = codes.cpu().add(8).view(torch.uint8)
+        codes = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+    return parts_of(label, codes, grid)
+
+
+def _unpacked(kept: Tensor) -> Tensor:
+    """Codes int8 (rows, columns) of what `_kept` made of them."""
+    if kept.dtype != torch.uint8:
+        return kept
+    return torch.stack([kept & 15, kept >> 4], -1).flatten(1).view(torch.int8).sub_(8)
+
+
+def _halved(scheme: Scheme, columns: int) -> bool:
+    return scheme.bits <= 4 and columns % 2 == 0
+
+
+def kept_bytes(scheme: Scheme, rows: int, columns: int) -> int:
+    """Bytes of a candidate's codes in the cache."""
+    return rows * columns // (2 if _halved(scheme, columns) else 1)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

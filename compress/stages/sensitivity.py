@@ -28,6 +28,7 @@ from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival, Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
+    kept_bytes,
     outer_records,
     write_candidates,
     write_outer_candidate,
@@ -68,8 +69,13 @@ class Sensitivity(CandidateStage):
         return {}
 
     def extra_disk_bytes(self, shapes: Shapes) -> int:
-        # A byte a code; scales are small beside them.
-        return sum(rows * columns * len(self.options(name)) for name, (rows, columns) in shapes.items()) * 17 // 16
+        found = [
+            kept_bytes(option, rows, columns)
+            for name, (rows, columns) in shapes.items()
+            for option in self.options(name)
+            if option is not None
+        ]
+        return sum(found) * 17 // 16  # Scales are small beside codes.
 
     def apply(self, context: StageContext) -> StageOutcome:
         return _Run(self, context).blocks()

@@ -27,6 +27,7 @@ EVENT_KINDS: dict[str, str] = {
     "recover_kept_input": "training lowered no held-out divergence; the stage's input was shipped unchanged",
     "recover_block_wise": "scales and norms were trained block by block: the whole model would not fit in memory",
     "training_resumed": "training went on from a step that an interrupted run had saved",
+    "sampled_again": "calibration text kept from an earlier run was damaged, and was sampled from the model again",
     "uniform_kept": "no mixture of schemes within the budget beat a uniform scheme; the precision plan is uniform",
     "module_kept": "a matrix was left in its source precision: the recipe ignores it, or its plan gives it 16 bits",
     "round_trip_skipped": "the exported model was not reloaded through its public loader",

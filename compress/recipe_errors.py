@@ -88,6 +88,11 @@ def describe(error: ValidationError, data: Any, lines: Lines, schema: dict[str, 
         sentence = _sentence(problem, path, data, schema)
         if sentence and sentence not in by_path.setdefault(path, []):
             by_path[path].append(sentence)
+    for problem in error.errors():
+        # A text among values that may be texts is told of by the others; alone, it is the mistake.
+        if problem["type"] in _NO_MAPPING and isinstance(problem.get("input"), str):
+            path = _data_path(problem["loc"], data, names_absent_key=False)
+            by_path.setdefault(path, []).extend([] if by_path.get(path) else [_no_mapping(problem["input"])])
     ordered = sorted(by_path, key=lambda path: (lines.by_path.get(path, _line_above(path, lines)), str(path)))
     return [f"{lines.place(path)}: {'; or '.join(by_path[path])}" for path in ordered if by_path[path]]
 
@@ -142,8 +147,10 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
         return ""
     if kind == "too_short" and len(_at(data, path) or ()) >= int(context["min_length"]):
         return ""  # pydantic counts valid entries; the invalid ones are reported themselves
-    if kind in ("model_attributes_type", "model_type") and isinstance(value, str):
-        return ""
+    if kind == "too_short":
+        return f"give at least {context['min_length']}"
+    if kind in _NO_MAPPING:
+        return "" if isinstance(value, str) else _no_mapping(value)
     if kind == "literal_error":
         found = f"found {value!r}, expected {context['expected']}"
         options = [name.strip(" '") for name in str(context["expected"]).replace(" or ", ", ").split(",")]
@@ -154,6 +161,13 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
         return str(context.get("error", problem["msg"]))
     message = str(problem["msg"])
     return f"{message[0].lower()}{message[1:]}" + (f", found {value!r}" if not isinstance(value, dict | list) else "")
+
+
+_NO_MAPPING = ("model_attributes_type", "model_type", "dict_type")
+
+
+def _no_mapping(value: Any) -> str:
+    return f"found {value!r}, expected keys and values, such as {{key: value}}"
 
 
 def fields_at(schema: dict[str, Any], loc: Path) -> list[str]:

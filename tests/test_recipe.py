@@ -9,7 +9,7 @@ import yaml
 
 from compress.errors import RecipeError
 from compress.recipe import json_schema, load_recipe
-from tests.helpers import PROJECT, write_recipe
+from tests.helpers import PROJECT, changed, write_recipe
 
 SHIPPED = sorted((PROJECT / "recipes").rglob("*.yaml"))
 
@@ -300,3 +300,39 @@ def test_too_few_candidates_are_told_with_their_line(tmp_path):
     (said,) = mistakes(write(tmp_path, GOOD.replace("kind: gptq, bits: 4", "kind: sensitivity, candidates: [4]")))
 
     assert said.startswith("r.yaml:6: stages[0].candidates: ") and "at least 2" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"export": "gguf"}, "export: found 'gguf', expected keys and values"),
+        ({"stages": ["gptq"]}, "stages[0]: found 'gptq', expected keys and values"),
+        ({"calibration": "python-help"}, "calibration: found 'python-help', expected keys and values"),
+        ({"export": 3}, "export: found 3, expected keys and values"),
+    ],
+)
+def test_a_word_where_keys_belong_is_told_with_its_place(change, said, glass_recipe, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write_recipe(tmp_path / "r.yaml", changed(glass_recipe, **change)))
+    assert said in str(error.value)
+
+
+def test_set_takes_a_place_as_messages_print_it(glass_recipe, tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", glass_recipe)
+    assert load_recipe(path, ("stages[0].bits=3",)).stages[0].bits == 3
+
+
+def test_stages_are_named_by_their_numbers_in_the_file(glass_recipe, tmp_path):
+    stages = [
+        {"kind": "vocabulary", "group_size": 32},
+        {"kind": "mixed_precision", "budget": {"ratio": 0.5}},
+        {"kind": "gptq", "bits": "planned", "quality": "max"},
+        {"kind": "kv_cache"},
+    ]
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", changed(glass_recipe, stages=stages)))
+    kinds = ["vocabulary", "sensitivity", "mixed_precision", "gptq", "recover", "kv_cache"]
+    assert [stage.kind for stage in recipe.stages] == kinds
+    assert [recipe.place(index)[7] for index in range(6)] == ["0", "1", "1", "2", "2", "3"]
+    (tmp_path / "stored.yaml").write_text(recipe.dump(), encoding="utf-8")
+    stored = load_recipe(tmp_path / "stored.yaml")
+    assert [stored.place(index)[7] for index in range(6)] == list("012345")

@@ -11,8 +11,8 @@ class Bounds(BaseModel):
     """One of both, or both."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    max_kl: float | None = Field(default=None, gt=0, description="mean KL to the source, nats a token")
-    max_perplexity_ratio: float | None = Field(default=None, gt=1, description="perplexity over the source's")
+    max_kl: float | None = Field(default=None, ge=0, description="mean KL to the source, nats a token")
+    max_perplexity_ratio: float | None = Field(default=None, gt=0, description="perplexity over the source's")
 
     @model_validator(mode="after")
     def _some(self) -> Bounds:
@@ -21,10 +21,14 @@ class Bounds(BaseModel):
         return self
 
     def hold(self, kl: float, lost: float, share: float) -> bool:
-        """Whether a mean KL and a rise of the loss (nats a token) use at most `share` of what the bounds allow."""
+        """Whether a mean KL and a rise of the loss (nats a token) use at most `share` of what the bounds allow; all of
+        it where they allow no rise."""
         if self.max_kl is not None and kl > share * self.max_kl:
             return False
-        return self.max_perplexity_ratio is None or math.expm1(lost) <= share * (self.max_perplexity_ratio - 1)
+        if self.max_perplexity_ratio is None:
+            return True
+        allowed = self.max_perplexity_ratio - 1
+        return math.expm1(min(lost, 700.0)) <= (share * allowed if allowed > 0 else allowed)
 
     @property
     def words(self) -> str:

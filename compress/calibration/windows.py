@@ -97,6 +97,8 @@ class CalibrationSpec(WindowSpec):
 
 DOCUMENT_TOKENS = 128
 """Of texts that are sampled beside another: short ones are sampled several times as fast, and more of them differ."""
+_OF_ALL = {"windows_obtained", "tokens_obtained", "window_tokens"}
+"""Of a ledger, what is not a sum over its texts, or is counted anew."""
 CHARACTERS_PER_TOKEN = 6
 """More than any common tokenizer packs into a token on average."""
 
@@ -182,10 +184,13 @@ class Windows:
             mask = torch.cat(masks)
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
         whole = Windows(ids[order], None if mask is None else mask[order], self.ledger).part(0, len(ids))
-        names = f"{self.ledger['name']} + {other.ledger['name']}"
-        asked = {key: self.ledger[key] + other.ledger[key] for key in ("windows_requested", "tokens_requested")}
-        parts = {"texts": [self.ledger, other.ledger]}
-        return replace(whole, ledger={**whole.ledger, **asked, "name": names, **parts}, events=self.events)
+        both = self.ledger, other.ledger
+        own = {key: value for key, value in whole.ledger.items() if key not in ("source", "licence")}
+        counted = {key for key in own if all(isinstance(each.get(key), int) for each in both)} - _OF_ALL
+        sums = {key: self.ledger[key] + other.ledger[key] for key in counted}
+        names = " + ".join(str(each["name"]) for each in both)
+        ledger = {**own, **sums, "name": names, "texts": list(both)}
+        return replace(whole, ledger=ledger, events=(*self.events, *other.events))
 
     def batches(self, tokens_at_once: int, at_least: int = 1) -> list[Batch]:
         """Cut into batches of about `tokens_at_once` tokens, or smaller ones to have `at_least` so many."""

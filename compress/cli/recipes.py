@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
 from compress.cli.options import JsonOption, RecipeArgument, SetOption
 from compress.errors import RecipeError
@@ -18,13 +19,13 @@ seed: 0
 model:
   {model}
 # self_generated_windows are sampled from the model itself, which is held in memory for that; 0 leaves them out.
-calibration: {{data: {calibration}, windows: 64, window_tokens: 512, self_generated_windows: 64}}
+calibration: {{data: {calibration}, windows: 64, window_tokens: {window}, self_generated_windows: 64}}
 stages:
   - {{kind: gptq, bits: 4, group_size: {group_size}}}
-export: {{format: compressed-tensors, context: 4096, concurrency: 8}}
+export: {{format: compressed-tensors, context: {context}, concurrency: 8}}
 evaluation:
-  - {{kind: perplexity, data: {evaluation}, windows: 32, window_tokens: 512}}
-  - {{kind: divergence, data: {evaluation}, windows: 32, window_tokens: 512}}
+  - {{kind: perplexity, data: {evaluation}, windows: 32, window_tokens: {window}}}
+  - {{kind: divergence, data: {evaluation}, windows: 32, window_tokens: {window}}}
 gates:
   - {{kind: relative, measure: perplexity.{evaluation}, max_ratio: 1.05}}
   - {{kind: threshold, measure: divergence.{evaluation}.mean_kl, max: 0.1}}
@@ -51,6 +52,7 @@ def init(
     key = f"path: {local.resolve()}" if local.exists() or model.endswith(".gguf") else f"hub: {model}"
     stem = Path(model).name.lower().removesuffix(".gguf")
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")
+    longest = _context(local)
     text = TEMPLATE.format(
         path=path,
         name=name or f"{safe or 'model'}-int4",
@@ -58,10 +60,23 @@ def init(
         calibration=calibration,
         evaluation=evaluation,
         group_size=group_size,
+        window=min(512, longest),
+        context=min(4096, longest),
     )
     path.write_text(text, encoding="utf-8")
     console.print_line(f"wrote {path}; next: compress plan {path}")
     return 0
+
+
+def _context(folder: Path) -> int:
+    """Tokens that a model in a folder takes, by its config; where nothing tells, as many as any."""
+    import json
+
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 4096)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return 4096
 
 
 def validate(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> int:
@@ -149,6 +164,8 @@ def _model(model: Any) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, tuple) and value and all(isinstance(each, BaseModel) for each in value):
+        return str([each.model_dump(mode="json", exclude_defaults=True) for each in value])
     return "[]" if value == () else "none" if value is None else "''" if value == "" else str(value)
 
 

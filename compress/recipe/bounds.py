@@ -37,7 +37,6 @@ def bounds_of(gates: Iterable[AnyGate]) -> Bounds | None:
             kl.append(gate.margin)
         elif isinstance(gate, NonInferiorityGate) and gate.measure.startswith("perplexity."):
             ratios.append(1 + gate.margin)
-    kl, ratios = [each for each in kl if each > 0], [each for each in ratios if each > 1]
     if not kl and not ratios:
         return None
     return Bounds(max_kl=min(kl, default=None), max_perplexity_ratio=min(ratios, default=None))

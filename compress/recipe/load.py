@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = 
     mistakes = cross_check(recipe, path.resolve().parent, lines, judging)
     if mistakes:
         raise RecipeError(mistakes)
-    recipe = with_bounds(recipe.model_copy(update={"stages": written_out(recipe.stages)}))
+    recipe = with_bounds(recipe.with_implied(written_out(recipe.stages)))
     return _absolute(recipe, path.resolve().parent)
 
 
@@ -51,7 +52,7 @@ def _override(data: Any, override: str, lines: Lines) -> None:
     path, separator, text = override.partition("=")
     if not separator or not path:
         raise RecipeError(f"--set {override}: write it as path=value, e.g. --set stages.0.bits=3")
-    keys = path.split(".")
+    keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
     place = data
     for position, key in enumerate(keys):
         last = position == len(keys) - 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from compress.calibration.windows import CalibrationSpec
 from compress.checkpoints.formats import FormatName
@@ -26,7 +26,7 @@ from compress.evaluation.specs import AnyEvaluation, OnText
 from compress.evaluation.tasks.spec import Task
 from compress.files import digest_of_json
 from compress.gates import AnyGate
-from compress.stages import AnyStage
+from compress.stages import AnyStage, Stage
 
 ALWAYS_MEASURED = (
     "weight_bytes",
@@ -66,6 +66,23 @@ class Recipe(BaseModel):
     export: Export = Export()
     evaluation: tuple[AnyEvaluation, ...] = Field(min_length=1, description="what is measured, on which text or task")
     gates: tuple[AnyGate, ...] = Field(min_length=1, description="bounds on measurements; all must pass")
+
+    _implied: frozenset[int] = PrivateAttr(default=frozenset())
+
+    def with_implied(self, stages: tuple[Stage, ...]) -> Recipe:
+        """The recipe with stages that its own imply written out among them."""
+        whole = self.model_copy(update={"stages": stages})
+        own = {id(stage) for stage in self.stages}
+        whole._implied = frozenset(index for index, stage in enumerate(stages) if id(stage) not in own)
+        return whole
+
+    def place(self, index: int) -> str:
+        """Stage `index` as messages name it: by its number in the file; one that was implied has the number of the
+        stage that implies it."""
+        number = sum(at not in self._implied for at in range(index))
+        after = self.stages[index + 1 : index + 2]
+        before = index in self._implied and bool(after) and after[0].plans_precision
+        return f"stages[{number - (index in self._implied and not before)}]"
 
     @property
     def on_text(self) -> tuple[OnText, ...]:

@@ -27,7 +27,7 @@ def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
         )
         for point in points
     ]
-    headers = ("Choice", "Bits", "Linears", "All tensors", "Mean KL (nats)", "Perplexity")
+    headers = ("Choice", "Bits", "Chosen for", "All tensors", "Mean KL (nats)", "Perplexity")
     return Table("Points", headers, "lrrrrr", rows)
 
 

@@ -35,7 +35,7 @@ def sentence(facts: Mapping[str, Any]) -> str:
     """What was asked, what came of it, and what it was compared with."""
     what = "linears and vocabulary take" if _outside(facts) else "linears take"
     text = (
-        f"Asked for {_asked(facts)}; the {what} {size(facts['linear_bytes'])} of {size(facts['limit_bytes'])}, "
+        f"Asked for {_asked(facts)}; the {what} {facts['linear_bytes']:,} of {facts['limit_bytes']:,} bytes, "
         f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "
         f"KL to the model before it is {number(facts['kl'])} nats"
     )
@@ -61,7 +61,7 @@ def _asked(facts: Mapping[str, Any]) -> str:
     budget = facts.get("budget")
     amount = ""
     if budget:
-        value = size(budget["amount"]) if budget["kind"].endswith("bytes") else f"{budget['amount']:g}"
+        value = f"{budget['amount']:,.0f}" if budget["kind"].endswith("bytes") else f"{budget['amount']:g}"
         amount = f"{budget['kind'].replace('_', ' ')} {value}"
     if facts.get("stop") != "first_pass":
         return amount

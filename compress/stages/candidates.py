@@ -129,6 +129,13 @@ class CandidateStage(Stage):
         """The format whose bytes are counted."""
         return FORMATS[FORMAT_OF[self.runtime]]
 
+    @field_validator("candidates")
+    @classmethod
+    def _once(cls, value: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a candidate is named twice")
+        return value
+
     @field_validator("ignore")
     @classmethod
     def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,7 +182,8 @@ class CandidateStage(Stage):
         linears = [module for module in shapes if architecture.block_index(module) is not None]
         found = units_of(architecture, [module for module in linears if self.options(module)])
         if self.vocabulary:
-            outside = [module for module in self._held_vocabulary(shapes, architecture) if self.options(module)]
+            held = self._held_vocabulary(shapes, architecture)
+            outside = [module for module in held if self.options_of_vocabulary(module)]
             found += [Unit(None, module.rsplit(".", 1)[-1], (module,)) for module in outside]
         return found
 
@@ -205,6 +213,13 @@ class CandidateStage(Stage):
                 if self.format.vocabulary == "head"
                 else f"vocabulary: {self.format.name} holds neither embedding nor head quantised; leave it out"
             )
+        if outside and self.vocabulary and not any(self.options_of_vocabulary(module) for module in outside):
+            mistakes.append(
+                f"vocabulary: nothing to choose for {' and '.join(outside)}: ignore names them, or no candidate is of "
+                "weights alone"
+            )
+        if not self.vocabulary:
+            outside = {}
         chosen = [module for module in (linears | outside) if self.options(module)]
         for candidate in self.candidates:
             of = linears if candidate.inputs == "int8" else linears | outside

@@ -77,9 +77,14 @@ class MixedPrecision(CandidateStage):
     def _something_to_stop_at(self) -> MixedPrecision:
         if self.stop == "budget" and self.budget is None:
             raise ValueError("give a budget, or stop: first_pass")
-        if self.stop == "budget" and self.bounds is not None:
-            raise ValueError("bounds belong to stop: first_pass")
+        if self.stop == "budget" and (self.bounds is not None or "share_of_bounds" in self._changed):
+            raise ValueError("bounds and share_of_bounds belong to stop: first_pass")
         return self
+
+    @property
+    def _changed(self) -> set[str]:
+        fields = type(self).model_fields
+        return {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
 
     @property
     def needs_bounds(self) -> bool:
@@ -89,7 +94,7 @@ class MixedPrecision(CandidateStage):
     @property
     def forwards(self) -> float:
         # Of the tuning windows only, whose share of the calibration text is about an eighth.
-        more = HALVINGS if self.stop == "first_pass" else 0
+        more = HALVINGS + 4 if self.stop == "first_pass" else 0
         return (self.probes + self.proposals + 6 + more) / 8
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
@@ -367,7 +372,8 @@ class _FirstPass(_Run):
             raise RecipeError(
                 f"mixed_precision: nothing measured stays within {stage.share_of_bounds:g} of {stage.bounds.words} on "
                 f"the tuning windows; the closest has a mean KL of {judged.kl:.4g} and {math.exp(judged.lost):.4g} "
-                "times the perplexity. Give candidates with more bits, a larger budget, or other gates."
+                f"times the perplexity. Give candidates with more bits{', a larger budget' if stage.budget else ''}, "
+                "wider gates or bounds, or a larger share_of_bounds."
             )
         if best is None or (plain is not None and choices.size(plain) <= choices.size(best)):
             assert plain is not None

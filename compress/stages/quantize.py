@@ -179,7 +179,7 @@ class QuantizeStage(Stage):
 def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str], shapes: Shapes) -> list[str]:
     """One sentence for each pattern of `ignore` and `overrides` that no linear has, with the nearest name."""
     patterns = [("ignore", pattern) for pattern in ignored] + [("overrides", pattern) for pattern in overridden]
-    leaves = sorted({module.rsplit(".", 1)[1] for module in shapes})
+    leaves = sorted({module.rsplit(".", 1)[-1] for module in shapes})
     return [
         f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
         f"Linears are named like {next(iter(shapes))}."
@@ -196,7 +196,7 @@ def integer_inputs_that_do_not_fit(schemes: dict[str, Scheme]) -> list[str]:
             found.setdefault(scheme, []).append(module)
     return [
         f"{modules[0]}: {scheme.label}: int8 inputs go with bits: 8, symmetric: true, group_size: channel; give those, "
-        "or inputs: none in an override"
+        "or leave inputs out"
         for scheme, modules in found.items()
     ]
 
@@ -212,7 +212,7 @@ def groups_that_do_not_divide(
     for module, scheme in schemes.items():
         columns = shapes[module][1]
         if not scheme.divides(columns):
-            key = (module.rsplit(".", 1)[1], columns, scheme.width(columns))
+            key = (module.rsplit(".", 1)[-1], columns, scheme.width(columns))
             found.setdefault(key, []).append(module)
     sentences = []
     for (leaf, columns, size), modules in found.items():

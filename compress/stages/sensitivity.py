@@ -62,8 +62,9 @@ class Sensitivity(CandidateStage):
 
     @property
     def forwards(self) -> float:
-        # The backward pass is of a few windows only, and its share is not known here.
-        return 2.0
+        # The backward pass is of a few windows only, and its share is not known here. Each candidate of the vocabulary
+        # is a walk over the tuning windows, about an eighth of the text.
+        return 2.0 + (len(self.candidates) / 8 if self.vocabulary else 0)
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
         return {}

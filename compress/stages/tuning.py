@@ -45,8 +45,8 @@ class TuningText:
         )
         if not (math.isfinite(kl) and math.isfinite(lost)):
             raise UnhealthySourceError(
-                "mixed_precision: linears at some candidates gave a divergence that is no finite number; leave out "
-                "the candidates with the fewest bits"
+                "mixed_precision: some candidates gave a divergence that is no finite number; leave out those with the "
+                "fewest bits"
             )
         return Judged(kl, lost)
 

@@ -47,7 +47,7 @@ class Vocabulary(Stage):
 
     @model_validator(mode="after")
     def _plan_decides(self) -> Vocabulary:
-        given = {"symmetric", "group_size", "parts"} & self.model_fields_set
+        given = {"symmetric", "group_size", "scales", "parts"} & self.model_fields_set
         changed = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
         if self.follows_plan and changed:
             raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")

@@ -189,7 +189,6 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
     recorded, calibration, unknown = _making(found.artifact)
     if unknown:
         events.append(Event("calibration_unknown", found.text, unknown))
-    sampled = calibration is not None and calibration.self_generated_windows > 0
     published = manifest.read(found.artifact) if found.artifact else None
     lacks = () if is_gguf else _lacks(files)
     return Candidate(
@@ -206,7 +205,7 @@ def open_candidate(found: Found, tokenizer: Any, progress: Progress) -> Candidat
         version=published.version if published else "",
         recorded=recorded,
         calibration=calibration and calibration.of_text,
-        calibration_digest=published.lineage.get("calibration") if published and not sampled else None,
+        calibration_digest=_text_digest(found.artifact) if found.artifact else None,
         events=tuple(events),
     )
 
@@ -240,14 +239,28 @@ def _making(artifact: Path | None) -> tuple[dict[str, int] | None, CalibrationSp
 
 def _recorded_events(artifact: Path) -> dict[str, int]:
     """Event counts of a published report. Raises CompressError for a report that is not the one that was published."""
+    return {str(kind): int(count) for kind, count in _report(artifact)["event_counts"].items()}
+
+
+def _text_digest(artifact: Path) -> str | None:
+    """Digest of the calibration windows that were read, without those that were sampled beside them."""
+    ledger = _report(artifact)["calibration"]
+    found: str | None = ledger.get("texts", [ledger])[0].get("digest")
+    return found
+
+
+def _report(artifact: Path) -> dict[str, Any]:
+    """A published report. Raises CompressError for one that is not what was published."""
     path = artifact / "reports" / "report.json"
     published = {entry.path: entry.sha256 for entry in manifest.read(artifact).files}
     try:
         if manifest.hash_file(path) != published.get("reports/report.json"):
             raise ValueError("it is not the one that was published")
-        report = json.loads(path.read_text(encoding="utf-8"))
-        return {str(kind): int(count) for kind, count in report["event_counts"].items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(report[part], dict) for part in ("event_counts", "calibration")):
+            raise ValueError("parts of it are missing")
+        return report
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{path}: cannot be read ({error}); `compress verify {artifact}` tells more.") from error
 
 

@@ -25,7 +25,7 @@ from compress.steps.training import nothing_to_train
 def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
     architecture, dimensions = shapes.source.architecture, shapes.source.dimensions
     found = [
-        f"stages[{index}]: {sentence}"
+        f"{recipe.place(index)}: {sentence}"
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
         for sentence in stage.check(shape.of(stage), architecture)
     ]
@@ -47,7 +47,8 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
             for where, spec in texts
             if spec is not None and spec.window_tokens > dimensions.max_context
         ]
-    return found
+    # A stage that another implies repeats what is said of that one.
+    return list(dict.fromkeys(found))
 
 
 def _rounded_twice(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -58,7 +59,8 @@ def _rounded_twice(recipe: Recipe, shapes: Shapes) -> list[str]:
             continue
         for module in stage.schemes(shape.vocabulary):
             if module in seen:
-                found.append(f"stages[{index}]: {module} was rounded by stages[{seen[module]}] already; leave one out")
+                before = recipe.place(seen[module])
+                found.append(f"{recipe.place(index)}: {module} was rounded by {before} already; leave one out")
             seen.setdefault(module, index)
     return found
 
@@ -131,7 +133,7 @@ def _scaled_for_nobody(recipe: Recipe) -> list[str]:
     for index, stage in enumerate(recipe.stages):
         if not isinstance(stage, ScalingStage):
             continue
-        where, kind = f"stages[{index}]: ", recipe.stages[index].model_dump()["kind"]
+        where, kind = f"{recipe.place(index)}: ", recipe.stages[index].model_dump()["kind"]
         after = next((each for each in recipe.stages[index + 1 :] if isinstance(each, QuantizeStage)), None)
         if isinstance(stage, Awq) and isinstance(after, Gptq):
             found.append(where + "awq before gptq was measured to be worse than gptq alone; docs/benchmarks/w8a8.md")
@@ -152,7 +154,8 @@ def _zeros(recipe: Recipe) -> list[str]:
     found = []
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, Sparsify):
-            said = f"stages[{index}]: sparsify makes nothing smaller or faster: zeros are stored as other weights are"
+            where = recipe.place(index)
+            said = f"{where}: sparsify makes nothing smaller or faster: zeros are stored as other weights are"
             changing = [each.kind for each in recipe.stages[index + 1 :] if not isinstance(each, Sparsify)]
             if changing:
                 said += f"; and {', '.join(dict.fromkeys(changing))} after it will not keep them zero"

@@ -137,8 +137,7 @@ def _choices(recipe: Recipe, planned: Plan, at: int, stage: MixedPrecision, prog
 
 def _spread(choices: Choices, count: int) -> list[float]:
     """Budgets evenly apart, from a little above the smallest choice to that of the largest."""
-    sizes = [choices.effective_bits(choice) for choice in choices.uniforms()]
-    low, high = min(sizes), max(sizes)
+    low, high = (8 * sum(pick(row) for row in choices.bytes) / choices.sizes.weights for pick in (min, max))
     return [low + (high - low) * step / count for step in range(1, count + 1)]
 
 

@@ -237,7 +237,9 @@ def _check_resources(plan: Plan, store: Path | None, host_bytes: int, on_device:
     available = available_bytes()
     if host_bytes > available:
         processes = f" by {parallel.neighbours() + 1} processes" if parallel.neighbours() else ""
+        own = plan.recipe.calibration is not None and plan.recipe.calibration.self_generated_windows > 0
         fewer = f"{'processes or ' if processes else ''}{'calibration' if plan.recipe.stages else 'evaluation'} windows"
+        fewer += " (self_generated_windows among them, which take the whole model)" if own else ""
         shortages.append(
             f"memory: about {host_bytes:,} bytes are needed{processes} and {available:,} are available. Use fewer "
             f"{fewer}, or a larger machine."

@@ -18,7 +18,7 @@ def out_of_order(recipe: Recipe) -> list[str]:
     found, planned, coded = [], False, False
     chooser: MixedPrecision | None = None
     for index, stage in enumerate(recipe.stages):
-        where = f"stages[{index}]: "
+        where = f"{recipe.place(index)}: "
         after = recipe.stages[index + 1 :]
         if stage.follows_plan and not planned:
             found.append(where + "bits: planned follows a mixed_precision stage, and none comes before it")
@@ -33,6 +33,10 @@ def out_of_order(recipe: Recipe) -> list[str]:
             )
         if stage.kv_bytes and after:
             found.append(where + f"{stage.kind} calibrates the cache of the finished model; put it last")
+        if stage.follows_plan and not stage.on_vocabulary and coded:
+            found.append(where + "linears were quantised before it; one stage follows a plan")
+        if isinstance(stage, MixedPrecision) and planned:
+            found.append(where + "another mixed_precision stage has chosen already; leave one out")
         if isinstance(stage, MixedPrecision):
             planned, chooser = True, stage
             if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
@@ -87,7 +91,7 @@ def expected_schemes(
             try:
                 schemes.update(stage.schemes_within(sizes, units))
             except RecipeError as error:
-                mistakes.append(f"stages[{index}]: {error}")
+                mistakes.append(f"{recipe.place(index)}: {error}")
         else:
             schemes.update(stage.schemes(matrices))
     return schemes, mistakes, explained

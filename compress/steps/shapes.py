@@ -88,7 +88,7 @@ def shapes_along(recipe: Recipe, config: dict[str, Any], stored_bytes: int) -> t
         try:
             changed = stage.configured(current.config, stored_bytes)
         except RecipeError as error:
-            mistakes += [f"stages[{index}]: {sentence}" for sentence in error.mistakes]
+            mistakes += [f"{recipe.place(index)}: {sentence}" for sentence in error.mistakes]
             continue
         current = current if changed == current.config else Shape(changed)
     return Shapes(tuple(before), current), mistakes

@@ -22,38 +22,39 @@ def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
     found = []
     coded: set[str] = set()
     for index, stage in enumerate(recipe.stages):
-        if stage.training and recipe.calibration is not None and recipe.calibration.windows < 2:
+        where = recipe.place(index)
+        if stage.training and recipe.calibration is not None and recipe.calibration.all_windows < 2:
             found.append(
-                f"stages[{index}]: {stage.kind} keeps some calibration windows out of training, and there is only one; "
+                f"{where}: {stage.kind} keeps some calibration windows out of training, and there is only one; "
                 "use calibration.windows: 2 or more"
             )
         tuning = getattr(stage, "tuning_windows", 0) if _tunes(stage, shapes, index) else 0
-        if recipe.calibration is not None and 0 < recipe.calibration.windows <= tuning:
+        if recipe.calibration is not None and 0 < recipe.calibration.all_windows <= tuning:
             found.append(
-                f"stages[{index}]: {stage.kind} keeps {tuning} calibration windows apart (tuning_windows), and there "
-                f"are {recipe.calibration.windows}; take more windows, or keep fewer apart"
+                f"{where}: {stage.kind} keeps {tuning} calibration windows apart (tuning_windows), and there "
+                f"are {recipe.calibration.all_windows}; take more windows, or keep fewer apart"
             )
         if stage.needs_codes and not coded:
             makers = ", ".join(kind for kind, other in STAGES.items() if issubclass(other, QuantizeStage))
             found.append(
-                f"stages[{index}]: {stage.kind} works on linears that were quantised before it, and no stage before it "
+                f"{where}: {stage.kind} works on linears that were quantised before it, and no stage before it "
                 f"quantises one; put a stage that does first ({makers})"
             )
         floating = [each.kind for each in recipe.stages[:index] if isinstance(each, BitsAndBytesStage)]
         if stage.training and floating:
             found.append(
-                f"stages[{index}]: {stage.kind} trains what belongs to integer grids, and {floating[0]} before it "
+                f"{where}: {stage.kind} trains what belongs to integer grids, and {floating[0]} before it "
                 "makes none; leave one of them out"
             )
         blocks = shapes.source.dimensions.blocks, shapes.before[index].dimensions.blocks
         if stage.training and stage.training.mode == "block" and blocks[0] != blocks[1]:
             found.append(
-                f"stages[{index}]: mode: block trains each block against the source's, which has {blocks[0]} where the "
+                f"{where}: mode: block trains each block against the source's, which has {blocks[0]} where the "
                 f"pruned model has {blocks[1]}; use mode: model or auto"
             )
         if stage.needs_weights and coded:
             found.append(
-                f"stages[{index}]: {stage.kind} works on plain weights, and a stage before it quantised some; put it "
+                f"{where}: {stage.kind} works on plain weights, and a stage before it quantised some; put it "
                 "before them"
             )
         matrices = shapes.before[index].matrices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -140,6 +141,37 @@ def test_text_of_its_own_stands_beside_another_and_is_sampled_once(recipe, here,
     assert [event["message"] for event in events if event["kind"] == "calibration_unknown"] == [
         "what of its calibration text was sampled from the model was not sampled again"
     ]
+
+
+def test_a_damaged_sampled_text_is_sampled_again_and_that_is_said(recipe, here, glass_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    text = {**glass_recipe["calibration"], "windows": 8, "window_tokens": 64, "self_generated_windows": 4}
+    path = recipe(calibration=text)
+    first = json.loads(here("run", path, "--store", tmp_path / "store", "--json").out)
+    (kept,) = (tmp_path / "cache" / "texts").glob("*.safetensors")
+    for damage in (kept.read_bytes()[:100], b""):
+        kept.write_bytes(damage)
+        again = here("run", path, "--store", tmp_path / "again", "--json")
+        assert again.code == 0, again.err
+        report = json.loads(again.out)
+        assert report["event_counts"]["sampled_again"] == 1
+        assert report["calibration"]["digest"] == first["calibration"]["digest"]
+
+
+def test_a_calibration_text_that_changed_is_noticed_beside_a_sampled_one(recipe, here, glass_recipe, tmp_path):
+    source = tmp_path / "cal.jsonl"
+    original = Path(glass_recipe["calibration"]["data"]["paths"][0]).read_text(encoding="utf-8")
+    source.write_text(original, encoding="utf-8")
+    data = {"kind": "files", "paths": [str(source)]}
+    path = recipe(
+        calibration={"data": data, "windows": 8, "window_tokens": 64, "self_generated_windows": 4}, name="changing"
+    )
+    assert here("run", path, "--store", tmp_path / "store").code == 0
+    source.write_text("\n".join(reversed(original.strip().split("\n"))) + "\n", encoding="utf-8")
+    judged = here("eval", tmp_path / "store" / "changing" / "v0001", "--recipe", path, "--json")
+    assert judged.code == 0, judged.err
+    said = [event["message"] for event in json.loads(judged.out)["events"] if event["kind"] == "calibration_unknown"]
+    assert any("has changed since" in message for message in said), said
 
 
 def test_fewer_calibration_windows_than_asked_is_an_event_a_gate_can_bound(recipe, here, glass_recipe, tmp_path):

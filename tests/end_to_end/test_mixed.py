@@ -221,11 +221,14 @@ CHOSEN = {"kind": "mixed_precision", "budget": {"ratio": 0.5}, **GGUF}
             "none bounds",
         ),
         ([CHOSEN, FOLLOWED[1]], {"export": {"format": "gguf"}}, "add {kind: vocabulary, bits: planned} right after it"),
-        ([CHOSEN, *FOLLOWED[::-1]], {"export": {"format": "gguf"}}, "put it right after mixed_precision"),
+        ([CHOSEN, *FOLLOWED[::-1]], {"export": {"format": "gguf"}}, "stages[2]: put it right after mixed_precision"),
         ([FIRST, *FOLLOWED], {}, "chooses for linears; give it vocabulary: true"),
         ([{**FIRST, "vocabulary": True}, *FOLLOWED], {}, "compressed-tensors holds model.embed_tokens in 16 bits only"),
         ([{"kind": "vocabulary", "group_size": 32}, CHOSEN, *FOLLOWED], {"export": {"format": "gguf"}}, "has rounded"),
-        ([FOLLOWED[0]], {}, "follows a mixed_precision stage, and none comes before it"),
+        ([FOLLOWED[0]], {}, "stages[0]: bits: planned follows a mixed_precision stage, and none comes before it"),
+        ([FIRST, FIRST, FOLLOWED[1]], {}, "stages[1]: another mixed_precision stage has chosen already"),
+        ([FIRST, FOLLOWED[1], FOLLOWED[1]], {}, "stages[2]: linears were quantised before it"),
+        ([{**FOLLOWED[0], "scales": "minmax"}], {}, "leaves scales to the mixed_precision stage"),
         ([{**FOLLOWED[0], "group_size": 32}], {}, "leaves group_size to the mixed_precision stage"),
     ],
 )
@@ -235,3 +238,4 @@ def test_choices_for_a_vocabulary_and_bounds_are_checked_before_work_starts(
     path = write_recipe(tmp_path / "r.yaml", changed(glass_recipe, stages=stages, **changes))
     ended = here("plan", path, "--store", tmp_path / "store")
     assert ended.code == 2 and said in ended.err.replace("\n", " "), ended.err
+    assert ended.err.count(said) == 1, "said once, though an implied stage repeats it"

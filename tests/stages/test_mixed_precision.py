@@ -364,16 +364,35 @@ def test_of_an_untied_pair_vllm_reads_a_quantised_head(tmp_path):
     assert written.bytes <= 0.45 * Checkpoint(tmp_path / "model").weight_bytes
 
 
-@pytest.mark.parametrize(("sizes", "fields", "said"), [(TIED, {}, "holds model.embed_tokens in 16 bits only")])
-def test_where_the_runtime_reads_no_quantised_vocabulary_none_is_chosen_for(tmp_path, sizes, fields, said):
+def check_of(folder, sizes, stage):
     from compress.steps.shapes import Shape
 
-    checkpoint = random_model("llama", tmp_path / "model", torch.float16, **sizes) or Checkpoint(tmp_path / "model")
-    shape = Shape(Checkpoint(tmp_path / "model").config)
-    (mistake,) = Sensitivity(candidates=(4, 8), group_size=32, vocabulary=True, **fields).check(
-        shape.everything, shape.architecture
-    )
-    assert said in mistake and checkpoint
+    random_model("llama", folder, torch.float16, **sizes)
+    shape = Shape(Checkpoint(folder).config)
+    return stage.check(shape.everything, shape.architecture)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fields", "said"),
+    [
+        (TIED, {"candidates": (4, 8)}, "holds model.embed_tokens in 16 bits only"),
+        (UNTIED, {"candidates": (4, 8), "ignore": ("lm_head",)}, "nothing to choose for lm_head"),
+        (UNTIED, {"candidates": (16, {"bits": 8, "inputs": "int8"})}, "nothing to choose for lm_head"),
+    ],
+)
+def test_where_nothing_can_be_chosen_for_a_vocabulary_that_is_said(tmp_path, sizes, fields, said):
+    (mistake,) = check_of(tmp_path / "model", sizes, Sensitivity(group_size=32, vocabulary=True, **fields))
+    assert said in mistake
+
+
+@pytest.mark.parametrize("runtime", ["vllm", "llama.cpp"])
+def test_an_untied_head_is_checked_like_linears(tmp_path, runtime):
+    stage = Sensitivity(candidates=(4, 8), group_size=32, vocabulary=True, runtime=runtime)
+    assert check_of(tmp_path / "model", UNTIED, stage) == []
+    wide = Sensitivity(candidates=(4, 8), group_size=48, vocabulary=True, overrides=({"match": "*", "group_size": 32},))
+    assert check_of(tmp_path / "again", UNTIED, wide) == []
+    undivided = Sensitivity(candidates=(4, {"bits": 8, "group_size": 60}), group_size=32, vocabulary=True)
+    assert any("lm_head" in each and "do not divide" in each for each in check_of(tmp_path / "m", UNTIED, undivided))
 
 
 def test_linears_may_stay_in_16_bits(model, tmp_path):
@@ -484,7 +503,9 @@ def test_a_budget_is_the_most_that_the_smallest_may_be(solved, model, tmp_path):
     ("fields", "said"),
     [
         ({}, "give a budget, or stop: first_pass"),
-        ({"budget": {"ratio": 0.5}, "bounds": {"max_kl": 1}}, "bounds belong to stop: first_pass"),
+        ({"budget": {"ratio": 0.5}, "bounds": {"max_kl": 1}}, "belong to stop: first_pass"),
+        ({"budget": {"ratio": 0.5}, "share_of_bounds": 0.5}, "belong to stop: first_pass"),
+        ({"budget": {"ratio": 0.5}, "candidates": (4, 4)}, "named twice"),
         ({"stop": "first_pass", "bounds": {}}, "bound nothing"),
     ],
 )

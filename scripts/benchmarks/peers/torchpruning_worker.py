@@ -58,7 +58,7 @@ def main() -> None:
         root_module_types=[torch.nn.Linear],
         global_pruning=False,
         forward_fn=lambda net, ids: net(input_ids=ids, use_cache=False).logits,
-        output_transform=lambda logits: logits.sum(),
+        output_transform=lambda logits: logits.sum(1),  # a scalar has no channels, which some versions ask for
     )
     if arguments.importance == "taylor":
         _gradients(model, tokenizer, arguments)

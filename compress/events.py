@@ -51,6 +51,7 @@ EVENT_KINDS: dict[str, str] = {
 OF_MAKING = frozenset(
     {
         "calibration_shortfall",
+        "sampled_again",
         "rounding_fallback",
         "rounding_kept",
         "damping_raised",

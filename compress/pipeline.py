@@ -83,7 +83,8 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
         check_writable(store_folder, planned.stored_bytes)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
-            texts = read_texts(recipe, source, planned.machine, progress)
+            # What was sampled beside the parent's text is not sampled again: overlap is looked for in the text.
+            texts = read_texts(recipe if parent is None else recipe.of_text, source, planned.machine, progress)
             tasks = read_tasks(planned, source, texts, progress)
         with clock.step("baseline"), sampler.phase("baseline"):
             baseline = measure_source(recipe, source, texts, planned.machine, progress)

@@ -336,3 +336,11 @@ def test_stages_are_named_by_their_numbers_in_the_file(glass_recipe, tmp_path):
     (tmp_path / "stored.yaml").write_text(recipe.dump(), encoding="utf-8")
     stored = load_recipe(tmp_path / "stored.yaml")
     assert [stored.place(index)[7] for index in range(6)] == list("012345")
+
+
+def test_a_named_text_that_is_sampled_takes_none_beside_it(glass_recipe, tmp_path):
+    (tmp_path / "calibration").mkdir()
+    (tmp_path / "calibration" / "own.yaml").write_text("source: {kind: self-generated}\n")
+    text = {"data": "own", "windows": 4, "self_generated_windows": 2}
+    with pytest.raises(RecipeError, match="own is sampled from the model already"):
+        load_recipe(write_recipe(tmp_path / "r.yaml", changed(glass_recipe, calibration=text)))

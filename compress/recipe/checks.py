@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.texts import SelfGenerated, missing
-from compress.calibration.windows import WindowSpec
+from compress.calibration.windows import CalibrationSpec, WindowSpec
 from compress.checkpoints.formats import FORMATS
 from compress.errors import CompressError, nearest
 from compress.evaluation.latency.spec import Latency
@@ -108,6 +108,12 @@ def _texts(recipe: Recipe, base: Path, lines: Lines, judging: bool) -> list[str]
         reason = None if unread else missing(descriptor.source, folder)
         if reason:
             mistakes.append(f"{lines.place(path)}: {reason}")
+        beside = isinstance(spec, CalibrationSpec) and spec.self_generated_windows > 0
+        if beside and isinstance(descriptor.source, SelfGenerated):
+            mistakes.append(
+                f"{lines.place(path)}: {descriptor.name} is sampled from the model already; take more windows in place "
+                "of self_generated_windows"
+            )
         if path[0] == "evaluation" and isinstance(descriptor.source, SelfGenerated):
             mistakes.append(f"{lines.place(path)}: text sampled from the model cannot judge the model")
     return mistakes

@@ -85,6 +85,11 @@ class Recipe(BaseModel):
         return f"stages[{number - (index in self._implied and not before)}]"
 
     @property
+    def of_text(self) -> Recipe:
+        """The recipe without what is sampled from the model beside its calibration text."""
+        return self.model_copy(update={"calibration": self.calibration and self.calibration.of_text})
+
+    @property
     def on_text(self) -> tuple[OnText, ...]:
         """Evaluations that read windows of text."""
         return tuple(spec for spec in self.evaluation if isinstance(spec, OnText))

@@ -42,7 +42,7 @@ def sentence(facts: Mapping[str, Any]) -> str:
     isolated = "As solved in isolation: behind compressed inputs, as they ship, divergences are usually lower."
     if facts.get("stop") == "first_pass":
         if facts["plan"] == "uniform":
-            return f"{text}. No smaller mixture stays within the bounds, so the plan is uniform. {isolated}"
+            return f"{text}. No smaller mixture measured stays within the bounds, so the plan is uniform. {isolated}"
         return f"{text}, its perplexity {facts['perplexity_ratio']:.3f} times. {isolated}"
     uniform = facts["uniform"]
     if facts["plan"] == "uniform":

@@ -83,10 +83,12 @@ class Choices:
         outside = [range(len(row)) for unit, row in zip(self.units, self.costs, strict=True) if unit.block is None]
         linears = len(self.units) - len(outside)
         found = [(number,) * linears + rest for number in self.numbers for rest in itertools.product(*outside)]
-        if not outside:
-            return found
+        return self.leading(found) if outside else found
+
+    def leading(self, choices: Iterable[Choice]) -> list[Choice]:
+        """The smallest first, those that no other is both smaller and predicted to be better than."""
         leading: list[Choice] = []
-        for choice in sorted(found, key=lambda each: (self.size(each), self.predicted(each))):
+        for choice in sorted(choices, key=lambda each: (self.size(each), self.predicted(each))):
             if not leading or self.predicted(choice) < self.predicted(leading[-1]):
                 leading.append(choice)
         return leading
@@ -94,10 +96,6 @@ class Choices:
     def predicted(self, choice: Choice) -> float:
         """The cost (nats a token) before anything is fitted."""
         return float(sum(row[k] for row, k in zip(self.costs, choice, strict=True)))
-
-    def is_uniform(self, choice: Choice) -> bool:
-        """Whether all linears have one candidate."""
-        return len({k for unit, k in zip(self.units, choice, strict=True) if unit.block is not None}) == 1
 
     def within(self, choices: Iterable[Choice], most: int) -> list[Choice]:
         """Those that take at most so many bytes."""

@@ -215,8 +215,8 @@ class _Run:
         raise NotImplementedError
 
     def rivals(self) -> list[Choice]:
-        """Uniform choices within the budget, the smallest first."""
-        return sorted(self.choices.within(self.choices.uniforms(), self.limit), key=self.choices.size)
+        """Uniform choices within the budget, the smallest first; each is predicted to be better than smaller ones."""
+        return self.choices.within(self.choices.leading(self.choices.uniforms()), self.limit)
 
     def disturbed(self, costs: list[list[float]], spread: float, most: int) -> Choice:
         """The cheapest choice within so many bytes if the costs of each unit were off by a factor."""
@@ -243,7 +243,7 @@ class _Run:
             "tuning_tokens": choices.tuning.tokens,
             "plan": "uniform" if chosen in found.uniform else "mixed",
             "kl": choices.judge(chosen).kl,
-            "perplexity_ratio": math.exp(min(choices.judge(chosen).lost, 700.0)),
+            "perplexity_ratio": choices.judge(chosen).perplexity_ratio,
             "kl_of_first": choices.judge(found.first).kl,
             "kl_of_fitted": choices.judge(found.fitted).kl,
             "choices_measured": choices.measured,
@@ -347,7 +347,7 @@ class _FirstPass(_Run):
         first = tuple(stage.solved(choices.costs, choices.bytes, choices.sizes))
         least = sum(min(row) for row in choices.bytes)
         count = max(1, stage.probes)
-        total = count + 1 + HALVINGS + stage.proposals
+        total = count + HALVINGS + stage.proposals
         with self.context.progress.task("mixed_precision", total) as advance, self.clock.timed("measuring"):
             mixed = [first]
             for step in range(1, count):
@@ -371,7 +371,7 @@ class _FirstPass(_Run):
             assert stage.bounds is not None
             raise RecipeError(
                 f"mixed_precision: nothing measured stays within {stage.share_of_bounds:g} of {stage.bounds.words} on "
-                f"the tuning windows; the closest has a mean KL of {judged.kl:.4g} and {math.exp(judged.lost):.4g} "
+                f"the tuning windows; the closest has a mean KL of {judged.kl:.4g} and {judged.perplexity_ratio:.4g} "
                 f"times the perplexity. Give candidates with more bits{', a larger budget' if stage.budget else ''}, "
                 "wider gates or bounds, or a larger share_of_bounds."
             )
@@ -379,8 +379,8 @@ class _FirstPass(_Run):
             assert plain is not None
             sizes = {"uniform": choices.size(plain), **({"mixed": choices.size(best)} if best else {})}
             message = (
-                f"{choices.label(plain)} everywhere stays within the bounds in {sizes['uniform']:,} bytes, "
-                f"{'no mixture' if best is None else 'the smallest mixture'} does in fewer: the plan is uniform"
+                f"{choices.label(plain)} everywhere stays within the bounds in {sizes['uniform']:,} bytes, and no "
+                "mixture that was measured does in fewer: the plan is uniform"
             )
             self.keep_uniform(plain, message, **sizes)
             best = plain

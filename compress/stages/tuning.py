@@ -20,6 +20,11 @@ class Judged:
     kl: float
     lost: float
 
+    @property
+    def perplexity_ratio(self) -> float:
+        """Over the input's."""
+        return math.exp(min(self.lost, 700.0))
+
 
 class TuningText:
     """The tuning windows, and what the stage's input says of them; that is computed once, when it is first needed."""
@@ -45,8 +50,8 @@ class TuningText:
         )
         if not (math.isfinite(kl) and math.isfinite(lost)):
             raise UnhealthySourceError(
-                "mixed_precision: some candidates gave a divergence that is no finite number; leave out those with the "
-                "fewest bits"
+                "some candidates of mixed_precision gave a divergence that is no finite number; leave out those with "
+                "the fewest bits"
             )
         return Judged(kl, lost)
 

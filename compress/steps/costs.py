@@ -103,9 +103,11 @@ def samples_text(recipe: Recipe) -> bool:
 def _sampling_bytes(recipe: Recipe, dimensions: Dimensions) -> int:
     """The KV cache of the windows that are sampled together, twice while it grows, and probabilities."""
     assert recipe.calibration is not None, "stages that train need a calibration text"
-    windows = SelfGenerated().batch_windows
-    cache = predict.kv_cache_bytes(dimensions, recipe.calibration.window_tokens, windows, 4)
-    documents = windows * math.ceil(recipe.calibration.window_tokens / DOCUMENT_TOKENS)
+    text = recipe.calibration
+    source = text.descriptor(Path.cwd())[0].source
+    own = source if isinstance(source, SelfGenerated) else SelfGenerated(document_tokens=DOCUMENT_TOKENS)
+    cache = predict.kv_cache_bytes(dimensions, text.window_tokens, own.batch_windows, 4)
+    documents = own.batch_windows * math.ceil(text.window_tokens / (own.document_tokens or text.window_tokens))
     return 2 * cache + 3 * documents * dimensions.vocabulary * 4
 
 

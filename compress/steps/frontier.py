@@ -2,7 +2,8 @@
 
 The sensitivity stage is applied as in a run and found finished by the next run or frontier. Then, for each budget, the
 cheapest mixture and the one by fitted costs are put together from the candidates and measured, and so is every
-uniform candidate. Nothing of the recipe's evaluation or gates is read: what a frontier shows may be used to choose.
+uniform candidate (beside a vocabulary's candidates those that are predicted to lead). Nothing of the recipe's
+evaluation or gates is read: what a frontier shows may be used to choose.
 Points are the candidates as they were solved in isolation; a run solves its choice anew, behind compressed inputs and
 with shifted targets, and usually comes out lower.
 """
@@ -97,7 +98,8 @@ def frontier(
             mixed.append(min(choice, _solved(choices, costs, budget), key=lambda each: choices.judge(each).kl))
             advance("mixtures by fitted costs")
     smallest = None if max_kl is None else _smallest(choices, costs, mixed, max_kl, progress)
-    everything = {_point(choices, choice, max_kl) for choice in (*uniform, *mixed, *([smallest] if smallest else []))}
+    chosen = [*uniform, *mixed, *([smallest] if smallest else [])]
+    everything = {_point(choices, choice, max_kl, choice in uniform) for choice in chosen}
     return Frontier(
         recipe.name,
         choices.tuning.tokens,
@@ -105,7 +107,7 @@ def frontier(
         found.r2,
         found.rank,
         max_kl,
-        _point(choices, smallest, max_kl) if smallest else None,
+        _point(choices, smallest, max_kl, smallest in uniform) if smallest else None,
     )
 
 
@@ -157,14 +159,14 @@ def _smallest(
         return choices.smallest(costs, mixed, lambda choice: choices.judge(choice).kl <= max_kl, advance)
 
 
-def _point(choices: Choices, choice: Choice, max_kl: float | None) -> Point:
+def _point(choices: Choices, choice: Choice, max_kl: float | None, is_uniform: bool) -> Point:
     judged, size = choices.judge(choice), choices.size(choice)
     return Point(
-        scheme=choices.label(choice) if choices.is_uniform(choice) else None,
+        scheme=choices.label(choice) if is_uniform else None,
         effective_bits=choices.effective_bits(choice),
         linear_bytes=size,
         weight_bytes=size + choices.sizes.other_bytes,
         kl=judged.kl,
-        perplexity_ratio=math.exp(min(judged.lost, 700.0)),
+        perplexity_ratio=judged.perplexity_ratio,
         within_bound=None if max_kl is None else judged.kl <= max_kl,
     )

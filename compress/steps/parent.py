@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from compress.artifacts import manifest
 from compress.artifacts.store import Store
@@ -33,6 +34,8 @@ class Parent:
     events: tuple[Event, ...]
     verdict: str
     """Its own."""
+    calibration: dict[str, Any]
+    """The ledger of the text it was made with."""
 
     @property
     def reference(self) -> str:
@@ -71,12 +74,13 @@ def open_parent(reference: str, store: Path) -> Parent:
         stages,
         tuple(Event(**event) for event in report["events"] if event["kind"] in OF_MAKING),
         published.verdict,
+        report["calibration"],
     )
 
 
 def plan_export(recipe: Recipe, parent: Parent, store: Path, progress: Progress) -> Plan:
     """The plan of writing `parent` as `recipe.export` says, and judging it: nothing is compressed again."""
-    bare = recipe.model_copy(update={"stages": ()})
+    bare = recipe.model_copy(update={"stages": (), "calibration": None})
     try:
         plan = make_plan(bare, store, progress)
     except RecipeError as error:

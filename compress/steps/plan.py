@@ -109,7 +109,7 @@ class Plan:
 
 def plan_evaluation(recipe: Recipe, model: ModelSpec, progress: Progress) -> Plan:
     """The plan of judging `model` by a recipe: what it takes, without any stage and without a store."""
-    judged = recipe.model_copy(update={"model": model, "stages": ()})
+    judged = recipe.model_copy(update={"model": model, "stages": (), "calibration": None})
     return replace(make_plan(judged, None, progress), recipe=recipe)
 
 

@@ -89,7 +89,7 @@ def assemble(
             LookRecord(name=name, looks=look.number, units=look.sizes[look.number - 1], most=look.sizes[-1])
             for name, look in decision.looks.items()
         ],
-        calibration=calibration_facts(texts.calibration),
+        calibration=parent.calibration if parent else calibration_facts(texts.calibration),
         provenance=_provenance(plan, source, started, seconds_by_step, is_run=of is None) | _made_from(parent),
         seconds_by_step=seconds_by_step,
         artifact=artifact,

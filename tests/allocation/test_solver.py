@@ -57,3 +57,15 @@ def test_hundreds_of_units_take_seconds():
 def test_costs_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="finite"):
         cheapest([[1.0, float("nan")]], [[1, 2]], 2)
+
+
+def test_one_very_dear_option_does_not_blur_the_others():
+    """Against the same problem without it: HiGHS' tolerances are absolute."""
+    chance = np.random.default_rng(5)
+    costs = (chance.lognormal(0, 1, (40, 1)) * 1e-6 * 4.0 ** -np.arange(6)).tolist()
+    sizes = [[1000 * (2 + k) + at for k in range(6)] for at in range(40)]
+    plain = cheapest(costs, sizes, 40 * 4500)
+    dear = [[row[0] + 1000.0, *row[1:]] if at == 7 else row for at, row in enumerate(costs)]
+    found = cheapest(dear, sizes, 40 * 4500)
+    total = sum(row[k] for row, k in zip(dear, found, strict=True))
+    assert plain[7] > 0 and total <= 1.001 * sum(row[k] for row, k in zip(costs, plain, strict=True))

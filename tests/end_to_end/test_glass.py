@@ -135,6 +135,10 @@ def test_text_of_its_own_stands_beside_another_and_is_sampled_once(recipe, here,
     assert json.loads(again.out)["calibration"] == ledger
     assert json.loads(again.out)["event_counts"]["stage_reused"] == 1
 
+    exported = here("export", "glass-int4", "--store", tmp_path / "store", "--format", "plain", "--json")
+    assert exported.code == 0, exported.err
+    assert json.loads(exported.out)["calibration"] == ledger, "of the making, and nothing is sampled for another format"
+
     judged = here("eval", tmp_path / "store" / "glass-int4" / "v0001", "--recipe", path, "--json")
     assert judged.code == 0, judged.err
     events = json.loads(judged.out)["events"]

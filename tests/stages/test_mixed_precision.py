@@ -487,6 +487,16 @@ def test_the_smallest_within_a_bound_is_within_it_and_smaller_than_any_uniform_o
     assert looser.facts["linear_bytes"] < facts["linear_bytes"] and smaller.precision_plan
 
 
+def test_where_no_mixture_is_smaller_the_uniform_one_is_kept_and_said(solved, model, tmp_path):
+    """The bound is what the smallest candidate everywhere has: nothing is smaller."""
+    bounds = {"max_kl": 1.0}
+    _, outcome = first_pass(solved, tmp_path / "out", model, bounds=bounds, share_of_bounds=1)
+    (event,) = outcome.events
+    assert outcome.facts["plan"] == "uniform" and event.kind == "uniform_kept"
+    assert event.message.endswith("and no mixture that was measured does in fewer: the plan is uniform")
+    assert outcome.facts["linear_bytes"] == min(each["bytes"] for each in outcome.facts["uniform"])
+
+
 def test_only_a_share_of_the_bounds_is_used(solved, model, tmp_path):
     _, outcome = first_pass(solved, tmp_path / "out", model, bounds={"max_kl": 2e-2}, share_of_bounds=0.5)
     assert outcome.facts["kl"] <= 1e-2

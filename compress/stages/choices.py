@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from compress.allocation.budget import Sizes
 from compress.allocation.fit import Fit, by_kind, fit
 from compress.allocation.solver import BudgetError, cheapest
@@ -63,7 +65,7 @@ class Choices:
         }
         self.costs = self._summed(found, "cost")
         self.bytes = self._summed(found, "bytes")
-        self._known: dict[str, list[float]] = json.loads(kept.read_text()) if kept.is_file() else {}
+        self._known = self._read()
 
     def _summed(self, found: dict[str, list[dict[str, Any]]], what: str) -> list[list[Any]]:
         """By unit and option, the sum over the unit's modules."""
@@ -162,9 +164,19 @@ class Choices:
         if key not in self._known:
             judged = self.tuning.judge(Assigned(self.source.folder, self.schemes, self.by_module(choice)))
             self._known[key] = [judged.kl, judged.lost]
-            self._kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._kept, self._known)
+            self._keep()
         return Judged(*self._known[key])
+
+    def _read(self) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = json.loads(self._kept.read_text()) if self._kept.is_file() else {}
+        return found
+
+    def _keep(self) -> None:
+        """Add what is known to the file, where another frontier of the same recipe may have added to it meanwhile."""
+        self._kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self._kept}.lock"):
+            self._known = {**self._read(), **self._known}
+            write_json(self._kept, self._known)
 
     def fit(self, choices: Sequence[Choice]) -> Fit:
         """Factors from those choices whose divergence is small enough to say something."""

@@ -522,3 +522,25 @@ def test_a_budget_is_the_most_that_the_smallest_may_be(solved, model, tmp_path):
 def test_a_choice_needs_something_to_stop_at(fields, said):
     with pytest.raises(ValueError, match=said):
         MixedPrecision(**fields)
+
+
+def test_two_that_measure_at_once_keep_what_both_have_measured(solved, model, tmp_path):
+    from compress.stages.choices import Choices
+
+    stage = MixedPrecision(**FIELDS, budget={"effective_bits": 4.5})
+    context = StageContext(
+        origin=Checkpoint(model),
+        source=Checkpoint(solved),
+        output=WorkingCheckpoint(tmp_path / "out"),
+        windows=WINDOWS,
+        device=CPU,
+        compute=torch.float32,
+        stored=torch.float16,
+        tokens_at_once=48,
+        seed=0,
+        progress=Quiet(),
+    )
+    one, other = (Choices(stage, context, tmp_path / "measured.json") for _ in range(2))
+    one.judge(one.uniforms()[0])
+    other.judge(other.uniforms()[1])
+    assert Choices(stage, context, tmp_path / "measured.json").measured == 2

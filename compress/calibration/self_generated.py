@@ -15,7 +15,8 @@ import torch
 
 from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.texts import Descriptor, SelfGenerated
-from compress.calibration.windows import Windows, WindowSpec, assemble
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import Windows, assemble
 from compress.checkpoints.reader import Checkpoint
 from compress.events import Progress
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from compress.calibration.texts import SelfGenerated, TextSource
-from compress.calibration.windows import WindowSpec
+from compress.calibration.window_specs import WindowSpec
 from compress.evaluation.latency.spec import Latency
 from compress.evaluation.looks import look_sizes
 from compress.evaluation.prompts.spec import Prompts

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.calibration.texts import SelfGenerated, missing
-from compress.calibration.windows import CalibrationSpec, WindowSpec
+from compress.calibration.window_specs import CalibrationSpec, WindowSpec
 from compress.checkpoints.formats import FORMATS
 from compress.errors import CompressError, nearest
 from compress.evaluation.latency.spec import Latency

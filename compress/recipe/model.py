@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from compress.calibration.windows import CalibrationSpec
+from compress.calibration.window_specs import CalibrationSpec
 from compress.checkpoints.formats import FormatName
 from compress.checkpoints.sources import ModelSpec
 from compress.evaluation.latency.spec import Latency

@@ -86,6 +86,12 @@ class Stage(BaseModel):
     """Raised when a change of code changes results: part of the fingerprint of finished stages."""
 
     @property
+    def changed_fields(self) -> set[str]:
+        """Fields that were given another value than their default."""
+        fields = type(self).model_fields
+        return {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+
+    @property
     def beside_linears(self) -> bool:
         """Whether it works on the embedding and the head beside linears: `check` is then given the shapes of all."""
         return False

@@ -83,11 +83,8 @@ class QuantizeStage(Stage):
 
     @model_validator(mode="after")
     def _plan_decides(self) -> QuantizeStage:
-        given = {"symmetric", "group_size", "inputs", "ignore", "overrides"} & self.model_fields_set
-        defaults = {name: type(self).model_fields[name].default for name in given}
-        changed = sorted(name for name in given if getattr(self, name) != defaults[name])
-        if self.follows_plan and changed:
-            raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
+        if self.follows_plan:
+            left_to_the_plan(self, "symmetric", "group_size", "inputs", "ignore", "overrides")
         return self
 
     @property
@@ -174,6 +171,13 @@ class QuantizeStage(Stage):
     def kept_events(self, modules: list[str]) -> list[Event]:
         """One event for each linear that stays in its source precision."""
         return [kept(module) for module in modules if self.scheme_of(module) is None]
+
+
+def left_to_the_plan(stage: Stage, *fields: str) -> None:
+    """Raises ValueError where a stage that follows a plan is given what the plan says."""
+    changed = sorted(set(fields) & stage.changed_fields)
+    if changed:
+        raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
 
 
 def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str], shapes: Shapes) -> list[str]:

@@ -28,7 +28,8 @@ from compress.architecture import Architecture
 from compress.calibration.products import Products, chosen
 from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import DOCUMENT_TOKENS, HELD_OUT, Windows, WindowSpec
+from compress.calibration.window_specs import DOCUMENT_TOKENS, WindowSpec
+from compress.calibration.windows import HELD_OUT, Windows
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import ResourceError
 from compress.events import Event

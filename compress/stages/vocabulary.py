@@ -21,7 +21,7 @@ from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import kept, module_record
-from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size
+from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size, left_to_the_plan
 
 ROWS = 1 << 14
 """Rounded at once."""
@@ -47,10 +47,8 @@ class Vocabulary(Stage):
 
     @model_validator(mode="after")
     def _plan_decides(self) -> Vocabulary:
-        given = {"symmetric", "group_size", "scales", "parts"} & self.model_fields_set
-        changed = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
-        if self.follows_plan and changed:
-            raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
+        if self.follows_plan:
+            left_to_the_plan(self, "symmetric", "group_size", "scales", "parts")
         return self
 
     @property

@@ -13,7 +13,8 @@ import torch
 from compress.artifacts import manifest
 from compress.artifacts.store import Store
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import CalibrationSpec, build_windows
+from compress.calibration.window_specs import CalibrationSpec
+from compress.calibration.windows import build_windows
 from compress.checkpoints.export import stored_dtype
 from compress.checkpoints.foreign import readable_as, write_dense
 from compress.checkpoints.formats import FORMATS

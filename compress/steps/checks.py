@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.architecture import Architecture, Dimensions
-from compress.calibration.windows import WindowSpec
+from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText

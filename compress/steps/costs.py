@@ -12,7 +12,7 @@ import torch
 from compress import parallel
 from compress.architecture import Dimensions
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import DOCUMENT_TOKENS, CalibrationSpec
+from compress.calibration.window_specs import DOCUMENT_TOKENS, CalibrationSpec
 from compress.checkpoints.skeleton import Skeleton
 from compress.evaluation.tasks.likelihood import STATES_BYTES
 from compress.evaluation.tasks.size import Size

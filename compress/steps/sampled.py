@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.self_generated import sample_windows
-from compress.calibration.windows import Windows, WindowSpec
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import Windows
 from compress.checkpoints.sources import cache_folder
 from compress.events import Event, Progress
 from compress.files import digest_of_json, disk_errors

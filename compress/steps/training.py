@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.architecture import Dimensions
-from compress.calibration.windows import CalibrationSpec
+from compress.calibration.window_specs import CalibrationSpec
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe

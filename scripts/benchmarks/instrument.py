@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from compress.calibration.windows import Windows, WindowSpec, build_windows
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import Windows, build_windows
 from compress.checkpoints.reader import Checkpoint
 from compress.evaluation.looks import alpha_at_each
 from compress.evaluation.measure import States, score, summarise, walk_states

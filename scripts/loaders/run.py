@@ -110,7 +110,8 @@ def windows_of(folder: Path) -> Tensor:
     """Token ids (windows, tokens) of Python's docstrings, which no shipped recipe calibrates on."""
     from transformers import AutoTokenizer
 
-    from compress.calibration.windows import WindowSpec, build_windows
+    from compress.calibration.window_specs import WindowSpec
+    from compress.calibration.windows import build_windows
 
     spec = WindowSpec(data="python-docstrings", windows=WINDOWS, window_tokens=TOKENS)
     return build_windows(spec, ROOT, AutoTokenizer.from_pretrained(folder), 1, "loaders").ids

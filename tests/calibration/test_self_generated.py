@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from compress.calibration.self_generated import _drawn, sample_windows
 from compress.calibration.texts import PythonTopics, SelfGenerated
-from compress.calibration.windows import CalibrationSpec, WindowSpec
+from compress.calibration.window_specs import CalibrationSpec, WindowSpec
 from compress.checkpoints.reader import Checkpoint
 from compress.events import Quiet
 from tests.tiny import CPU, random_windows

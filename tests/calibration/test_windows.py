@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from compress.calibration.overlap import LIMIT, NGRAM, SHORTEST, shared_fraction, shared_fraction_of_questions
 from compress.calibration.texts import FilesText, documents
-from compress.calibration.windows import Windows, WindowSpec, build_windows
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import Windows, build_windows
 from compress.errors import RecipeError
 
 WORDS = ("the", "cat", "and", "a", "hat", "sat", "on", "Alice", "was", "looking", "at", "queen", "of", "hearts")

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import Windows, WindowSpec
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import Windows
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.working import WorkingCheckpoint

@@ -9,7 +9,8 @@ import torch
 
 from compress.architecture import architecture_of
 from compress.calibration.texts import SelfGenerated
-from compress.calibration.windows import HELD_OUT, Windows, WindowSpec
+from compress.calibration.window_specs import WindowSpec
+from compress.calibration.windows import HELD_OUT, Windows
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton

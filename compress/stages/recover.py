@@ -47,9 +47,6 @@ from compress.training.student import AsExported
 from compress.training.trained import Trainable, What, require_peft
 from compress.training.whole_model import train_whole_model
 
-RATE_OF_WEIGHTS = 2e-4
-"""Of a matrix's root mean square. At 1e-3 a pruned SmolLM2 moved away from its source first."""
-
 
 class Recover(Stage):
     """Train a pruned or quantised model by its KL divergence from the source."""
@@ -70,8 +67,7 @@ class Recover(Stage):
     learning_rate: float = Field(
         default=1e-3,
         gt=0,
-        description="Adam's at the first step, of a relative change; falls linearly to zero; left out: 1e-3, "
-        "and 2e-4 for weights",
+        description="Adam's largest, of a relative change; rises over a fifth of the steps and falls linearly to zero",
     )
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, in whole windows")
     holdout: float = Field(
@@ -99,7 +95,7 @@ class Recover(Stage):
 
     @property
     def training(self) -> Training:
-        # Forward, forward again, and a backward pass that counts twice; the teacher's pass and the evaluations.
+        # Forward, again where memory is short, and a backward pass that counts twice; the teacher's and evaluations.
         forwards = 1 + self.epochs * (4 * (1 - self.holdout) + 3 * self.holdout)
         return Training(forwards, self.batch_tokens, self.self_generated_windows, self.mode, self._trained)
 
@@ -114,14 +110,6 @@ class Recover(Stage):
     @property
     def _trained(self) -> Trainable:
         return Trainable(self.train, self.rank)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rate(cls, data: Any) -> Any:
-        """Fill in the rate of what is trained, so that a resolved recipe says what ran."""
-        if isinstance(data, dict) and data.get("train") == "weights":
-            return {"learning_rate": RATE_OF_WEIGHTS, **data}
-        return data
 
     @model_validator(mode="after")
     def _hidden_states_of_the_whole(self) -> Recover:
@@ -192,8 +180,9 @@ class _Run:
         more, ledger = self._sampled()
         text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
-        mode = self._mode(setting)
-        outcome = train_whole_model(setting) if mode == "model" else train_block_wise(setting)
+        choice = self._choice(setting)
+        setting = replace(setting, kept_blocks=choice.kept_blocks)
+        outcome = train_whole_model(setting) if choice.mode == "model" else train_block_wise(setting)
         improved = outcome.after < outcome.before
         if not improved:
             # `after` is that of the best state seen, which in whole-model training may be the input itself.
@@ -201,7 +190,7 @@ class _Run:
             numbers = {"before": outcome.before, "best": outcome.after}
             self.events.append(Event("recover_kept_input", "recover", message, numbers))
         facts = {
-            "mode": mode,
+            "mode": choice.mode,
             "train": self.stage.train,
             "learning_rate": self.stage.learning_rate,
             "products": str(setting.products).removeprefix("torch."),
@@ -212,6 +201,11 @@ class _Run:
             "held_out_kl_before": outcome.before,
             "held_out_kl_after": outcome.after if improved else outcome.before,
             **outcome.facts,
+            **(
+                {"codes_changed": _changed(setting.source, outcome.values)}
+                if improved and self.stage.train == "codes"
+                else {}
+            ),
             **({"self_generated": ledger} if ledger else {}),
         }
         return _Result(outcome.values if improved else {}, facts, self.events)
@@ -258,22 +252,19 @@ class _Run:
         tokenizer = AutoTokenizer.from_pretrained(origin.folder)
         return sample_windows(spec, origin, tokenizer, seed, self.context.device, self.context.progress)
 
-    def _mode(self, setting: Setting) -> Literal["model", "block"]:
+    def _choice(self, setting: Setting) -> Choice:
         """How to train. A run that goes on does so as it began, whatever is free now."""
         path, text = self.folder / "mode.json", setting.material
+        tokens = text.windows_at_once * text.ids.shape[1]
+        load = training_load(
+            setting.skeleton, setting.source.schemes, setting.training, tokens, text.ids.numel(), self.context.compute
+        )
+        choice = choose(self.stage.mode, load, self.context.device)
         if path.is_file():
-            choice = Choice(**json.loads(path.read_text(encoding="utf-8")))
+            # What is kept inside blocks decides seconds and memory only, so that is as much as fits now.
+            begun = Choice(**json.loads(path.read_text(encoding="utf-8")))
+            choice = replace(begun, kept_blocks=choice.kept_blocks)
         else:
-            tokens = text.windows_at_once * text.ids.shape[1]
-            load = training_load(
-                setting.skeleton,
-                setting.source.schemes,
-                setting.training,
-                tokens,
-                text.ids.numel(),
-                self.context.compute,
-            )
-            choice = choose(self.stage.mode, load, self.context.device)
             if choice.mode == "block" and setting.teacher.block_count != setting.skeleton.block_count:
                 raise ResourceError(
                     f"recover: training the whole model takes about {choice.whole_model_bytes:,} bytes and "
@@ -287,7 +278,17 @@ class _Run:
             needed = choice.whole_model_bytes
             message = f"training the whole model takes about {needed:,} bytes, and {choice.free:,} were free"
             self.events.append(Event("recover_block_wise", "recover", message, {"bytes": needed}))
-        return choice.mode
+        return choice
+
+
+def _changed(source: AsExported, values: dict[str, Tensor]) -> float:
+    """Share of trained codes that are not what they were."""
+    changed, count = 0, 0
+    for name, codes in values.items():
+        if name.endswith(".codes"):
+            changed += int((codes != source.codes(name.removesuffix(".codes"))[0]).sum())
+            count += codes.numel()
+    return changed / max(1, count)
 
 
 def _write(context: StageContext, values: dict[str, Tensor]) -> list[dict[str, Any]]:

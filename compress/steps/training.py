@@ -87,8 +87,9 @@ def trainings_of(
 
 def training_bytes(training: Training, load: predict.TrainingLoad, machine: Machine) -> int:
     """Host bytes of one such stage on a CPU, beside the interpreter."""
-    if choose(training.mode, load, machine.device).mode == "model":
-        return predict.whole_model_training_bytes(load)
+    choice = choose(training.mode, load, machine.device)
+    if choice.mode == "model":
+        return predict.whole_model_training_bytes(load, choice.kept_blocks)
     return predict.block_training_bytes(load)
 
 

@@ -111,7 +111,7 @@ def _train_block(
     """Train a block, or take what an interrupted run made of it. Returns the states after it, its tensors and facts."""
     path, step = setting.folder / f"block-{index:05d}.safetensors", setting.folder / "step.safetensors"
     skeleton, material = setting.skeleton, setting.material
-    block, trained = trained_block(skeleton, setting.source, index, setting.training)
+    block, trained = trained_block(skeleton, setting.source, index, setting.training, setting.origin)
     found = saved.load(path)
     if found is None:
         with (

@@ -1,4 +1,4 @@
-"""Adam with linear decay over shuffled windows, judged on windows kept out; the best state seen is what remains.
+"""Adam with linear warm-up and decay over shuffled windows, judged on windows kept out; the best state seen remains.
 
 The held-out value is taken before the first step and a few times an epoch. If it does not improve `patience` times in a
 row, or the loss is no longer finite, training stops. The start counts as a state: training that never helps changes
@@ -26,6 +26,10 @@ EVALUATIONS_PER_EPOCH = 3
 SECONDS_BETWEEN_SAVES = 20.0
 SAVING_SHARE = 20.0
 """Further seconds of training for one of saving: the state of all weights is gigabytes."""
+WARM_UP = 0.2
+"""Of all steps. Adam's first steps have the full length in the direction of one batch's noise."""
+BETAS = (0.9, 0.95)
+"""A run is tens or hundreds of steps: squares of gradients are averaged over twenty, not a thousand."""
 EPSILON = 1e-12
 """Gradients of factors are small: a mean over tokens, shared out among millions. The step should not depend on that."""
 
@@ -50,7 +54,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Course:
-    """How far and how fast: learning rate at the first step, of a relative change; patience in evaluations."""
+    """How far and how fast: the largest learning rate, of a relative change; patience in evaluations."""
 
     epochs: int
     learning_rate: float
@@ -103,14 +107,14 @@ def descend(
     groups = [{"params": [parameter], "rate": rates.get(name, 1.0)} for name, parameter in parameters.items()]
     if not rates:
         groups = [{"params": [*parameters.values()], "rate": 1.0}]
-    adam = torch.optim.Adam(groups, lr=course.learning_rate, eps=EPSILON)
+    adam = torch.optim.Adam(groups, lr=course.learning_rate, betas=BETAS, eps=EPSILON)
     state, best = _started(objective, adam, path, clock)
     for _ in range(state.step):
         advance("going on")
     total, written, wait = steps_of(material, course), time.monotonic(), SECONDS_BETWEEN_SAVES
     for rows in _remaining(material, course, state):
         for group in adam.param_groups:
-            group["lr"] = group["rate"] * course.learning_rate * (1 - state.step / total)
+            group["lr"] = group["rate"] * course.learning_rate * share_of_rate(state.step, total)
         with clock.timed("training"):
             loss = _step(objective, rows, adam)
         state.step += 1
@@ -133,6 +137,11 @@ def descend(
         for name, parameter in parameters.items():
             parameter.copy_(best[name])
     return state
+
+
+def share_of_rate(step: int, total: int) -> float:
+    """Of the learning rate at a step, 0 to 1: a linear rise over WARM_UP of all steps, and a linear fall over all."""
+    return min(1.0, (step + 1) / (WARM_UP * total + 1)) * (1 - step / total)
 
 
 def steps_of(material: Material, course: Course) -> int:

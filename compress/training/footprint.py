@@ -16,22 +16,30 @@ from compress.training.trained import Trainable
 Mode = Literal["auto", "model", "block"]
 SHARE = 0.8
 """Of free memory that training the whole model may be predicted to take."""
+SHARE_INSIDE = 0.25
+"""Of free memory for the inside of blocks, kept between the passes instead of computed twice."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to train, and why: bytes that the whole model would take, and bytes that are free."""
+    """How to train, and why: bytes that the whole model would take at least, and bytes that are free.
+
+    `kept_blocks`: of so many blocks the inside is kept for the backward pass; that of the others is computed again.
+    """
 
     mode: Literal["model", "block"]
     whole_model_bytes: int
     free: int
+    kept_blocks: int = 0
 
 
 def choose(asked: Mode, load: predict.TrainingLoad, device: torch.device) -> Choice:
     """`auto` trains the whole model where it fits."""
     whole, free = predict.whole_model_training_bytes(load), free_bytes(device)
     fitting: Literal["model", "block"] = "model" if whole <= SHARE * free else "block"
-    return Choice(fitting if asked == "auto" else asked, whole, free)
+    spare = min(SHARE * free - whole, SHARE_INSIDE * free)
+    kept = min(load.blocks, max(0, int(spare // predict.inside_bytes(load)))) if load.fused_attention else 0
+    return Choice(fitting if asked == "auto" else asked, whole, free, kept)
 
 
 def training_load(
@@ -69,4 +77,5 @@ def training_load(
         batch_tokens=batch_tokens,
         kept_tokens=kept_tokens,
         compute_bytes=compute.itemsize,
+        fused_attention=skeleton.config._attn_implementation != "eager",
     )

@@ -38,6 +38,8 @@ class Setting:
     folder: Path
     clock: Clock
     progress: Progress
+    kept_blocks: int = 0
+    """Blocks whose inside is kept between the passes of a step, where the whole model is trained."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Head, Skeleton, load_module
-from compress.training.quantised import MovedCodes, QuantisedLinear
+from compress.training.quantised import MovedCodes, QuantisedLinear, towards
 from compress.training.relative import Relative
 from compress.training.trained import Adapter, AllTrained, Moved, Trainable, adapted
 
@@ -35,9 +35,11 @@ class AsExported(Checkpoint):
 
 
 def trained_block(
-    skeleton: Skeleton, checkpoint: AsExported, index: int, training: Trainable
+    skeleton: Skeleton, checkpoint: AsExported, index: int, training: Trainable, origin: Checkpoint
 ) -> tuple[nn.Module, AllTrained]:
-    """Block `index` on the device in the compute dtype, and what is trained in it. The skeleton's own stays on meta."""
+    """Block `index` on the device in the compute dtype, and what is trained in it. The skeleton's own stays on meta.
+
+    `origin`: the source, whose weights tell trained codes where to start."""
     arch, prefix = skeleton.architecture, skeleton.architecture.block_name(index)
     block = copy.deepcopy(skeleton.block(index))
     load_module(block, checkpoint.dense_state(prefix), skeleton.device, skeleton.dtype)
@@ -50,7 +52,10 @@ def trained_block(
             continue
         codes, grid = checkpoint.codes(module)
         bias = getattr(block.get_submodule(name), "bias", None)
-        moved = MovedCodes(codes, grid.scheme) if training.what == "codes" else None
+        moved = None
+        if training.what == "codes":
+            known = origin.has(f"{module}.weight") or module in origin.schemes
+            moved = MovedCodes(codes, grid.scheme, towards(codes, grid, origin.matrix(module)) if known else None)
         linear = QuantisedLinear(codes, grid, bias, moved).to(skeleton.device)
         block.set_submodule(name, linear)
         if training.scales:

@@ -2,8 +2,8 @@
 
 What the source computes is computed once, by the block walk, and kept as its final hidden states; so are the student's
 embeddings, which are frozen. All blocks of the student are resident as codes, a byte a weight. Between the passes only
-the hidden states entering each block are kept; a block's inside is computed again when its gradient is due
-(activation checkpointing, arXiv 1604.06174).
+the hidden states entering each block are kept, and the inside of as many blocks as memory has room for; that of the
+others is computed again when its gradient is due (activation checkpointing, arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from compress.training.trained import AllTrained, factors, rates, stored_values
 @dataclass(frozen=True)
 class WholeModel:
     """An `Objective`: inputs and targets (windows, tokens, hidden) are the student's embeddings and the teacher's
-    normed final states; heads are (teacher's, student's), the student's norm trained or not."""
+    normed final states; heads are (teacher's, student's), the student's norm trained or not. Of the first `kept_blocks`
+    blocks the inside is kept for the backward pass, that of the others is computed again."""
 
     skeleton: Skeleton
     material: Material
@@ -42,6 +43,7 @@ class WholeModel:
     trained: AllTrained
     products: torch.dtype = torch.float32
     """What linears multiply in while they train. Judging is in the compute dtype."""
+    kept_blocks: int = 0
     hidden_share: float = 0.0
     """Of the loss: the squared difference of final hidden states over the teacher's square."""
 
@@ -58,7 +60,7 @@ class WholeModel:
         if not bool(counts.any()):
             return None
         with multiplying_in(self.products, self.skeleton):
-            states = self._states(rows, keep_inside=False)[counts]
+            states = self._states(rows)[counts]
         targets = self._targets(rows)[counts]
         divergence = mean_divergence((self.heads[0], targets), (self.heads[1], states))
         if not self.hidden_share:
@@ -70,18 +72,18 @@ class WholeModel:
     def held_out(self) -> float:
         """Mean KL divergence in nats over all counted tokens of the windows kept out."""
         batches = self.material.held_out_batches()
-        states = ((rows, self._targets(rows), self._states(rows, keep_inside=True)) for rows in batches)
+        states = ((rows, self._targets(rows), self._states(rows)) for rows in batches)
         return held_out_divergence(self.material, self.heads, states)
 
     def _targets(self, rows: Tensor) -> Tensor:
         return self.targets[rows].to(self.skeleton.device)
 
-    def _states(self, rows: Tensor, keep_inside: bool) -> Tensor:
+    def _states(self, rows: Tensor) -> Tensor:
         """The student's normed final states, (rows, tokens, hidden)."""
         hidden = self.inputs[rows].to(self.skeleton.device)
         calls = self.skeleton.calls(self.material.batch(rows), hidden)
-        for block, call in zip(self.blocks, calls, strict=True):
-            if keep_inside:
+        for index, (block, call) in enumerate(zip(self.blocks, calls, strict=True)):
+            if index < self.kept_blocks or not torch.is_grad_enabled():
                 hidden = _through(block, call, hidden)
             else:
                 hidden = recomputed(_through, block, call, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -132,7 +134,7 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
     blocks: list[nn.Module] = []
     trained: AllTrained = {}
     for index in range(skeleton.block_count):
-        block, found = trained_block(skeleton, source, index, setting.training)
+        block, found = trained_block(skeleton, source, index, setting.training, setting.origin)
         blocks.append(block)
         trained.update(found)
     with skeleton.head(source) as head:
@@ -141,5 +143,14 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
         heads = teacher_head(setting.origin, head), head
         yield WholeModel(
-            skeleton, material, inputs, targets, blocks, heads, trained, setting.products, setting.hidden_share
+            skeleton,
+            material,
+            inputs,
+            targets,
+            blocks,
+            heads,
+            trained,
+            setting.products,
+            setting.kept_blocks,
+            setting.hidden_share,
         )

@@ -18,7 +18,7 @@ from compress.checkpoints.working import WorkingCheckpoint
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
 from compress.stages import Gptq, Recover, RoundToNearest, StageContext, StructuredPrune
-from compress.training import descent, footprint
+from compress.training import descent, footprint, whole_model
 from compress.training.material import material
 from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows
 
@@ -130,6 +130,28 @@ def test_a_model_that_does_not_fit_is_trained_block_by_block_with_an_event(glass
     assert "1,000,000 were free" in event.message
 
 
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_what_is_kept_inside_blocks_changes_no_bit(glass, solved, text, tmp_path, monkeypatch, products):
+    """As many blocks as a quarter of free memory has room for keep their inside; the others compute it twice."""
+    stage = Recover(epochs=1, batch_tokens=960, products=products)
+    computed_again, results = [], []
+    again = whole_model.recomputed
+
+    def recomputed(*args, **kwargs):
+        computed_again.append(1)
+        return again(*args, **kwargs)
+
+    monkeypatch.setattr(whole_model, "recomputed", recomputed)
+    for share in (0.25, 0.0):
+        monkeypatch.setattr(footprint, "SHARE_INSIDE", share)
+        done, _ = apply_stage(stage, solved, tmp_path / f"{share}", text, origin=glass)
+        results.append((len(computed_again), {name: done.read(name) for name in done.names}))
+
+    (kept_calls, kept), (calls, recalculated) = results
+    assert kept_calls == 0 and calls >= done.config["num_hidden_layers"]
+    assert all(torch.equal(kept[name], recalculated[name]) for name in kept)
+
+
 @pytest.mark.parametrize("mode", ["model", "block"])
 def test_steps_that_only_do_harm_ship_the_input_unchanged(glass, solved, text, tmp_path, mode):
     stage = Recover(learning_rate=1e3, epochs=1, batch_tokens=960, mode=mode)
@@ -163,6 +185,7 @@ class Killing(Quiet):
 @pytest.mark.parametrize(("mode", "kills"), [("model", (1, 7)), ("block", (3, 11))])
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mode, kills):
     monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(descent, "SAVING_SHARE", 0.0)
     random_model("llama", tmp_path / "model")
     apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
     stage, windows = Recover(mode=mode, epochs=4, batch_tokens=48), random_windows(count=8)
@@ -328,6 +351,8 @@ def test_codes_are_trained_with_straight_through_rounding(glass, text, tmp_path)
     assert done.schemes == before.schemes
     moved = [int((done.read(name).int() - before.read(name).int()).abs().max()) for name in _codes(done)]
     assert max(moved) >= 1
+    changed = [float((done.read(name) != before.read(name)).float().mean()) for name in _codes(done)]
+    assert min(changed) / 2 < outcome.facts["codes_changed"] < 2 * max(changed) and max(changed) < 0.2
     assert outcome.facts["held_out_kl_after"] < scales.facts["held_out_kl_after"]
     export(done, tmp_path / "model", "compressed-tensors", STORED, 10**9)
     found = divergence(glass, tmp_path / "model", held_out(text, Recover(**fields)))
@@ -341,6 +366,7 @@ def _codes(checkpoint):
 @pytest.mark.parametrize("what", ["weights", "lora"])
 def test_training_weights_goes_on_after_a_kill_to_the_same_bytes(tmp_path, monkeypatch, what):
     monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(descent, "SAVING_SHARE", 0.0)
     random_model("llama", tmp_path / "model")
     windows = random_windows(count=8)
     apply_stage(StructuredPrune(mlp_channels=64), tmp_path / "model", tmp_path / "pruned", windows)

@@ -81,9 +81,18 @@ def test_a_loss_that_is_not_a_number_ends_it_at_the_best_state(tmp_path):
     assert math.isfinite(objective.held_out()) and done.after < done.before
 
 
+def test_the_rate_rises_over_a_fifth_and_falls_to_nothing():
+    shares = [descent.share_of_rate(step, 100) for step in range(100)]
+
+    assert shares[0] == pytest.approx(1 / 21) and shares[20] == pytest.approx(0.8) == max(shares)
+    assert shares[60] == pytest.approx(0.4) and shares[99] == pytest.approx(0.01)
+    assert descent.share_of_rate(0, 1) <= 1, "a single step too"
+
+
 @pytest.mark.parametrize("killed_after", [1, 17, 47])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, killed_after):
     monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(descent, "SAVING_SHARE", 0.0)
     whole, again = Parabola(), Parabola()
     expected = _descend(whole, tmp_path / "whole", patience=100)
     calls = []

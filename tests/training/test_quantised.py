@@ -7,7 +7,7 @@ import torch
 
 from compress.quantization.grid import dequantize, quantize, search_grid
 from compress.quantization.scheme import Scheme
-from compress.training.quantised import QuantisedLinear
+from compress.training.quantised import NEAREST_TO_EDGE, MovedCodes, QuantisedLinear, towards
 
 SCHEMES = [Scheme(3, True, 8), Scheme(4, False, 8), Scheme(2, True, None), Scheme(4, False, None)]
 
@@ -88,3 +88,32 @@ def test_bfloat16_activations_still_give_float32_gradients():
 
     assert output.dtype is torch.bfloat16
     assert linear.scale.factor.grad.dtype is torch.float32 and bool(linear.scale.factor.grad.any())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
+def test_trained_codes_start_towards_the_weight_without_leaving_their_place(scheme):
+    weight = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
+    grid = search_grid(weight, None, scheme, torch.float16)
+    codes = quantize(weight, grid)
+
+    start = towards(codes, grid, weight)
+
+    assert float(start.abs().max()) <= NEAREST_TO_EDGE + 1e-6
+    assert torch.equal(MovedCodes(codes, scheme, start).stored(), codes), "the forward pass does not see a start"
+    inside = start.abs() < 0.99 * NEAREST_TO_EDGE
+    lost = (weight - dequantize(codes, grid).float()) / grid.scale.float().repeat_interleave(
+        24 // grid.scale.shape[1], dim=1
+    )
+    torch.testing.assert_close(start[inside], 0.5 * lost[inside], rtol=1e-2, atol=1e-2)
+    assert bool(inside.any()) and bool((start != 0).any())
+
+
+def test_codes_of_another_weight_start_where_they_are():
+    """A pruned linear has another shape, and one of another block or behind a folded norm has other values."""
+    generator = torch.Generator().manual_seed(1)
+    weight, other = (torch.randn(6, 24, generator=generator) for _ in range(2))
+    grid = search_grid(weight, None, Scheme(4, True, 8), torch.float16)
+    codes = quantize(weight, grid)
+
+    assert towards(codes, grid, weight[:, :16]) is None
+    assert towards(codes, grid, other) is None

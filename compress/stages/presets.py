@@ -13,9 +13,15 @@ from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.recover import Recover
 from compress.stages.sensitivity import Sensitivity
 
-MAX_RECOVER = Recover()
-"""Training that `quality: max` adds, at its defaults. Text sampled from the source would help, but
-sampling takes the whole model in memory; a recipe that can afford it has a recover stage of its own."""
+FEW_BITS = 3
+"""Up to so many, training moves codes too: steps of a code are large there, and more of them round to the wrong side."""
+
+
+def after_max(stage: Gptq) -> Recover:
+    """Training that `quality: max` adds, at its defaults. Text sampled from the source would help, but
+    sampling takes the whole model in memory; a recipe that can afford it has a recover stage of its own."""
+    few = isinstance(stage.bits, int) and stage.bits <= FEW_BITS
+    return Recover(train="codes") if few else Recover()
 
 
 def forget_quality(stage: dict[str, Any]) -> None:
@@ -35,7 +41,9 @@ def written_out(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     wanted = [index for index, stage in enumerate(stages) if isinstance(stage, Gptq) and stage.quality == "max"]
     if not wanted or any(isinstance(stage, Recover) for stage in stages[wanted[-1] :]):
         return stages
-    return (*stages[: wanted[-1] + 1], MAX_RECOVER, *stages[wanted[-1] + 1 :])
+    last = stages[wanted[-1]]
+    assert isinstance(last, Gptq)
+    return (*stages[: wanted[-1] + 1], after_max(last), *stages[wanted[-1] + 1 :])
 
 
 def _with_sensitivity(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

@@ -34,6 +34,7 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.errors import ResourceError
 from compress.events import Event
 from compress.files import digest_of_json, write_json
+from compress.memory.predict import TrainingLoad, whole_model_training_bytes
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, Training, restore
 from compress.training import saved
@@ -181,7 +182,8 @@ class _Run:
         text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
         choice = self._choice(setting)
-        setting = replace(setting, kept_blocks=choice.kept_blocks)
+        trained = replace(setting.training, what=choice.train)
+        setting = replace(setting, training=trained, kept_blocks=choice.kept_blocks)
         outcome = train_whole_model(setting) if choice.mode == "model" else train_block_wise(setting)
         improved = outcome.after < outcome.before
         if not improved:
@@ -191,7 +193,7 @@ class _Run:
             self.events.append(Event("recover_kept_input", "recover", message, numbers))
         facts = {
             "mode": choice.mode,
-            "train": self.stage.train,
+            "train": choice.train,
             "learning_rate": self.stage.learning_rate,
             "products": str(setting.products).removeprefix("torch."),
             "windows_training": len(text.training),
@@ -203,7 +205,7 @@ class _Run:
             **outcome.facts,
             **(
                 {"codes_changed": _changed(setting.source, outcome.values)}
-                if improved and self.stage.train == "codes"
+                if improved and choice.train == "codes"
                 else {}
             ),
             **({"self_generated": ledger} if ledger else {}),
@@ -256,10 +258,12 @@ class _Run:
         """How to train. A run that goes on does so as it began, whatever is free now."""
         path, text = self.folder / "mode.json", setting.material
         tokens = text.windows_at_once * text.ids.shape[1]
-        load = training_load(
-            setting.skeleton, setting.source.schemes, setting.training, tokens, text.ids.numel(), self.context.compute
-        )
-        choice = choose(self.stage.mode, load, self.context.device)
+
+        def load_of(training: Trainable) -> TrainingLoad:
+            schemes = setting.source.schemes
+            return training_load(setting.skeleton, schemes, training, tokens, text.ids.numel(), self.context.compute)
+
+        choice = choose(self.stage.mode, setting.training, load_of, self.context.device)
         if path.is_file():
             # What is kept inside blocks decides seconds and memory only, so that is as much as fits now.
             begun = Choice(**json.loads(path.read_text(encoding="utf-8")))
@@ -274,6 +278,13 @@ class _Run:
                 )
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, dataclasses.asdict(choice))
+        if choice.train != setting.training.what:
+            needed = whole_model_training_bytes(load_of(setting.training))
+            message = (
+                f"training {setting.training.what} of the whole model takes about {needed:,} bytes, and "
+                f"{choice.free:,} were free: {choice.train} were trained"
+            )
+            self.events.append(Event("recover_trained_less", "recover", message, {"bytes": needed}))
         if self.stage.mode == "auto" and choice.mode == "block":
             needed = choice.whole_model_bytes
             message = f"training the whole model takes about {needed:,} bytes, and {choice.free:,} were free"

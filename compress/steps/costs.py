@@ -24,6 +24,7 @@ from compress.stages.depth import TRIED
 from compress.steps.environment import Machine, fits
 from compress.steps.shapes import Shapes
 from compress.steps.training import sampling_flops, training_bytes, training_flops
+from compress.training.footprint import LoadOf
 
 
 def walk_load(
@@ -69,7 +70,7 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 def peak_bytes(
     recipe: Recipe,
     load: predict.WalkLoad,
-    trainings: list[tuple[Training, predict.TrainingLoad]],
+    trainings: list[tuple[Training, LoadOf]],
     asked: Size,
     dimensions: Dimensions,
     machine: Machine,

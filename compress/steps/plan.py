@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         machine,
     )
     trainings = trainings_of(recipe, shapes, schemes, machine)
-    disk = sum(predict.training_disk_bytes(training) for _, training in trainings)
+    disk = sum(predict.training_disk_bytes(load_of(training.trained)) for training, load_of in trainings)
     disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
     disk += format_.reading_bytes(last.parameters)
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)

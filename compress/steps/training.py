@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 from compress.architecture import Dimensions
 from compress.calibration.window_specs import CalibrationSpec
+from compress.checkpoints.skeleton import Skeleton
 from compress.memory import predict
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
@@ -13,7 +17,8 @@ from compress.stages.candidates import CandidateStage
 from compress.stages.quantize import QuantizeStage
 from compress.steps.environment import Machine
 from compress.steps.shapes import Shapes
-from compress.training.footprint import choose, training_load
+from compress.training.footprint import LoadOf, choose, training_load
+from compress.training.trained import Trainable
 
 
 def nothing_to_train(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -70,9 +75,9 @@ def _tunes(stage: Stage, shapes: Shapes, index: int) -> bool:
 
 def trainings_of(
     recipe: Recipe, shapes: Shapes, schemes: dict[str, Scheme], machine: Machine
-) -> list[tuple[Training, predict.TrainingLoad]]:
-    """What each stage that trains does, and what decides its memory."""
-    found = []
+) -> list[tuple[Training, LoadOf]]:
+    """What each stage that trains does, and what decides its memory, by what is trained."""
+    found: list[tuple[Training, LoadOf]] = []
     for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
         training = stage.training
         coded = schemes if any(issubclass(type(each), QuantizeStage) for each in recipe.stages[:index]) else {}
@@ -80,14 +85,21 @@ def trainings_of(
             window = recipe.calibration.window_tokens
             batch = max(1, training.batch_tokens // window) * window
             kept = (recipe.calibration.all_windows + training.more_windows) * window
-            load = training_load(shape.skeleton, coded, training.trained, batch, kept, machine.compute)
-            found.append((training, load))
+            load_of = partial(_load, shape.skeleton, coded, batch, kept, machine)
+            found.append((training, load_of))
     return found
 
 
-def training_bytes(training: Training, load: predict.TrainingLoad, machine: Machine) -> int:
+def _load(
+    skeleton: Skeleton, schemes: dict[str, Scheme], batch: int, kept: int, machine: Machine, trained: Trainable
+) -> predict.TrainingLoad:
+    return training_load(skeleton, schemes, trained, batch, kept, machine.compute)
+
+
+def training_bytes(training: Training, load_of: LoadOf, machine: Machine) -> int:
     """Host bytes of one such stage on a CPU, beside the interpreter."""
-    choice = choose(training.mode, load, machine.device)
+    choice = choose(training.mode, training.trained, load_of, machine.device)
+    load = load_of(replace(training.trained, what=choice.train))
     if choice.mode == "model":
         return predict.whole_model_training_bytes(load, choice.kept_blocks)
     return predict.block_training_bytes(load)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.memory import predict
 from compress.memory.measure import free_bytes
 from compress.quantization.scheme import Scheme
-from compress.training.trained import Trainable
+from compress.training.trained import Trainable, What
 
 Mode = Literal["auto", "model", "block"]
 SHARE = 0.8
@@ -22,24 +23,39 @@ SHARE_INSIDE = 0.25
 
 @dataclass(frozen=True)
 class Choice:
-    """How to train, and why: bytes that the whole model would take at least, and bytes that are free.
+    """How to train what, and why: bytes that this would take for the whole model at least, and bytes that are free.
 
     `kept_blocks`: of so many blocks the inside is kept for the backward pass; that of the others is computed again.
     """
 
     mode: Literal["model", "block"]
+    train: What
     whole_model_bytes: int
     free: int
     kept_blocks: int = 0
 
 
-def choose(asked: Mode, load: predict.TrainingLoad, device: torch.device) -> Choice:
-    """`auto` trains the whole model where it fits."""
-    whole, free = predict.whole_model_training_bytes(load), free_bytes(device)
+LoadOf = Callable[[Trainable], predict.TrainingLoad]
+
+
+def choose(asked: Mode, training: Trainable, load_of: LoadOf, device: torch.device) -> Choice:
+    """`auto` trains the whole model where it fits: all that `training` names, or scales and norms where codes do not
+    fit. Block by block codes come closer to the source's blocks and the model no closer to the source
+    (docs/adr/0018-structured-pruning.md)."""
+    free = free_bytes(device)
+    choice = _choice(asked, training, load_of(training), free)
+    if asked == "auto" and training.what == "codes" and choice.mode == "block":
+        less = replace(training, what="scales+norms")
+        return _choice(asked, less, load_of(less), free)
+    return choice
+
+
+def _choice(asked: Mode, training: Trainable, load: predict.TrainingLoad, free: int) -> Choice:
+    whole = predict.whole_model_training_bytes(load)
     fitting: Literal["model", "block"] = "model" if whole <= SHARE * free else "block"
     spare = min(SHARE * free - whole, SHARE_INSIDE * free)
     kept = min(load.blocks, max(0, int(spare // predict.inside_bytes(load)))) if load.fused_attention else 0
-    return Choice(fitting if asked == "auto" else asked, whole, free, kept)
+    return Choice(fitting if asked == "auto" else asked, training.what, whole, free, kept)
 
 
 def training_load(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 
 from compress.stages import Gptq, RoundToNearest
-from compress.stages.presets import MAX_RECOVER, forget_quality, written_out
+from compress.stages.presets import forget_quality, written_out
 from compress.stages.recover import Recover
 
 
-def test_max_is_followed_by_recover():
-    before, after = RoundToNearest(ignore=("*.mlp.*",)), RoundToNearest()
+@pytest.mark.parametrize(
+    ("bits", "train"),
+    [(2, "codes"), (3, "codes"), (4, "scales+norms"), (8, "scales+norms"), ("planned", "scales+norms")],
+)
+def test_max_is_followed_by_recover_which_moves_codes_where_bits_are_few(bits, train):
+    before, solved, after = RoundToNearest(ignore=("*.mlp.*",)), Gptq(quality="max", bits=bits), RoundToNearest()
 
-    assert written_out((before, Gptq(quality="max"), after)) == (before, Gptq(quality="max"), MAX_RECOVER, after)
+    assert written_out((before, solved, after)) == (before, solved, Recover(train=train), after)
 
 
 @pytest.mark.parametrize("stages", [(Gptq(),), (Gptq(quality="fast"),), (Gptq(quality="max"), Recover(epochs=9))])

@@ -130,6 +130,24 @@ def test_a_model_that_does_not_fit_is_trained_block_by_block_with_an_event(glass
     assert "1,000,000 were free" in event.message
 
 
+def test_codes_whose_training_does_not_fit_stay_with_an_event(glass, solved, text, tmp_path, monkeypatch):
+    """Scales and norms of the whole model rather than codes block by block; a killed run goes on with that."""
+    stage = Recover(train="codes", epochs=1, batch_tokens=960)
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 60 * 10**6)
+    with pytest.raises(KeyboardInterrupt):
+        apply_stage(stage, solved, tmp_path / "stage", text, origin=glass, progress=Killing(2))
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**10)
+
+    done, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    assert (outcome.facts["mode"], outcome.facts["train"]) == ("model", "scales+norms")
+    (event,) = [event for event in outcome.events if event.kind == "recover_trained_less"]
+    assert "60,000,000 were free: scales+norms were trained" in event.message
+    before = Checkpoint(solved)
+    assert all(torch.equal(done.read(name), before.read(name)) for name in _codes(done))
+    assert "codes_changed" not in outcome.facts
+
+
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
 def test_what_is_kept_inside_blocks_changes_no_bit(glass, solved, text, tmp_path, monkeypatch, products):
     """As many blocks as a quarter of free memory has room for keep their inside; the others compute it twice."""

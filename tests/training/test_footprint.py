@@ -8,6 +8,7 @@ import pytest
 
 from compress.memory import predict
 from compress.training import footprint
+from compress.training.trained import Trainable
 from tests.tiny import CPU
 
 LOAD = predict.TrainingLoad(
@@ -25,9 +26,13 @@ LOAD = predict.TrainingLoad(
 )
 
 
-def chosen(monkeypatch, free, load=LOAD, asked="auto"):
+CODES = replace(LOAD, trained=LOAD.trained + LOAD.quantised)
+
+
+def chosen(monkeypatch, free, load=LOAD, asked="auto", what="scales+norms"):
+    """What is chosen where training codes takes `CODES` and everything else `load`."""
     monkeypatch.setattr(footprint, "free_bytes", lambda device: free)
-    return footprint.choose(asked, load, CPU)
+    return footprint.choose(asked, Trainable(what), lambda trained: CODES if trained.what == "codes" else load, CPU)
 
 
 def test_the_inside_of_every_block_is_kept_where_memory_abounds(monkeypatch):
@@ -56,4 +61,20 @@ def test_nothing_is_kept(monkeypatch, case):
     elif case == "scores of attention":
         assert chosen(monkeypatch, 64 * 10**9, replace(LOAD, fused_attention=False)).kept_blocks == 0
     else:
-        assert chosen(monkeypatch, int(whole / 0.9)) == footprint.Choice("block", whole, int(whole / 0.9), 0)
+        assert chosen(monkeypatch, int(whole / 0.9)) == footprint.Choice(
+            "block", "scales+norms", whole, int(whole / 0.9), 0
+        )
+
+
+def test_scales_are_trained_where_codes_do_not_fit(monkeypatch):
+    """Unless the recipe asks for a mode: then codes are trained in that."""
+    codes, scales = (predict.whole_model_training_bytes(load) for load in (CODES, LOAD))
+    between = (codes + scales) // 2
+
+    assert chosen(monkeypatch, 2 * codes, what="codes").train == "codes"
+    choice = chosen(monkeypatch, between, what="codes")
+    assert (choice.mode, choice.train, choice.whole_model_bytes) == ("model", "scales+norms", scales)
+    assert chosen(monkeypatch, scales, what="codes").mode == "block"
+    for mode in ("model", "block"):
+        asked = chosen(monkeypatch, between, what="codes", asked=mode)
+        assert (asked.mode, asked.train) == (mode, "codes")

@@ -41,6 +41,8 @@ class StageContext:
     seed: int
     """The recipe's: of every draw a stage makes."""
     progress: Progress
+    chain: tuple[Checkpoint, ...] = ()
+    """What each stage before this one worked on, the origin first."""
     after_block: Callable[[int], None] = field(default=lambda index: None)
     """Called when a block has been written (on a GPU, when it is about to be); tests stop at a known place with it."""
 

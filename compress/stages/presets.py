@@ -14,7 +14,7 @@ from compress.stages.recover import Recover
 from compress.stages.sensitivity import Sensitivity
 
 FEW_BITS = 3
-"""Up to so many, training moves codes too: steps of a code are large there, and more of them round to the wrong side."""
+"""Up to so many, training moves codes too: a step of a code is large there, and the right side of it worth most."""
 
 
 def after_max(stage: Gptq) -> Recover:

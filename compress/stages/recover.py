@@ -228,7 +228,15 @@ class _Run:
             folder=self.folder,
             clock=self.clock,
             progress=context.progress,
+            unquantised=self._unquantised,
         )
+
+    def _unquantised(self, module: str) -> Tensor | None:
+        """The weight of a linear that its codes were made of: of the last checkpoint before them that has it."""
+        for checkpoint in reversed((self.context.origin, *self.context.chain)):
+            if module not in checkpoint.schemes:
+                return checkpoint.matrix(module)
+        return None
 
     def _sampled(self) -> tuple[Windows | None, dict[str, Any]]:
         """Further training windows from the source itself, and their ledger."""

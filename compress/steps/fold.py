@@ -52,11 +52,13 @@ def fold(
     """Apply every stage in order. Finished ones are reused. `noun` is what peaks of memory are filed under."""
     done: list[Folded] = []
     checkpoint, key = source, source_digest
+    chain: tuple[Checkpoint, ...] = ()
     for index, stage in enumerate(stages):
         key = fingerprint(key, stage, windows, seed, machine, stored)
         with sampler.phase(f"{noun} {index}: {getattr(stage, 'kind', '')}"):
-            folded = _apply(stage, source, checkpoint, key, windows, seed, machine, stored, progress, sampler)
+            folded = _apply(stage, source, checkpoint, chain, key, windows, seed, machine, stored, progress, sampler)
         done.append(folded)
+        chain = (*chain, checkpoint)
         checkpoint = folded.checkpoint
     return done
 
@@ -99,6 +101,7 @@ def _apply(
     stage: Stage,
     origin: Checkpoint,
     source: Checkpoint,
+    chain: tuple[Checkpoint, ...],
     key: str,
     windows: Windows | None,
     seed: int,
@@ -120,7 +123,9 @@ def _apply(
                 events.append(Event("stage_reused", key[:12], message))
             else:
                 events += _resumed(output, key)
-                output.finish(_work(stage, origin, source, output, key, windows, seed, machine, stored, progress))
+                output.finish(
+                    _work(stage, origin, source, chain, output, key, windows, seed, machine, stored, progress)
+                )
     record = output.record()
     checkpoint = Checkpoint(folder)
     sizes = {
@@ -136,6 +141,7 @@ def _work(
     stage: Stage,
     origin: Checkpoint,
     source: Checkpoint,
+    chain: tuple[Checkpoint, ...],
     output: WorkingCheckpoint,
     key: str,
     windows: Windows | None,
@@ -148,6 +154,7 @@ def _work(
     context = StageContext(
         origin=origin,
         source=source,
+        chain=chain,
         output=output,
         windows=windows if stage.needs_calibration else None,
         device=machine.device,

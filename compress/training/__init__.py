@@ -5,7 +5,7 @@ quantised    a linear whose weight is codes times trained scales; its gradient n
 divergence   KL divergence over the vocabulary, chunk by chunk, with its gradient
 student      blocks of the quantised model with trained scales and norms in them
 material     which windows train, which are kept out, in which order they come
-descent      Adam with linear decay; the state with the best held-out value is kept; goes on after a kill
+descent      Adam with linear warm-up and decay; the state with the best held-out value is kept; goes on after a kill
 whole_model  the divergence of the final logits as the objective
 block_wise   the output of one block after another as the objective
 """

@@ -48,9 +48,8 @@ class OneBlock:
     def factors(self) -> dict[str, nn.Parameter]:
         return factors(self.trained)
 
-    @property
-    def rates(self) -> dict[str, float]:
-        return rates(self.trained)
+    def rates(self, way: float) -> dict[str, float]:
+        return rates(self.trained, way)
 
     def loss(self, rows: Tensor) -> Tensor | None:
         real = self.material.real(rows)
@@ -111,7 +110,7 @@ def _train_block(
     """Train a block, or take what an interrupted run made of it. Returns the states after it, its tensors and facts."""
     path, step = setting.folder / f"block-{index:05d}.safetensors", setting.folder / "step.safetensors"
     skeleton, material = setting.skeleton, setting.material
-    block, trained = trained_block(skeleton, setting.source, index, setting.training, setting.origin)
+    block, trained = trained_block(skeleton, setting.source, index, setting.training, setting.unquantised)
     found = saved.load(path)
     if found is None:
         with (

@@ -40,9 +40,9 @@ class Objective(Protocol):
     @property
     def factors(self) -> dict[str, nn.Parameter]: ...
 
-    @property
-    def rates(self) -> dict[str, float]:
-        """What the learning rate is multiplied by, by the same names; absent for 1."""
+    def rates(self, way: float) -> dict[str, float]:
+        """What the learning rate is multiplied by, by the same names; absent for 1. `way`: steps at the full learning
+        rate that all steps amount to."""
         ...
 
     def loss(self, rows: Tensor) -> Tensor | None:
@@ -103,7 +103,8 @@ def descend(
     """Train the objective's factors and leave them at the best state. `path` is the file a killed run goes on from;
     it stays, for the caller to remove once the result is safe. `advance` is called once a step."""
     parameters = objective.factors
-    rates = objective.rates
+    total = steps_of(material, course)
+    rates = objective.rates(sum(share_of_rate(step, total) for step in range(total)))
     groups = [{"params": [parameter], "rate": rates.get(name, 1.0)} for name, parameter in parameters.items()]
     if not rates:
         groups = [{"params": [*parameters.values()], "rate": 1.0}]
@@ -111,7 +112,7 @@ def descend(
     state, best = _started(objective, adam, path, clock)
     for _ in range(state.step):
         advance("going on")
-    total, written, wait = steps_of(material, course), time.monotonic(), SECONDS_BETWEEN_SAVES
+    written, wait = time.monotonic(), SECONDS_BETWEEN_SAVES
     for rows in _remaining(material, course, state):
         for group in adam.param_groups:
             group["lr"] = group["rate"] * course.learning_rate * share_of_rate(state.step, total)
@@ -140,8 +141,8 @@ def descend(
 
 
 def share_of_rate(step: int, total: int) -> float:
-    """Of the learning rate at a step, 0 to 1: a linear rise over WARM_UP of all steps, and a linear fall over all."""
-    return min(1.0, (step + 1) / (WARM_UP * total + 1)) * (1 - step / total)
+    """Of the learning rate at a step, 0 to 1: a linear rise over WARM_UP of all steps, and a linear fall to zero."""
+    return min((step + 1) / (WARM_UP * total + 1), (1 - step / total) / (1 - WARM_UP))
 
 
 def steps_of(material: Material, course: Course) -> int:

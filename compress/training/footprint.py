@@ -17,8 +17,9 @@ from compress.training.trained import Trainable, What
 Mode = Literal["auto", "model", "block"]
 SHARE = 0.8
 """Of free memory that training the whole model may be predicted to take."""
-SHARE_INSIDE = 0.25
-"""Of free memory for the inside of blocks, kept between the passes instead of computed twice."""
+SHARE_INSIDE, SHARE_WITH_INSIDE = 0.25, 0.6
+"""Of free memory for the inside of blocks, kept between the passes instead of computed twice; and of all of it with
+that: what is only to save time leaves room for what nobody has predicted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def choose(asked: Mode, training: Trainable, load_of: LoadOf, device: torch.devi
 def _choice(asked: Mode, training: Trainable, load: predict.TrainingLoad, free: int) -> Choice:
     whole = predict.whole_model_training_bytes(load)
     fitting: Literal["model", "block"] = "model" if whole <= SHARE * free else "block"
-    spare = min(SHARE * free - whole, SHARE_INSIDE * free)
+    spare = min(SHARE_WITH_INSIDE * free - whole, SHARE_INSIDE * free)
     kept = min(load.blocks, max(0, int(spare // predict.inside_bytes(load)))) if load.fused_attention else 0
     return Choice(fitting if asked == "auto" else asked, training.what, whole, free, kept)
 
@@ -85,6 +86,7 @@ def training_load(
         quantised=quantised,
         dense=count * block_parameters - quantised,
         trained=trained,
+        moved=quantised if training.what == "codes" else 0,
         block_parameters=block_parameters,
         block_width=sum(rows + columns for rows, columns in shapes.values()) // count,
         blocks=count,

@@ -11,8 +11,8 @@ cast of the product is the loaders' (`grid.dequantize`); the gradient passes it 
 
 Trained codes are round(c + f) within the scheme's range, f float32. The gradient passes the rounding unchanged
 (straight-through, arXiv 1308.3432): df = dy^T x s. It passes inputs that are rounded (W8A8) in the same way. f starts
-within half a code of zero, on the side where the source's weight w lies (`towards`), so that a code whose rounding cost
-most has the shortest way to the next: f = clip(0.5 (w / s + z - c), -0.3, 0.3).
+within half a code of zero, on the side where the weight w lies that was quantised (`towards`), so that the codes which
+are furthest from theirs have the shortest way back: f = clip(0.5 (w / s + z - c), -0.3, 0.3).
 
 Example: codes [7, -8], one group, s = 0.1, x = [1, 2], dy = 1: W = [0.7, -0.8], y = -0.9, ds = 1*7 + 2*(-8) = -9.
 """
@@ -30,13 +30,10 @@ from compress.quantization.scheme import Scheme
 from compress.training.relative import Relative
 
 TOWARDS = 0.5
-"""Share of the way from a code to the source's weight that its step starts at. At all of it, many codes change at once
-and the divergence first rises two- to threefold."""
+"""Share of the way from a code to the weight it was made of that its step starts at. At all of it, many codes change at
+once and the divergence first rises two- to threefold."""
 NEAREST_TO_EDGE = 0.3
 """A step past one half changes the code; a start leaves some steps in which noise can show that it is only that."""
-OTHER_WEIGHT = 0.5
-"""Squared distance from the codes' values, over its square, from which a weight is not what was quantised. Two bits
-leave 0.1 to 0.3; another block's weight is 2 away."""
 
 
 class _Product(torch.autograd.Function):
@@ -98,18 +95,12 @@ class MovedCodes(nn.Module):
         return _moved(self.codes, self.factor, self.scheme)
 
 
-def towards(codes: Tensor, grid: Grid, weight: Tensor) -> Tensor | None:
-    """Where steps away from `codes` start, float32 (rows, columns), for the source's `weight` of that shape; None if
-    these are not codes of that weight (another shape, or too far from it: pruned, folded or trained since)."""
-    if weight.shape != codes.shape:
-        return None
+def towards(codes: Tensor, grid: Grid, weight: Tensor) -> Tensor:
+    """Where steps away from `codes` start, float32 (rows, columns), for the `weight` that they were made of."""
     grouped = weight.float().reshape(*grid.scale.shape, -1) / grid.scale.float().unsqueeze(-1)
     if grid.zero is not None:
         grouped = grouped + grid.zero.float().unsqueeze(-1)
     step = grouped.flatten(1) - codes.float()
-    lost = (weight.float() - dequantize(codes, grid).float()).square().sum()
-    if lost > OTHER_WEIGHT * weight.float().square().sum():
-        return None
     return (TOWARDS * step).clamp_(-NEAREST_TO_EDGE, NEAREST_TO_EDGE)
 
 

@@ -15,7 +15,7 @@ from compress.events import Progress
 from compress.training.clock import Clock
 from compress.training.descent import Course
 from compress.training.material import Material
-from compress.training.student import AsExported
+from compress.training.student import AsExported, Unquantised
 from compress.training.trained import Trainable
 
 
@@ -38,6 +38,8 @@ class Setting:
     folder: Path
     clock: Clock
     progress: Progress
+    unquantised: Unquantised = lambda linear: None
+    """Weights of linears (rows, columns) before they were quantised."""
     kept_blocks: int = 0
     """Blocks whose inside is kept between the passes of a step, where the whole model is trained."""
 

@@ -8,6 +8,7 @@ a block of any architecture and the final norm.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,16 @@ class AsExported(Checkpoint):
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
 
+Unquantised = Callable[[str], Tensor | None]
+
+
 def trained_block(
-    skeleton: Skeleton, checkpoint: AsExported, index: int, training: Trainable, origin: Checkpoint
+    skeleton: Skeleton, checkpoint: AsExported, index: int, training: Trainable, unquantised: Unquantised
 ) -> tuple[nn.Module, AllTrained]:
     """Block `index` on the device in the compute dtype, and what is trained in it. The skeleton's own stays on meta.
 
-    `origin`: the source, whose weights tell trained codes where to start."""
+    `unquantised`: weights by linear as they were before they were quantised, None where nobody knows: they tell trained
+    codes where to start."""
     arch, prefix = skeleton.architecture, skeleton.architecture.block_name(index)
     block = copy.deepcopy(skeleton.block(index))
     load_module(block, checkpoint.dense_state(prefix), skeleton.device, skeleton.dtype)
@@ -54,8 +59,8 @@ def trained_block(
         bias = getattr(block.get_submodule(name), "bias", None)
         moved = None
         if training.what == "codes":
-            known = origin.has(f"{module}.weight") or module in origin.schemes
-            moved = MovedCodes(codes, grid.scheme, towards(codes, grid, origin.matrix(module)) if known else None)
+            weight = unquantised(module)
+            moved = MovedCodes(codes, grid.scheme, None if weight is None else towards(codes, grid, weight))
         linear = QuantisedLinear(codes, grid, bias, moved).to(skeleton.device)
         block.set_submodule(name, linear)
         if training.scales:

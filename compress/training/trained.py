@@ -22,9 +22,12 @@ from compress.errors import EnvironmentLacksError
 from compress.training.relative import through_storage
 
 What = Literal["scales", "scales+norms", "norms", "codes", "weights", "lora"]
-STEPS_OF_CODES = 10.0
-"""A learning rate that moves scales by a thousandth moves codes by this many thousandths of one: they change by whole
-ones, and have to come half way."""
+WAY_OF_CODES = 700.0
+"""Learning rates that a code can come in all steps together: at a rate of a thousandth 0.7 of a code, whatever the
+number of steps. Codes change by whole ones, and start no more than 0.3 on the way to the half."""
+RATE_OF_CODES = 20.0
+"""Learning rates that a code comes in one step, at most: in fewer than seventy steps codes come less far, and few
+change. Faster, the divergence has no time to fall again after it rose."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Trained(Protocol):
     """A stored tensor with a step away from it."""
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """What an optimiser moves, by a suffix to the stored tensor's name; all zero at first, or as good as."""
+        """What an optimiser moves, by a suffix to the stored tensor's name; such that nothing has changed at first."""
         ...
 
     def stored(self) -> Tensor:
@@ -135,9 +138,11 @@ def factors(trained: AllTrained) -> dict[str, nn.Parameter]:
     }
 
 
-def rates(trained: AllTrained) -> dict[str, float]:
-    """By the same names, what the learning rate is multiplied by; absent for 1."""
-    return {name: STEPS_OF_CODES for name in factors(trained) if name.endswith(".codes")}
+def rates(trained: AllTrained, way: float) -> dict[str, float]:
+    """By the same names, what the learning rate is multiplied by; absent for 1. `way`: the sum of all steps' shares of
+    the learning rate."""
+    rate = min(RATE_OF_CODES, WAY_OF_CODES / way)
+    return {name: rate for name in factors(trained) if name.endswith(".codes")}
 
 
 def stored_values(trained: AllTrained) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ from compress.training.trained import AllTrained, factors, rates, stored_values
 @dataclass(frozen=True)
 class WholeModel:
     """An `Objective`: inputs and targets (windows, tokens, hidden) are the student's embeddings and the teacher's
-    normed final states; heads are (teacher's, student's), the student's norm trained or not. Of the first `kept_blocks`
-    blocks the inside is kept for the backward pass, that of the others is computed again."""
+    normed final states; heads are (teacher's, student's), the student's norm trained or not. Of the last `kept_blocks`
+    blocks the inside is kept for the backward pass, that of the others is computed again once that is gone."""
 
     skeleton: Skeleton
     material: Material
@@ -51,9 +51,8 @@ class WholeModel:
     def factors(self) -> dict[str, nn.Parameter]:
         return factors(self.trained)
 
-    @property
-    def rates(self) -> dict[str, float]:
-        return rates(self.trained)
+    def rates(self, way: float) -> dict[str, float]:
+        return rates(self.trained, way)
 
     def loss(self, rows: Tensor) -> Tensor | None:
         counts = self.material.counts(rows)
@@ -83,7 +82,7 @@ class WholeModel:
         hidden = self.inputs[rows].to(self.skeleton.device)
         calls = self.skeleton.calls(self.material.batch(rows), hidden)
         for index, (block, call) in enumerate(zip(self.blocks, calls, strict=True)):
-            if index < self.kept_blocks or not torch.is_grad_enabled():
+            if index >= len(self.blocks) - self.kept_blocks or not torch.is_grad_enabled():
                 hidden = _through(block, call, hidden)
             else:
                 hidden = recomputed(_through, block, call, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -134,7 +133,7 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
     blocks: list[nn.Module] = []
     trained: AllTrained = {}
     for index in range(skeleton.block_count):
-        block, found = trained_block(skeleton, source, index, setting.training, setting.origin)
+        block, found = trained_block(skeleton, source, index, setting.training, setting.unquantised)
         blocks.append(block)
         trained.update(found)
     with skeleton.head(source) as head:

@@ -106,14 +106,3 @@ def test_trained_codes_start_towards_the_weight_without_leaving_their_place(sche
     )
     torch.testing.assert_close(start[inside], 0.5 * lost[inside], rtol=1e-2, atol=1e-2)
     assert bool(inside.any()) and bool((start != 0).any())
-
-
-def test_codes_of_another_weight_start_where_they_are():
-    """A pruned linear has another shape, and one of another block or behind a folded norm has other values."""
-    generator = torch.Generator().manual_seed(1)
-    weight, other = (torch.randn(6, 24, generator=generator) for _ in range(2))
-    grid = search_grid(weight, None, Scheme(4, True, 8), torch.float16)
-    codes = quantize(weight, grid)
-
-    assert towards(codes, grid, weight[:, :16]) is None
-    assert towards(codes, grid, other) is None

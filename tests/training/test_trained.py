@@ -34,6 +34,18 @@ def test_a_step_is_in_units_of_the_matrix_and_seen_as_stored():
     torch.testing.assert_close(moved.factor.grad, torch.full((2, 2), 0.5))
 
 
+def test_codes_can_come_seven_tenths_in_any_number_of_steps_but_few():
+    scheme = Scheme(3, True, 8)
+    trained = {
+        "proj.codes": MovedCodes(torch.zeros(2, 8, dtype=torch.int8), scheme),
+        "norm.weight": Moved(torch.ones(3)),
+    }
+
+    for way in (35.0, 100.0, 5000.0):
+        assert rates(trained, way) == {"proj.codes": pytest.approx(700 / way)}, "and norms at the learning rate"
+    assert rates(trained, 5.0) == {"proj.codes": 20.0}
+
+
 @pytest.mark.parametrize("scheme", [Scheme(3, True, 8), Scheme(4, False, 8)], ids=lambda scheme: scheme.label)
 def test_codes_move_by_whole_ones_within_their_range(scheme):
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +86,7 @@ def test_low_rank_changes_are_merged_as_the_layer_computes_them(transposed):
 
     assert torch.equal(trained["proj.weight"].stored(), base)
     found = factors(trained)
-    assert set(found) == {"proj.weight.lora_A", "proj.weight.lora_B"} and rates(trained) == {}
+    assert set(found) == {"proj.weight.lora_A", "proj.weight.lora_B"} and rates(trained, 10.0) == {}
     with torch.no_grad():
         for parameter in found.values():
             parameter.copy_(torch.randn(parameter.shape))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -99,6 +100,12 @@ class Recover(Stage):
         # Forward, again where memory is short, and a backward pass that counts twice; the teacher's and evaluations.
         forwards = 1 + self.epochs * (4 * (1 - self.holdout) + 3 * self.holdout)
         return Training(forwards, self.batch_tokens, self.self_generated_windows, self.mode, self._trained)
+
+    def steps(self, windows: int, window_tokens: int) -> int:
+        """Of training, for so many calibration windows."""
+        held_out = min(windows - 1, max(1, round(self.holdout * windows)))
+        at_once = max(1, self.batch_tokens // window_tokens)
+        return self.epochs * math.ceil((windows - held_out + self.self_generated_windows) / at_once)
 
     @property
     def needs_codes(self) -> bool:

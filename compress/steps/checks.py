@@ -13,7 +13,7 @@ from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.stages import Awq, Gptq, SmoothQuant, Sparsify
+from compress.stages import Awq, Gptq, Recover, SmoothQuant, Sparsify
 from compress.stages.quantize import QuantizeStage
 from compress.stages.smooth import ScalingStage
 from compress.steps.power import Power
@@ -103,6 +103,7 @@ def warnings_of(
     found += _wide_margins(recipe)
     found += _zeros(recipe)
     found += _scaled_for_nobody(recipe)
+    found += _codes_that_stay(recipe)
     has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
     if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
         found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")
@@ -146,6 +147,26 @@ def _scaled_for_nobody(recipe: Recipe) -> list[str]:
             found.append(
                 where + f"awq scales for bits {stage.bits}, group_size {stage.group_size}; after it come {given}"
             )
+    return found
+
+
+STEPS_FOR_CODES = 60
+"""docs/adr/0018-structured-pruning.md has the divergence after fewer."""
+
+
+def _codes_that_stay(recipe: Recipe) -> list[str]:
+    """Codes trained in fewer steps than it takes to move them."""
+    found = []
+    for index, stage in enumerate(recipe.stages):
+        text = recipe.calibration
+        if isinstance(stage, Recover) and stage.train == "codes" and text is not None:
+            steps = stage.steps(text.all_windows, text.window_tokens)
+            if steps < STEPS_FOR_CODES:
+                found.append(
+                    f"{recipe.place(index)}: recover takes {steps} steps, and codes hardly move in fewer than "
+                    f"{STEPS_FOR_CODES}; take more calibration windows or epochs, a smaller batch_tokens, or "
+                    "train: scales+norms"
+                )
     return found
 
 

@@ -190,3 +190,12 @@ def test_training_the_source_towards_itself_is_warned_of(recipe, here):
 
     assert ended.code == 0, ended.err
     assert "trains a model against the source that it still is" in ended.out
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(1, True), (400, False)])
+def test_codes_that_have_no_time_to_move_are_warned_of(recipe, here, epochs, warned):
+    codes = {"kind": "recover", "train": "codes", "epochs": epochs}
+    ended = here("plan", recipe(stages=[{**INT4, "group_size": "channel"}, codes]))
+
+    assert ended.code == 0, ended.err
+    assert ("codes hardly move in fewer than 60" in " ".join(ended.out.split())) is warned

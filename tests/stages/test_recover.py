@@ -456,3 +456,12 @@ def test_block_by_block_trains_weights_of_a_narrower_model(glass, pruned, text, 
     _, outcome = apply_stage(stage, pruned, tmp_path / "stage", text, origin=glass)
 
     assert outcome.facts["held_out_kl_after"] < 0.95 * outcome.facts["held_out_kl_before"]
+
+
+@pytest.mark.parametrize("fields", [{"epochs": 2, "batch_tokens": 384}, {"epochs": 1, "batch_tokens": 2048}])
+def test_steps_are_known_beforehand(glass, solved, text, tmp_path, fields):
+    stage = Recover(patience=100, **fields)
+
+    _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["steps"] == stage.steps(*text.ids.shape)

@@ -41,12 +41,12 @@ from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, Trai
 from compress.training import saved
 from compress.training.block_wise import train_block_wise
 from compress.training.clock import Clock
-from compress.training.descent import Course
+from compress.training.descent import Course, share_of_rate
 from compress.training.footprint import Choice, Mode, choose, training_load
 from compress.training.material import Material, material
 from compress.training.setting import Setting
 from compress.training.student import AsExported
-from compress.training.trained import Trainable, What, require_peft
+from compress.training.trained import Trainable, What, rate_of_codes, require_peft
 from compress.training.whole_model import train_whole_model
 
 
@@ -69,6 +69,7 @@ class Recover(Stage):
     learning_rate: float = Field(
         default=1e-3,
         gt=0,
+        allow_inf_nan=False,
         description="Adam's largest, of a relative change; rises over a fifth of the steps and falls linearly to zero",
     )
     batch_tokens: int = Field(default=2048, ge=1, description="tokens of one step, in whole windows")
@@ -106,6 +107,12 @@ class Recover(Stage):
         held_out = min(windows - 1, max(1, round(self.holdout * windows)))
         at_once = max(1, self.batch_tokens // window_tokens)
         return self.epochs * math.ceil((windows - held_out + self.self_generated_windows) / at_once)
+
+    def way_of_codes(self, windows: int, window_tokens: int) -> float:
+        """How far trained codes can come in all steps, in codes."""
+        steps = self.steps(windows, window_tokens)
+        way = sum(share_of_rate(step, steps) for step in range(steps))
+        return way * self.learning_rate * rate_of_codes(way)
 
     @property
     def needs_codes(self) -> bool:
@@ -184,7 +191,9 @@ class _Run:
     def result(self) -> _Result:
         """Train, and decide what ships."""
         if (self.folder / "mode.json").is_file():
-            self.events.append(Event("training_resumed", "recover", "an interrupted run had begun to train"))
+            self.events.append(
+                Event("training_resumed", "recover", "an interrupted run had begun to train; seconds are those since")
+            )
         more, ledger = self._sampled()
         text = material(self.windows, more, self.stage.holdout, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
@@ -196,6 +205,7 @@ class _Run:
         if not improved:
             # `after` is that of the best state seen, which in whole-model training may be the input itself.
             message = f"nothing that training reached was below the input's held-out KL of {outcome.before:.4g}"
+            message += f" ({outcome.facts['stopped']})" if outcome.facts.get("stopped") else ""
             numbers = {"before": outcome.before, "best": outcome.after}
             self.events.append(Event("recover_kept_input", "recover", message, numbers))
         facts = {
@@ -210,13 +220,13 @@ class _Run:
             "held_out_kl_before": outcome.before,
             "held_out_kl_after": outcome.after if improved else outcome.before,
             **outcome.facts,
-            **(
-                {"codes_changed": _changed(setting.source, outcome.values)}
-                if improved and choice.train == "codes"
-                else {}
-            ),
             **({"self_generated": ledger} if ledger else {}),
         }
+        if improved and choice.train == "codes":
+            facts["codes_changed"] = _changed(setting.source, outcome.values)
+            if not facts["codes_changed"]:
+                message = "every code is what it was: too few steps, or too low a rate, to come to the next"
+                self.events.append(Event("codes_unmoved", "recover", message))
         return _Result(outcome.values if improved else {}, facts, self.events)
 
     def _setting(self, text: Material) -> Setting:

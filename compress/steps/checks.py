@@ -150,22 +150,24 @@ def _scaled_for_nobody(recipe: Recipe) -> list[str]:
     return found
 
 
-STEPS_FOR_CODES = 60
-"""docs/adr/0018-structured-pruning.md has the divergence after fewer."""
+WAY_FOR_CODES = 0.55
+"""Codes that a code has to be able to come for training to gain by it: docs/adr/0018-structured-pruning.md."""
 
 
 def _codes_that_stay(recipe: Recipe) -> list[str]:
-    """Codes trained in fewer steps than it takes to move them."""
+    """Codes trained in fewer steps, or with smaller ones, than it takes to move them."""
     found = []
     for index, stage in enumerate(recipe.stages):
         text = recipe.calibration
         if isinstance(stage, Recover) and stage.train == "codes" and text is not None:
-            steps = stage.steps(text.all_windows, text.window_tokens)
-            if steps < STEPS_FOR_CODES:
+            way = stage.way_of_codes(text.all_windows, text.window_tokens)
+            if way < WAY_FOR_CODES:
+                steps = stage.steps(text.all_windows, text.window_tokens)
                 found.append(
-                    f"{recipe.place(index)}: recover takes {steps} steps, and codes hardly move in fewer than "
-                    f"{STEPS_FOR_CODES}; take more calibration windows or epochs, a smaller batch_tokens, or "
-                    "train: scales+norms"
+                    f"{recipe.place(index)}: in {steps} steps at a learning rate of {stage.learning_rate:g} recover "
+                    f"moves a code by {way:.2g} at most, and it takes {WAY_FOR_CODES} (some 55 steps at 0.001); take "
+                    "more calibration windows or epochs, or train: scales+norms, behind quality: max in a recover "
+                    "stage of its own"
                 )
     return found
 

@@ -30,7 +30,7 @@ from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
 from compress.steps.precision import expected_schemes
 from compress.steps.shapes import shapes_along
-from compress.steps.training import trainings_of
+from compress.steps.training import fallbacks, trainings_of
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         disk_bytes=disk,
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency), machine),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
-        warnings=tuple(warned + weak_gates(gate_powers)),
+        warnings=tuple(warned + fallbacks(trainings, machine) + weak_gates(gate_powers)),
         powers=tuple(gate_powers),
         budgets=tuple(budgets),
     )

@@ -83,10 +83,29 @@ def trainings_of(
         coded = schemes if any(issubclass(type(each), QuantizeStage) for each in recipe.stages[:index]) else {}
         if training is not None and recipe.calibration is not None:
             window = recipe.calibration.window_tokens
-            batch = max(1, training.batch_tokens // window) * window
-            kept = (recipe.calibration.all_windows + training.more_windows) * window
+            windows = recipe.calibration.all_windows + training.more_windows
+            batch = min(windows, max(1, training.batch_tokens // window)) * window
+            kept = windows * window
             load_of = partial(_load, shape.skeleton, coded, batch, kept, machine)
             found.append((training, load_of))
+    return found
+
+
+def fallbacks(trainings: list[tuple[Training, LoadOf]], machine: Machine) -> list[str]:
+    """What will be trained otherwise than asked, as far as can be said from what is free now."""
+    found = []
+    for training, load_of in trainings:
+        choice = choose(training.mode, training.trained, load_of, machine.device)
+        needed = predict.whole_model_training_bytes(load_of(training.trained))
+        asked = f"recover: training {training.trained.what} of the whole model takes about {needed:,} bytes"
+        less = choice.train != training.trained.what
+        if less or (training.mode == "auto" and choice.mode == "block"):
+            instead: list[str] = [choice.train] if less else []
+            instead += ["one block after another"] if choice.mode == "block" else []
+            found.append(
+                f"{asked}, and {choice.free:,} are free: it will train {', '.join(instead)}; a smaller "
+                "batch_tokens takes less"
+            )
     return found
 
 

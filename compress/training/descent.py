@@ -1,9 +1,10 @@
 """Adam with linear warm-up and decay over shuffled windows, judged on windows kept out; the best state seen remains.
 
 The held-out value is taken before the first step and a few times an epoch. If it does not improve `patience` times in a
-row, or the loss is no longer finite, training stops. The start counts as a state: training that never helps changes
-nothing. Every 20 seconds and more the whole state is written, and a killed run repeats only the steps after that;
-order and arithmetic depend on seed and step alone, so its result is that of an uninterrupted one.
+row (where codes move, not before three fifths of all steps), or the loss is no longer finite, training stops. The start
+counts as a state: training that never helps changes nothing. Every 20 seconds and more the whole state is written, and
+a killed run repeats only the steps after that; order and arithmetic depend on seed and step alone, so its result is
+that of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ SAVING_SHARE = 20.0
 """Further seconds of training for one of saving: the state of all weights is gigabytes."""
 WARM_UP = 0.2
 """Of all steps. Adam's first steps have the full length in the direction of one batch's noise."""
+SETTLING = 0.6
+"""Of all steps: before that, codes that move raise what they lower afterwards, and patience would end in between."""
 BETAS = (0.9, 0.95)
 """A run is tens or hundreds of steps: squares of gradients are averaged over twenty, not a thousand."""
 EPSILON = 1e-12
@@ -126,7 +129,8 @@ def descend(
                 state.history.append((state.step, objective.held_out()))
             if state.best_step == state.step:
                 best = _copy(parameters)
-            if state.evaluations_since_best() >= course.patience:
+            settling = bool(rates) and state.step < SETTLING * total
+            if state.evaluations_since_best() >= course.patience and not settling:
                 state.stopped = f"no better for {course.patience} evaluations"
         advance(f"loss {loss:.4g}, held out {state.history[-1][1]:.4g} (at first {state.before:.4g})")
         if state.stopped or state.step == total or time.monotonic() - written > wait:

@@ -72,7 +72,8 @@ def material(windows: Windows, more: Windows | None, holdout: float, batch_token
         training = torch.cat([training, torch.arange(count, count + len(more.ids))])
         ids = torch.cat([ids, more.ids])
         mask = None if mask is None else torch.cat([mask, torch.ones_like(more.ids)])
-    return Material(ids, mask, training, held_out, max(1, batch_tokens // ids.shape[1]))
+    # No step is larger than all of the text, whatever was asked for.
+    return Material(ids, mask, training, held_out, min(len(training), max(1, batch_tokens // ids.shape[1])))
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:

@@ -138,10 +138,15 @@ def factors(trained: AllTrained) -> dict[str, nn.Parameter]:
     }
 
 
+def rate_of_codes(way: float) -> float:
+    """What the learning rate is multiplied by for codes."""
+    return min(RATE_OF_CODES, WAY_OF_CODES / way)
+
+
 def rates(trained: AllTrained, way: float) -> dict[str, float]:
     """By the same names, what the learning rate is multiplied by; absent for 1. `way`: the sum of all steps' shares of
     the learning rate."""
-    rate = min(RATE_OF_CODES, WAY_OF_CODES / way)
+    rate = rate_of_codes(way)
     return {name: rate for name in factors(trained) if name.endswith(".codes")}
 
 

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from compress.training import footprint
+
 PRUNE = {"kind": "structured_prune", "mlp_channels": 288}
 RECOVER = {"kind": "recover", "train": "weights", "epochs": 2, "learning_rate": 0.002}
 INT4 = {"kind": "gptq", "bits": 4, "group_size": 32}
@@ -198,4 +200,16 @@ def test_codes_that_have_no_time_to_move_are_warned_of(recipe, here, epochs, war
     ended = here("plan", recipe(stages=[{**INT4, "group_size": "channel"}, codes]))
 
     assert ended.code == 0, ended.err
-    assert ("codes hardly move in fewer than 60" in " ".join(ended.out.split())) is warned
+    assert ("recover moves a code by" in " ".join(ended.out.split())) is warned
+
+
+def test_what_will_be_trained_otherwise_is_said_before(recipe, here, monkeypatch):
+    """Codes that do not fit, from what is free; a batch larger than the text takes no more than the text."""
+    codes = {"kind": "recover", "train": "codes", "batch_tokens": 10**9}
+    stages = [{**INT4, "group_size": "channel"}, codes]
+    assert "it will train" not in here("plan", recipe(stages=stages)).out
+
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 10**6)
+    ended = here("plan", recipe(stages=stages))
+
+    assert "it will train scales+norms, one block after another" in " ".join(ended.out.split()), ended.err

@@ -465,3 +465,25 @@ def test_steps_are_known_beforehand(glass, solved, text, tmp_path, fields):
     _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
 
     assert outcome.facts["steps"] == stage.steps(*text.ids.shape)
+
+
+def test_codes_that_all_stayed_are_told(glass, solved, text, tmp_path):
+    stage = Recover(train="codes", epochs=1, batch_tokens=960, learning_rate=1e-4)
+
+    _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
+
+    assert outcome.facts["codes_changed"] == 0.0
+    assert "codes_unmoved" in {event.kind for event in outcome.events}
+    assert stage.way_of_codes(*text.ids.shape) < 0.02 < Recover(train="codes").way_of_codes(*text.ids.shape)
+
+
+def test_a_batch_is_no_larger_than_the_text(glass, solved, text, tmp_path):
+    _, outcome = apply_stage(Recover(epochs=1, batch_tokens=10**9), solved, tmp_path / "stage", text, origin=glass)
+
+    assert (outcome.facts["mode"], outcome.facts["steps"]) == ("model", 1)
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan"), 0])
+def test_a_rate_is_a_positive_number(rate):
+    with pytest.raises(ValueError, match="learning_rate"):
+        Recover(learning_rate=rate)

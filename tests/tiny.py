@@ -98,8 +98,7 @@ def random_windows(count: int = 6, tokens: int = 24, seed: int = 7, padded: bool
     return Windows(ids, mask, {"digest": digest_of(ids, mask), "layout": "padded" if padded else "packed"})
 
 
-def apply_stage(
-    stage: Stage,
+def stage_context(
     source: Path,
     output: Path,
     windows: Windows | None = None,
@@ -109,9 +108,9 @@ def apply_stage(
     compute: torch.dtype = torch.float32,
     after_block: Callable[[int], None] = lambda index: None,
     device: torch.device = CPU,
-) -> tuple[Checkpoint, StageOutcome]:
-    """The stage's finished checkpoint and what it says about it. `origin`: what the run began with, if not `source`."""
-    context = StageContext(
+) -> StageContext:
+    """What a stage works with, on small models. `origin`: what the run began with, if not `source`."""
+    return StageContext(
         origin=Checkpoint(origin or source),
         source=Checkpoint(source),
         output=WorkingCheckpoint(output),
@@ -124,6 +123,13 @@ def apply_stage(
         progress=progress or Quiet(),
         after_block=after_block,
     )
+
+
+def apply_stage(
+    stage: Stage, source: Path, output: Path, windows: Windows | None = None, **fields: Any
+) -> tuple[Checkpoint, StageOutcome]:
+    """The stage's finished checkpoint and what it says about it. `fields` are those of `stage_context`."""
+    context = stage_context(source, output, windows, **fields)
     outcome = stage.apply(context)
     context.output.finish({"done": True})
     return Checkpoint(output), outcome

@@ -75,9 +75,10 @@ def kept(module: str) -> Event:
 
 
 def module_record(
-    module: str, index: int | None, scheme: Scheme, shape: tuple[int, ...], error: float, seconds: float
+    module: str, index: int | None, scheme: Scheme, shape: tuple[int, ...], error: float | None, seconds: float
 ) -> dict[str, Any]:
-    """What the report says of a matrix rounded without text; `index` is its block, None outside of blocks."""
+    """What the report says of a matrix with no more than an error, None if nobody measured it. `index`: its block,
+    None outside of blocks."""
     rows, columns = shape
     return {
         "name": module,

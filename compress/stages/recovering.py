@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from compress.calibration.products import chosen
@@ -24,8 +23,8 @@ from compress.errors import ResourceError
 from compress.events import Event
 from compress.files import digest_of_json, write_json
 from compress.memory.predict import TrainingLoad, whole_model_training_bytes
-from compress.quantization.scheme import Scheme
 from compress.stages.base import StageContext, StageOutcome, restore
+from compress.stages.data_free import module_record
 from compress.training import saved
 from compress.training.block_wise import train_block_wise
 from compress.training.clock import Clock
@@ -243,20 +242,7 @@ def _write_block(context: StageContext, index: int, values: dict[str, Tensor]) -
         if scale is not None:
             codes, grid = source.codes(module)
             quantised[module] = (values.get(f"{module}.codes", codes), dataclasses.replace(grid, scale=scale))
-            records.append(_record(module, index, source.schemes[module], codes.shape))
+            records.append(module_record(module, index, source.schemes[module], tuple(codes.shape), None, 0.0))
     record: dict[str, Any] = {"modules": records, "events": []}
     context.output.write_block(source, index, quantised, record, values)
     return record
-
-
-def _record(module: str, index: int, scheme: Scheme, shape: torch.Size) -> dict[str, Any]:
-    rows, columns = shape
-    return {
-        "name": module,
-        "block": index,
-        "scheme": scheme.label,
-        "error": None,
-        "seconds": 0.0,
-        "effective_bits": 8 * scheme.stored_bytes(rows, columns) / (rows * columns),
-        "events": [],
-    }

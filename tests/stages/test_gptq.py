@@ -13,7 +13,7 @@ from compress.quantization.grid import dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, RoundToNearest
 from compress.stages.gptq import kernel_events
-from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, their_logits
+from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context, their_logits
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +68,12 @@ def test_gptq_stays_closer_to_the_source_than_rounding(model, tmp_path):
 
 @pytest.mark.parametrize(("stop_after", "low_memory"), [(0, False), (1, False), (1, True)])
 def test_a_stage_stopped_after_a_block_goes_on_to_the_same_bytes(model, tmp_path, stop_after, low_memory):
-    from compress.checkpoints.working import WorkingCheckpoint
-    from compress.events import Quiet
-    from compress.stages import StageContext
-
     stage = Gptq(group_size=32, low_memory=low_memory)
     whole, outcome = apply_stage(stage, model, tmp_path / "whole", WINDOWS)
     solved = []
 
     def context(after_block):
-        return StageContext(
-            origin=Checkpoint(model),
-            source=Checkpoint(model),
-            output=WorkingCheckpoint(tmp_path / "stopped"),
-            windows=WINDOWS,
-            device=CPU,
-            compute=torch.float32,
-            stored=torch.float16,
-            tokens_at_once=48,
-            seed=0,
-            progress=Quiet(),
-            after_block=after_block,
-        )
+        return stage_context(model, tmp_path / "stopped", WINDOWS, after_block=after_block)
 
     def stop(index):
         if index == stop_after:

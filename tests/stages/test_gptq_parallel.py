@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from compress.calibration.statistics import InputStatistics
-from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
-from compress.events import Quiet
 from compress.parallel import PeerEndedError, leads, started_to_follow
-from compress.stages import Gptq, StageContext
+from compress.stages import Gptq
 from compress.steps.following import follow, leading, together
 from tests.processes import in_processes
-from tests.tiny import CPU, apply_stage, random_model, random_windows
+from tests.tiny import apply_stage, random_model, random_windows, stage_context
 
 WINDOWS = random_windows(count=50)
 PADDED = random_windows(count=50, padded=True)
@@ -26,22 +22,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     random_model("llama", folder, num_hidden_layers=BLOCKS)
     return folder
-
-
-def _context(model, output, windows=WINDOWS, after_block=lambda index: None):
-    return StageContext(
-        origin=Checkpoint(model),
-        source=Checkpoint(model),
-        output=WorkingCheckpoint(output),
-        windows=windows,
-        device=CPU,
-        compute=torch.float32,
-        stored=torch.float16,
-        tokens_at_once=48,
-        progress=Quiet(),
-        seed=0,
-        after_block=after_block,
-    )
 
 
 def _as_a_run(stage, context):
@@ -68,7 +48,7 @@ def _files(folder):
 def test_two_processes_write_the_bytes_that_one_writes(stage, windows, model, tmp_path):
     _, alone = apply_stage(stage, model, tmp_path / "alone", windows)
 
-    context = _context(model, tmp_path / "together", windows)
+    context = stage_context(model, tmp_path / "together", windows)
     events, nothing = in_processes(2, lambda: _as_a_run(stage, context), tmp_path)
 
     assert events == [event.kind for event in alone.events] and nothing is None
@@ -85,12 +65,12 @@ def test_two_processes_go_on_where_one_was_stopped(model, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stage.apply(_context(model, tmp_path / "together", after_block=stop))
+        stage.apply(stage_context(model, tmp_path / "together", WINDOWS, after_block=stop))
     times = (tmp_path / "together" / "block-00000.json").stat().st_mtime_ns
     solved = []
 
     def work():
-        _as_a_run(stage, _context(model, tmp_path / "together", after_block=solved.append))
+        _as_a_run(stage, stage_context(model, tmp_path / "together", WINDOWS, after_block=solved.append))
         return solved
 
     assert in_processes(2, work, tmp_path) == [[1, 2], []]
@@ -103,10 +83,12 @@ def test_an_error_of_the_leader_ends_both_and_the_next_run_goes_on(model, tmp_pa
         raise MemoryError("enough")
 
     stage = Gptq(group_size=32)
-    ended = in_processes(2, lambda: _as_a_run(stage, _context(model, tmp_path / "stage", after_block=stop)), tmp_path)
+    ended = in_processes(
+        2, lambda: _as_a_run(stage, stage_context(model, tmp_path / "stage", WINDOWS, after_block=stop)), tmp_path
+    )
     assert isinstance(ended[0], MemoryError) and isinstance(ended[1], PeerEndedError)
 
-    _, nothing = in_processes(2, lambda: _as_a_run(stage, _context(model, tmp_path / "stage")), tmp_path)
+    _, nothing = in_processes(2, lambda: _as_a_run(stage, stage_context(model, tmp_path / "stage", WINDOWS)), tmp_path)
     assert nothing is None
     apply_stage(stage, model, tmp_path / "alone", WINDOWS)
     assert _files(tmp_path / "stage") == _files(tmp_path / "alone")
@@ -122,7 +104,7 @@ def test_a_follower_that_fails_ends_the_leader(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(InputStatistics, "mismatch", failing)
     stage = Gptq(group_size=32)
-    ended = in_processes(2, lambda: _as_a_run(stage, _context(model, tmp_path / "stage")), tmp_path)
+    ended = in_processes(2, lambda: _as_a_run(stage, stage_context(model, tmp_path / "stage", WINDOWS)), tmp_path)
 
     assert isinstance(ended[0], PeerEndedError) and isinstance(ended[1], MemoryError)
 
@@ -140,7 +122,7 @@ def test_an_error_outside_a_stage_sends_followers_home(tmp_path):
 
 
 def test_more_processes_than_batches_is_a_mistake(model, tmp_path):
-    context = _context(model, tmp_path / "stage", random_windows(count=1))
+    context = stage_context(model, tmp_path / "stage", random_windows(count=1))
 
     ended = in_processes(2, lambda: _as_a_run(Gptq(group_size=32), context), tmp_path)
 

@@ -16,14 +16,13 @@ from compress.checkpoints.formats.compressed_tensors import quantization_config
 from compress.checkpoints.formats.gguf import effective_bits, type_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
-from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
 from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
-from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, StageContext, Vocabulary
+from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary
 from compress.stages.choices import candidates_in
-from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
+from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context
 
 WINDOWS = random_windows(count=24)
 FIELDS = {"candidates": (3, 4, 8), "group_size": 32, "tuning_windows": 4}
@@ -198,19 +197,7 @@ def test_a_stopped_sensitivity_goes_on_to_the_same_candidates(model, solved, tmp
     done = []
 
     def context(after_block):
-        return StageContext(
-            origin=Checkpoint(model),
-            source=Checkpoint(model),
-            output=WorkingCheckpoint(tmp_path / "stopped"),
-            windows=WINDOWS,
-            device=CPU,
-            compute=torch.float32,
-            stored=torch.float16,
-            tokens_at_once=48,
-            seed=0,
-            progress=Quiet(),
-            after_block=after_block,
-        )
+        return stage_context(model, tmp_path / "stopped", WINDOWS, after_block=after_block)
 
     def stop(index):
         raise KeyboardInterrupt
@@ -528,18 +515,7 @@ def test_two_that_measure_at_once_keep_what_both_have_measured(solved, model, tm
     from compress.stages.choices import Choices
 
     stage = MixedPrecision(**FIELDS, budget={"effective_bits": 4.5})
-    context = StageContext(
-        origin=Checkpoint(model),
-        source=Checkpoint(solved),
-        output=WorkingCheckpoint(tmp_path / "out"),
-        windows=WINDOWS,
-        device=CPU,
-        compute=torch.float32,
-        stored=torch.float16,
-        tokens_at_once=48,
-        seed=0,
-        progress=Quiet(),
-    )
+    context = stage_context(solved, tmp_path / "out", WINDOWS, origin=model)
     one, other = (Choices(stage, context, tmp_path / "measured.json") for _ in range(2))
     one.judge(one.uniforms()[0])
     other.judge(other.uniforms()[1])

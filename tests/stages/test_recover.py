@@ -14,16 +14,15 @@ from compress.calibration.window_specs import WindowSpec
 from compress.calibration.windows import Windows
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.working import WorkingCheckpoint
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
 from compress.memory.measure import PeakSampler
-from compress.stages import Gptq, Recover, RoundToNearest, SmoothQuant, StageContext, StructuredPrune
+from compress.stages import Gptq, Recover, RoundToNearest, SmoothQuant, StructuredPrune
 from compress.steps.environment import Machine
 from compress.steps.fold import fold
 from compress.training import descent, footprint, quantised, student, whole_model
 from compress.training.material import material
-from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows
+from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows, stage_context
 
 STORED = torch.float16
 
@@ -302,17 +301,12 @@ def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
     stage, windows = Recover(epochs=2, batch_tokens=48), random_windows(count=8)
 
     def context(name, after_block=lambda index: None, progress=None):
-        return StageContext(
-            origin=Checkpoint(tmp_path / "model"),
-            source=Checkpoint(tmp_path / "rounded"),
-            output=WorkingCheckpoint(tmp_path / name),
-            windows=windows,
-            device=CPU,
-            compute=torch.float32,
-            stored=STORED,
-            tokens_at_once=48,
-            seed=0,
-            progress=progress or Quiet(),
+        return stage_context(
+            tmp_path / "rounded",
+            tmp_path / name,
+            windows,
+            origin=tmp_path / "model",
+            progress=progress,
             after_block=after_block,
         )
 

@@ -14,14 +14,23 @@ from compress.calibration.windows import HELD_OUT, Windows
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
-from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
 from compress.pruning.counts import Target
-from compress.stages import StageContext, StructuredPrune
+from compress.stages import StructuredPrune
 from compress.training.material import material
-from tests.tiny import CONFIGS, CPU, apply_stage, load_publicly, our_logits, random_model, random_windows, their_logits
+from tests.tiny import (
+    CONFIGS,
+    CPU,
+    apply_stage,
+    load_publicly,
+    our_logits,
+    random_model,
+    random_windows,
+    stage_context,
+    their_logits,
+)
 
 ABLE = [name for name in CONFIGS if name != "gpt2"]
 
@@ -217,19 +226,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, stops_after):
             raise Killed
 
     def context(after_block):
-        return StageContext(
-            origin=Checkpoint(tmp_path / "source"),
-            source=Checkpoint(tmp_path / "source"),
-            output=WorkingCheckpoint(tmp_path / "halves"),
-            windows=windows,
-            device=CPU,
-            compute=torch.float32,
-            stored=torch.float16,
-            tokens_at_once=48,
-            seed=0,
-            progress=Quiet(),
-            after_block=after_block,
-        )
+        return stage_context(tmp_path / "source", tmp_path / "halves", windows, after_block=after_block)
 
     with pytest.raises(Killed):
         stage.apply(context(kill))

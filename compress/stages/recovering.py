@@ -115,7 +115,7 @@ class Run:
         if improved and choice.train == "codes":
             facts["codes_changed"] = _changed(setting.source, outcome.values)
             if not facts["codes_changed"]:
-                message = "every code is what it was in the best state: too few or too small steps to move one, or none that helped"
+                message = "every code is what it was in the best state: steps too few or too small, or none that helped"
                 self.events.append(Event("codes_unmoved", "recover", message))
         return _Result(outcome.values if improved else {}, facts, self.events)
 

@@ -1,4 +1,4 @@
-"""What differs between two artifacts: recipe, measurements, gates, layers, sizes, environment.
+"""What differs between two artifacts: recipe, stages, measurements, gates, layers, sizes, environment.
 
 Works on what lies in the folders (manifest.json, recipe.yaml, reports/report.json) as plain values, so that artifacts
 of other versions of this program can be compared as far as they tell. What one of them does not tell is a note.
@@ -77,6 +77,7 @@ class Difference(Value):
     same_model: bool = Field(description="the same bytes below model/, but for the card")
     comparable: bool = Field(description="measured on the same source, texts and questions, as far as both tell")
     recipe: tuple[Field_, ...]
+    stages: tuple[Field_, ...] = Field(description="what stages tell of themselves, numbers and words of it")
     lineage: tuple[Field_, ...]
     environment: tuple[Field_, ...]
     measurements: tuple[Measure, ...]
@@ -100,12 +101,13 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
         same_model=one.model_digest == other.model_digest,
         comparable=not others,
         recipe=fields(_recipe(folder_a, notes), _recipe(folder_b, notes)),
+        stages=fields(told(report_a), told(report_b)),
         lineage=fields(one.lineage, other.lineage),
         environment=fields(one.environment, other.environment),
         measurements=measures(report_a, report_b),
         gates=gates(report_a, report_b),
         sizes=sizes(one, other),
-        layers=layers(_linears(report_a), _linears(report_b)),
+        layers=layers(_linears(report_a, "a", notes), _linears(report_b, "b", notes)),
         notes=tuple(notes),
     )
 
@@ -117,6 +119,16 @@ def fields(a: Any, b: Any) -> tuple[Field_, ...]:
     return tuple(
         Field_(name=name, a=one.get(name), b=other.get(name)) for name in names if one.get(name) != other.get(name)
     )
+
+
+def told(report: Mapping[str, Any]) -> dict[str, Any]:
+    """{"<number>.<kind>": numbers and words that a stage tells of itself}; tables and curves are left out."""
+    return {
+        f"{number}.{stage.get('kind')}": {
+            name: value for name, value in (stage.get("facts") or {}).items() if not isinstance(value, list | dict)
+        }
+        for number, stage in enumerate(report.get("stages") or [])
+    }
 
 
 def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[Measure, ...]:
@@ -223,9 +235,22 @@ def _gates(report: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def _linears(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    records = (record for stage in report.get("stages") or [] for record in stage.get("modules") or [])
-    return {record["name"]: record for record in records if "name" in record}
+def _linears(report: Mapping[str, Any], letter: str, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The last record of each linear; with an earlier error, and a note, where the last stage measured none."""
+    found: dict[str, dict[str, Any]] = {}
+    unmeasured: dict[str, None] = {}
+    for stage in report.get("stages") or []:
+        for record in stage.get("modules") or []:
+            before = found.get(record.get("name"), {})
+            if record.get("error") is None and before.get("error") is not None:
+                unmeasured[stage.get("kind")] = None
+                same = before.get("scheme") == record.get("scheme")
+                record = {**record, "error": before["error"] if same else None}
+            if "name" in record:
+                found[record["name"]] = record
+    if unmeasured:
+        notes.append(f"{letter}: errors of layers are those before {' and '.join(unmeasured)}, which measured none")
+    return found
 
 
 def _measure(name: str, a: float | None, b: float | None, first: Interval | None, second: Interval | None) -> Measure:

@@ -21,7 +21,7 @@ def diff(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> int:
-    """Compare two artifacts: recipe, measurements, gates, layers, sizes, environment."""
+    """Compare two artifacts: recipe, stages, measurements, gates, layers, sizes, environment."""
     from compress import console
     from compress.artifacts.diff import difference
     from compress.artifacts.store import Store
@@ -43,6 +43,7 @@ def _print(found: Difference) -> None:
         console.print_line(f"{letter}  {side.reference}  {side.verdict}  {side.created}{parent}")
     console.print_line("The models are the same, byte for byte." if found.same_model else "The models differ.")
     _print_fields("recipe", found.recipe)
+    _print_fields("stages", found.stages)
     if not found.comparable:
         apart = next(note for note in found.notes if note.startswith("not measured"))
         console.print_line(f"\n{apart[0].upper()}{apart[1:]}.")
@@ -108,11 +109,13 @@ def _print_layers(found: Layers) -> None:
     from compress import console
 
     console.print_line()
-    ratio = "" if found.median_error_ratio is None else f"; errors b / a, median: {found.median_error_ratio:.3f}"
-    console.print_line(
-        f"layers: {found.compared} in both; of those with the same scheme {found.better} have a smaller error in b, "
-        f"{found.worse} a larger one{ratio}"
-    )
+    if found.median_error_ratio is None:
+        console.print_line(f"layers: {found.compared} in both; no errors that compare")
+    else:
+        console.print_line(
+            f"layers: {found.compared} in both; of those with the same scheme {found.better} have a smaller error in "
+            f"b, {found.worse} a larger one; errors b / a, median: {found.median_error_ratio:.3f}"
+        )
     if found.schemes:
         rows = [
             [str(each.linears), each.a or "not quantised", each.b or "not quantised", ", ".join(each.examples)]

@@ -107,6 +107,7 @@ def _making(report: Report) -> dict[str, Any]:
         "plans": precision.shown(report),
         "error_map": maps.pieces(maps.error_cells(report), "bits and error of each linear"),
         "error_legend": maps.error_legend(report),
+        "unmeasured": maps.unmeasured(report),
         "errors": [_errors(stage) for stage in report.stages if any(each.error is not None for each in stage.modules)],
         "stage_facts": [(stage.kind, tables.facts(precision.listed(stage))) for stage in report.stages if stage.facts],
     }

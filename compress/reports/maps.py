@@ -102,8 +102,28 @@ def _cell(cell: Cell, x: float, y: float) -> Markup:
 
 
 def last_records(report: Report) -> dict[str, ModuleRecord]:
-    """{linear: what the last stage that wrote it recorded}, in model order."""
-    return {module.name: module for stage in report.stages for module in stage.modules}
+    """{linear: what the last stage that wrote it recorded}, in model order; with the error of an earlier stage where
+    the last one gave it the same scheme and measured none (`unmeasured`)."""
+    found: dict[str, ModuleRecord] = {}
+    for stage in report.stages:
+        for module in stage.modules:
+            before = found.get(module.name)
+            if module.error is None and before is not None and before.scheme == module.scheme:
+                known = {"error": before.error, "rounding_error": before.rounding_error}
+                module = module.model_copy(update=known)
+            found[module.name] = module
+    return found
+
+
+def unmeasured(report: Report) -> str:
+    """A sentence where a stage changed linears whose error was measured before it, and measured none; else empty."""
+    measured: set[str] = set()
+    kinds: dict[str, None] = {}
+    for stage in report.stages:
+        if any(module.error is None and module.name in measured for module in stage.modules):
+            kinds[stage.kind] = None
+        measured |= {module.name for module in stage.modules if module.error is not None}
+    return f"Errors are those before {' and '.join(kinds)}, which measured none." if kinds else ""
 
 
 def error_cells(report: Report) -> list[Cell]:

@@ -107,6 +107,7 @@ def _making(report: Report) -> list[str]:
         parts += ["## Bits by linear", *said]
         parts += _titled([precision.bought_table(plan.facts), precision.schemes_table(plan.facts)])
     parts += ["## Error per block", *_titled([maps.error_table(report)], none="No stage quantised a linear.")]
+    parts.append(escape(maps.unmeasured(report)))
     return parts + _titled([worst_table(stage) for stage in report.stages if stage.modules], none="")
 
 

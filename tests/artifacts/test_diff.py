@@ -96,6 +96,25 @@ def test_two_versions_of_one_model(publish: Publish) -> None:
     assert json.loads(found.model_dump_json())["same_model"] is True
 
 
+def test_what_stages_tell_and_errors_that_a_later_stage_left_unmeasured(publish: Publish) -> None:
+    def report(after: float, *more: dict[str, Any]) -> Callable[[Path], None]:
+        solved = {"kind": "gptq", "modules": [{"name": "q", "scheme": "int4", "error": 0.01 * after}]}
+        facts = {"held_out_kl_after": after, "steps": 8, "held_out": [f"8: {after}"]}
+        trained = {"kind": "recover", "facts": facts, "modules": [{"name": "q", "scheme": "int4", "error": None}]}
+        found = {"stages": [solved, trained, *more]}
+        return lambda folder: (folder / "reports" / "report.json").write_text(json.dumps(found)) and None
+
+    found = difference(publish(prepare=report(0.5)), publish(prepare=report(0.25)))
+    assert [(field.name, field.a, field.b) for field in found.stages] == [("1.recover.held_out_kl_after", 0.5, 0.25)]
+    assert (found.layers.better, found.layers.median_error_ratio) == (1, pytest.approx(0.5))
+    assert found.notes == tuple(
+        f"{letter}: errors of layers are those before recover, which measured none" for letter in "ab"
+    )
+    rounded = {"kind": "round_to_nearest", "modules": [{"name": "q", "scheme": "int8", "error": None}]}
+    found = difference(publish(prepare=report(0.5, rounded)), publish(prepare=report(0.5, rounded)))
+    assert found.layers.median_error_ratio is None, "that error was another scheme's"
+
+
 def test_what_is_missing_is_a_note_and_what_is_broken_an_error(publish: Publish) -> None:
     first = publish(prepare=lambda folder: (folder / "reports" / "report.json").unlink())
     second = publish(prepare=lambda folder: (folder / "recipe.yaml").unlink())

@@ -6,7 +6,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from compress.reports.maps import PIECE, bits_text, error_cells, error_legend, error_levels, error_table, pieces
+from compress.reports.maps import (
+    PIECE,
+    bits_text,
+    error_cells,
+    error_legend,
+    error_levels,
+    error_table,
+    last_records,
+    pieces,
+    unmeasured,
+)
 from compress.reports.report import ModuleRecord, StageRecord
 
 from .example import DIGEST, example_report, stages
@@ -33,6 +43,16 @@ def test_the_last_stages_word_counts() -> None:
     last = stage(record("0.b", 0, "int3 group 32", 0.4))
     cells = error_cells(example_report(stages=[first, last]))
     assert [(cell.kind, cell.text) for cell in cells] == [("a", "8"), ("b", "3")]
+
+
+def test_an_error_stays_where_a_later_stage_measures_none() -> None:
+    solved = stage(record("0.a", 0, "int4 channel", 0.1), record("0.b", 0, "int4 channel", 0.4))
+    trained = stage(record("0.a", 0, "int4 channel", None), record("0.b", 0, "int8 channel", None))
+    trained = trained.model_copy(update={"kind": "recover"})
+    report = example_report(stages=[solved, trained])
+    assert {name: found.error for name, found in last_records(report).items()} == {"0.a": 0.1, "0.b": None}
+    assert unmeasured(report) == "Errors are those before recover, which measured none."
+    assert unmeasured(example_report(stages=[solved])) == ""
 
 
 def test_the_worst_of_many_experts_is_shown() -> None:

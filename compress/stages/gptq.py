@@ -105,7 +105,7 @@ class Gptq(QuantizeStage):
     products: Products = Field(
         default="float32",
         description="what linears, and the sums of shifts, multiply in during calibration on a CPU: bfloat16 is faster "
-        "on processors with units for it (auto takes it where there is AMX); H and solving stay in float32. A GPU "
+        "on processors with units for it (AMX, AVX512-BF16: auto takes it there); H and solving stay in float32. A GPU "
         "multiplies in the dtype it computes in",
     )
     low_memory: bool = Field(

@@ -12,10 +12,11 @@ from compress.training.quantised import QuantisedLinear
 from tests.tiny import CONFIGS, CPU, apply_stage, config_of, random_model, random_windows
 
 
-def test_auto_is_bfloat16_where_the_cpu_has_amx(monkeypatch):
-    for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(products, "has_amx", lambda amx=amx: amx)
-        assert products.chosen("auto", CPU, torch.float32) is expected
+@pytest.mark.parametrize(("units", "expected"), [("amx", "bfloat16"), ("avx512", "bfloat16"), ("", "float32")])
+def test_auto_is_bfloat16_where_the_cpu_has_units_for_it(monkeypatch, units, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units == "amx")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: units == "avx512")
+    assert products.chosen("auto", CPU, torch.float32) is getattr(torch, expected)
     assert products.chosen("float32", CPU, torch.float32) is torch.float32
     assert products.chosen("auto", torch.device("cuda"), torch.float32) is torch.float32
 

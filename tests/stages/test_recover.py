@@ -64,7 +64,7 @@ def divergence(source, candidate, windows):
 
 
 def held_out(windows, stage=STAGE):
-    rows = material(windows, None, stage.holdout, stage.batch_tokens, seed=0).held_out
+    rows = material(windows, None, stage.share_held_out(windows.ids.numel()), stage.batch_tokens, seed=0).held_out
     return Windows(windows.ids[rows], None if windows.mask is None else windows.mask[rows], windows.ledger)
 
 
@@ -459,6 +459,12 @@ def test_steps_are_known_beforehand(glass, solved, text, tmp_path, fields):
     _, outcome = apply_stage(stage, solved, tmp_path / "stage", text, origin=glass)
 
     assert outcome.facts["steps"] == stage.steps(*text.ids.shape)
+
+
+def test_enough_is_kept_out_of_a_long_text_and_no_more():
+    assert [Recover().share_held_out(tokens) for tokens in (1024, 65536, 131072)] == [0.125, 0.125, 0.0625]
+    assert Recover(holdout=0.5).share_held_out(131072) == 0.5
+    assert Recover(epochs=2).steps(256, 512) == 2 * (256 - 16) / 4
 
 
 def test_codes_that_all_stayed_are_told(glass, solved, text, tmp_path):

@@ -1,4 +1,4 @@
-"""What a training step multiplies in: bfloat16 where the processor has units for it, and float32 around it.
+"""What linears multiply in while a model trains, or text walks through it: bfloat16 on CPUs with units for it.
 
 Mixed precision as in arXiv 1710.03740: products take bfloat16 and add up in float32; parameters, their steps, norms,
 losses and all judging stay as they are. On a CPU with AMX that is several times as many operations a second where
@@ -16,6 +16,12 @@ import torch
 from compress.checkpoints.skeleton import Skeleton
 
 Products = Literal["auto", "float32", "bfloat16"]
+WHILE_WALKING = (
+    "what linears, and the sums of shifts, multiply in during calibration on a CPU: bfloat16 is faster on processors "
+    "with units for it (AMX, AVX512-BF16: auto takes it there); H and solving stay in float32. A GPU multiplies in the "
+    "dtype it computes in"
+)
+"""What a stage's field says that chooses for its walk over calibration text."""
 
 
 def chosen(asked: Products, device: torch.device, compute: torch.dtype) -> torch.dtype:
@@ -23,6 +29,11 @@ def chosen(asked: Products, device: torch.device, compute: torch.dtype) -> torch
     if asked == "auto":
         return torch.bfloat16 if device.type == "cpu" and has_units_for_bfloat16() else compute
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+
+
+def chosen_for_walks(asked: Products, device: torch.device, compute: torch.dtype) -> torch.dtype:
+    """The dtype of products while calibration text walks through the blocks: `compute` on a GPU, whatever is asked."""
+    return chosen(asked, device, compute) if device.type == "cpu" else compute
 
 
 def has_units_for_bfloat16() -> bool:

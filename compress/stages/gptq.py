@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress import parallel
-from compress.calibration.products import Products, chosen
+from compress.calibration.products import WHILE_WALKING, Products, chosen_for_walks
 from compress.calibration.token_weights import TokenWeights, token_weights
 from compress.calibration.walk import (
     Stream,
@@ -102,12 +102,7 @@ class Gptq(QuantizeStage):
     token_weights: bool = Field(
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
-    products: Products = Field(
-        default="float32",
-        description="what linears, and the sums of shifts, multiply in during calibration on a CPU: bfloat16 is faster "
-        "on processors with units for it (AMX, AVX512-BF16: auto takes it there); H and solving stay in float32. A GPU "
-        "multiplies in the dtype it computes in",
-    )
+    products: Products = Field(default="float32", description=WHILE_WALKING)
     low_memory: bool = Field(
         default=False,
         description="keep only the hidden states between blocks, on the host, and run a block again for each group of "
@@ -169,8 +164,7 @@ class GptqRun:
         shifting = min(len(batches) - held_out, max(1, round(stage.shift_share * len(batches)))) if stage.shifts else 0
         self.shifting_batches = parallel.among_first(shifting)
         self.shifting_tokens = sum(batch.tokens for batch in batches[:shifting])
-        on_cpu = context.device.type == "cpu"
-        self.products = chosen(stage.products, context.device, context.compute) if on_cpu else context.compute
+        self.products = chosen_for_walks(stage.products, context.device, context.compute)
         self.weights: TokenWeights | None = None
         names = [self.skeleton.architecture.block_name(index) for index in range(self.skeleton.block_count)]
         self.ahead = ReadAhead(self.source, names, context.device, context.compute)

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, dimensions_of
+from compress.calibration.products import WHILE_WALKING, Products, chosen_for_walks
 from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import HELD_OUT, Windows, kept_out
 from compress.checkpoints.reader import Checkpoint
@@ -65,6 +66,7 @@ class StructuredPrune(Stage):
         default=True,
         description="refit towards the source's activations, as far as calibration windows held out for it agree",
     )
+    products: Products = Field(default="float32", description=WHILE_WALKING)
     tuning_windows: int = Field(
         default=4, ge=1, description="calibration windows kept apart, on which removals of blocks are measured"
     )
@@ -201,6 +203,7 @@ class PruneRun:
         self.fitted = len(self.batches)
         """Batches that weights are fitted to; those after them say how far to follow the source."""
         self.batches += held_out.batches(context.tokens_at_once) if held_out else []
+        self.products = chosen_for_walks(stage.products, context.device, context.compute)
         self.counts = stage.counts(self.skeleton, context.stored.itemsize)
         model = Model.of(self.source.config, self.dimensions, self.skeleton.parameter_shapes())
         self.model = model
@@ -253,7 +256,7 @@ class PruneRun:
 
     def _through(self, index: int, states: list[Tensor]) -> list[Tensor]:
         """The source's own block, on its own stream."""
-        forward = forward_of(self.skeleton, self.batches, index)
+        forward = forward_of(self.skeleton, self.batches, index, self.products)
         prefix = self.architecture.block_name(index)
         with self.skeleton.loaded(self.source, prefix) as block, self.clock.timed("forward"):
             return [forward(block, number, hidden) for number, hidden in enumerate(states)]
@@ -264,7 +267,7 @@ class PruneRun:
         """Prune one block and write it, or take up what was written before a kill; both streams after it."""
         record = self.output.block_record(place.after)
         prefix = self.architecture.block_name(place.before)
-        forward = forward_of(self.skeleton, self.batches, place.before)
+        forward = forward_of(self.skeleton, self.batches, place.before, self.products)
         with self.skeleton.loaded(self.source, prefix) as block:
             beside = None if reference is None else Stream(with_source_weights(block), reference)
             if record is not None:

@@ -157,11 +157,13 @@ def test_on_a_trained_model_each_step_of_repair_helps(glass, text, tmp_path):
         "obs": {"compensate": False},
         "refitted": {"follow_source": False},
         "following": {},
+        "multiplied in bfloat16": {"products": "bfloat16"},
     }.items():
         stage = StructuredPrune(mlp_channels=256, **fields)
         done, _ = apply_stage(stage, glass, tmp_path / label, text.part(0, 40))
         found[label] = divergence(glass, done.folder, text.part(40, 48))
     assert found["following"] < found["refitted"] < found["obs"] < found["magnitude"], found
+    assert 0 < abs(found["multiplied in bfloat16"] / found["following"] - 1) < 0.05, found
 
 
 def test_the_block_that_goes_is_the_one_without_effect(tmp_path):
@@ -211,11 +213,11 @@ def _by_hand(source, staying, folder):
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("stops_after", [0, 1])
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, stops_after):
+@pytest.mark.parametrize(("stops_after", "products"), [(0, "float32"), (1, "float32"), (1, "bfloat16")])
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, stops_after, products):
     random_model("llama", tmp_path / "source", num_hidden_layers=4)
     windows = random_windows(40)
-    stage = StructuredPrune(mlp_channels=72, kv_heads=1, blocks=3, tuning_windows=2)
+    stage = StructuredPrune(mlp_channels=72, kv_heads=1, blocks=3, tuning_windows=2, products=products)
     whole, _ = apply_stage(stage, tmp_path / "source", tmp_path / "whole", windows)
 
     class Killed(Exception):

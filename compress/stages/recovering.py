@@ -71,9 +71,12 @@ class Run:
         """Train, or take what a killed run had trained, and write it."""
         path = self.folder / "result.safetensors"
         found = saved.load(path)
-        result = self._result() if found is None else _Result.restored(*found)
         if found is None:
-            saved.save(path, result.values, result.to_json())
+            result = self._result()
+            saved.save(path, result.values, result.to_json() | {"seconds": self.clock.seconds})
+        else:
+            result = _Result.restored(*found)
+            self.clock.carry(found[1]["seconds"])
         with self.clock.timed("write"):
             modules = _write(self.context, result.values)
         return StageOutcome(modules, result.events, self.clock.seconds, result.facts)
@@ -81,9 +84,8 @@ class Run:
     def _result(self) -> _Result:
         """Train, and decide what ships."""
         if (self.folder / "mode.json").is_file():
-            self.events.append(
-                Event("training_resumed", "recover", "an interrupted run had begun to train; seconds are those since")
-            )
+            message = "an interrupted run had begun to train; its seconds after its last save are not counted"
+            self.events.append(Event("training_resumed", "recover", message))
         more, ledger = self._sampled()
         share = self.stage.share_held_out(self.windows.ids.numel())
         text = material(self.windows, more, share, self.stage.batch_tokens, self.context.seed)

@@ -121,10 +121,11 @@ def _train_block(
         objective = OneBlock(skeleton, material, index, block, states, targets, trained, setting.products)
         done = descend(objective, material, setting.course, step, setting.clock, advance)
         facts = done.facts() | {"error_before": done.before, "error_after": done.after}
-        saved.save(path, objective.factors, facts)
+        saved.save(path, objective.factors, facts | {"seconds": setting.clock.seconds})
         step.unlink(missing_ok=True)
     else:
         facts = found[1]
+        setting.clock.carry(facts.pop("seconds"))
         with torch.no_grad():
             for name, factor in factors(trained).items():
                 factor.copy_(found[0][name])

@@ -18,18 +18,24 @@ class Clock:
 
     def __init__(self, *parts: str, device: torch.device | None = None) -> None:
         self._seconds = dict.fromkeys(parts, 0.0)
+        self._carried: dict[str, float] = {}
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By part, up to now; waits for a GPU to finish what was timed."""
+        """By part, up to now, with what was carried over; waits for a GPU to finish what was timed."""
         if self._marks and self._gpu is not None:
             torch.cuda.synchronize(self._gpu)
             for part, first, last in self._marks:
                 self.add(part, first.elapsed_time(last) / 1000)
             self._marks.clear()
-        return self._seconds
+        parts = dict.fromkeys((*self._carried, *self._seconds))
+        return {part: self._carried.get(part, 0.0) + self._seconds.get(part, 0.0) for part in parts}
+
+    def carry(self, seconds: dict[str, float]) -> None:
+        """Count what an interrupted run had taken up to a save, in place of what was carried from an earlier save."""
+        self._carried = dict(seconds)
 
     def add(self, part: str, seconds: float) -> None:
         """Count time that was measured otherwise."""

@@ -135,7 +135,7 @@ def descend(
         advance(f"loss {loss:.4g}, held out {state.history[-1][1]:.4g} (at first {state.before:.4g})")
         if state.stopped or state.step == total or time.monotonic() - written > wait:
             started = time.monotonic()
-            _save(path, state, adam, parameters, best)
+            _save(path, state, adam, parameters, best, clock)
             written = time.monotonic()
             wait = SECONDS_BETWEEN_SAVES + SAVING_SHARE * (written - started)
     with torch.no_grad():
@@ -196,6 +196,7 @@ def _started(
             state = Descended(history=[(0, objective.held_out())])
         return state, _copy(parameters)
     tensors, facts = found
+    clock.carry(facts["seconds"])
     state = Descended(facts["step"], [(step, value) for step, value in facts["history"]], facts["stopped"])
     for name, parameter in parameters.items():
         with torch.no_grad():
@@ -215,6 +216,7 @@ def _save(
     adam: torch.optim.Adam,
     parameters: dict[str, nn.Parameter],
     best: dict[str, Tensor],
+    clock: Clock,
 ) -> None:
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -223,7 +225,8 @@ def _save(
         if moments:
             tensors[f"count.{name}"] = moments["step"]
             tensors[f"first.{name}"], tensors[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
-    saved.save(path, tensors, {"step": state.step, "history": state.history, "stopped": state.stopped})
+    facts = {"step": state.step, "history": state.history, "stopped": state.stopped, "seconds": clock.seconds}
+    saved.save(path, tensors, facts)
 
 
 def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from compress.memory.measure import PeakSampler
 from compress.stages import Gptq, Recover, RoundToNearest, SmoothQuant, StructuredPrune
 from compress.steps.environment import Machine
 from compress.steps.fold import fold
-from compress.training import descent, footprint, quantised, student, whole_model
+from compress.training import clock, descent, footprint, quantised, student, whole_model
 from compress.training.material import material
 from tests.tiny import CONFIGS, CPU, apply_stage, random_model, random_windows, stage_context
 
@@ -206,6 +208,8 @@ class Killing(Quiet):
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mode, kills):
     monkeypatch.setattr(descent, "SECONDS_BETWEEN_SAVES", -1.0)
     monkeypatch.setattr(descent, "SAVING_SHARE", 0.0)
+    # A second passes whenever somebody looks, so that everything that is timed takes one.
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=map(float, itertools.count()).__next__))
     random_model("llama", tmp_path / "model")
     apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", tmp_path / "rounded")
     stage, windows = Recover(mode=mode, epochs=4, batch_tokens=48), random_windows(count=8)
@@ -223,6 +227,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, mode, kil
 
     assert again.facts == whole.facts
     assert [event.kind for event in again.events] == ["training_resumed"]
+    for part in ("training", "held-out"):
+        assert again.seconds_by_part[part] == whole.seconds_by_part[part] > 1, "every step counts once, whoever did it"
     assert not (tmp_path / "killed" / "scratch").exists()
     paths = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert paths == sorted(path.name for path in (tmp_path / "killed").iterdir()), "nothing is left of the training"
@@ -318,6 +324,7 @@ def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
         stage.apply(context("stopped", stop))
     again = stage.apply(context("stopped", progress=Killing(1)))
 
+    assert again.seconds_by_part["training"] > 0, "the killed run's"
     assert again.facts == whole.facts and [record["name"] for record in again.modules] == [
         record["name"] for record in whole.modules
     ]

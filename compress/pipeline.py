@@ -42,7 +42,7 @@ from compress.steps.plan import Plan, make_plan, plan_evaluation
 from compress.steps.previous import against_previous
 from compress.steps.prompts import ask_candidate_prompts, ask_source_prompts
 from compress.steps.quantised_alone import quantised_alone
-from compress.steps.source import Wanted, open_source
+from compress.steps.source import open_source
 from compress.steps.tasks import ask_candidate, ask_source, read_tasks
 from compress.steps.texts import read_texts
 
@@ -82,7 +82,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
     with settled(), PeakSampler() as sampler, disk_errors(cache_folder()):
         check_writable(store_folder, planned.stored_bytes)
         with clock.step("source"), sampler.phase("source"):
-            source = open_source(recipe.model, progress, Wanted(planned.stored, planned.schemes))
+            source = open_source(recipe.model, progress)
             # What was sampled beside the parent's text is not sampled again: overlap is looked for in the text.
             texts = read_texts(recipe if parent is None else recipe.of_text, source, planned.machine, progress)
             tasks = read_tasks(planned, source, texts, progress)

@@ -195,13 +195,6 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     return value
 
 
-def check_range(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> None:
-    """Raises RecipeError naming a finite tensor whose values leave the range of `dtype`."""
-    if tensor.numel() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
-        # Rounding keeps order, so the two ends tell of all values.
-        cast(torch.stack(torch.aminmax(tensor)), dtype, name)
-
-
 def dense_linears(source: Checkpoint) -> list[str]:
     """nn.Linear modules that stay dense: unquantised ones in blocks, and the head."""
     arch = source.architecture

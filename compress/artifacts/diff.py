@@ -92,6 +92,8 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
     one, other = manifest.read(folder_a), manifest.read(folder_b)
     notes: list[str] = []
     report_a, report_b = _report(folder_a, notes), _report(folder_b, notes)
+    linears_a, linears_b = _linears(report_a), _linears(report_b)
+    _comparable(linears_a, linears_b, notes)
     others = measured_apart(report_a, report_b)
     if others:
         notes.append(f"not measured on the same: {', '.join(others)}; their numbers do not compare")
@@ -107,7 +109,7 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
         measurements=measures(report_a, report_b),
         gates=gates(report_a, report_b),
         sizes=sizes(one, other),
-        layers=layers(_linears(report_a, "a", notes), _linears(report_b, "b", notes)),
+        layers=layers(linears_a, linears_b),
         notes=tuple(notes),
     )
 
@@ -122,13 +124,19 @@ def fields(a: Any, b: Any) -> tuple[Field_, ...]:
 
 
 def told(report: Mapping[str, Any]) -> dict[str, Any]:
-    """{"<number>.<kind>": numbers and words that a stage tells of itself}; tables and curves are left out."""
-    return {
-        f"{number}.{stage.get('kind')}": {
+    """{kind of stage: numbers and words that it tells of itself}; tables and curves are left out. A second stage of a
+    kind is `<kind>#2`."""
+    seen: Counter[str] = Counter()
+    found = {}
+    for stage in report.get("stages") or []:
+        kind = str(stage.get("kind"))
+        seen[kind] += 1
+        facts = {
             name: value for name, value in (stage.get("facts") or {}).items() if not isinstance(value, list | dict)
         }
-        for number, stage in enumerate(report.get("stages") or [])
-    }
+        if facts:
+            found[kind if seen[kind] == 1 else f"{kind}#{seen[kind]}"] = facts
+    return found
 
 
 def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[Measure, ...]:
@@ -235,22 +243,40 @@ def _gates(report: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def _linears(report: Mapping[str, Any], letter: str, notes: list[str]) -> dict[str, dict[str, Any]]:
-    """The last record of each linear; with an earlier error, and a note, where the last stage measured none."""
+def _linears(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The last record of each linear. Where the last stage kept its scheme and measured no error, that of an earlier
+    stage, and in `changed_by` the kind of the last."""
     found: dict[str, dict[str, Any]] = {}
-    unmeasured: dict[str, None] = {}
     for stage in report.get("stages") or []:
         for record in stage.get("modules") or []:
             before = found.get(record.get("name"), {})
-            if record.get("error") is None and before.get("error") is not None:
-                unmeasured[stage.get("kind")] = None
-                same = before.get("scheme") == record.get("scheme")
-                record = {**record, "error": before["error"] if same else None}
+            if record.get("error") is None and before.get("scheme") == record.get("scheme"):
+                record = {**record, "error": before.get("error"), "changed_by": str(stage.get("kind"))}
             if "name" in record:
                 found[record["name"]] = record
-    if unmeasured:
-        notes.append(f"{letter}: errors of layers are those before {' and '.join(unmeasured)}, which measured none")
     return found
+
+
+def _comparable(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]], notes: list[str]) -> None:
+    """Take errors away where one is of the linear as it ships and the other of what a stage changed after that."""
+    kinds: dict[str, None] = {}
+    apart = 0
+    for name in set(a) & set(b):
+        one, other = a[name], b[name]
+        changed = [
+            each["changed_by"] for each in (one, other) if each.get("error") is not None and "changed_by" in each
+        ]
+        kinds |= dict.fromkeys(changed)
+        if len(changed) == 1:
+            one["error"] = other["error"] = None
+            apart += 1
+    if apart:
+        kind = " and ".join(kinds)
+        notes.append(
+            f"errors of {apart} layers are not compared: {kind} changed them in one of both, and measured none"
+        )
+    elif kinds:
+        notes.append(f"errors of layers are those before {' and '.join(kinds)}, which measured none")
 
 
 def _measure(name: str, a: float | None, b: float | None, first: Interval | None, second: Interval | None) -> Measure:

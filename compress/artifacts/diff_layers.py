@@ -38,7 +38,8 @@ class Layer(Value):
 
 
 class Layers(Value):
-    """Linears, as the last stage that has a record of each left them."""
+    """Linears, as the last stage that has a record of each left them; with the error of an earlier stage where that one
+    measured none."""
 
     compared: int = Field(description="linears that both have")
     schemes: tuple[SchemeChange, ...] = Field(description="changes of scheme, the most frequent first")

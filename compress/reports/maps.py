@@ -117,12 +117,14 @@ def last_records(report: Report) -> dict[str, ModuleRecord]:
 
 def unmeasured(report: Report) -> str:
     """A sentence where a stage changed linears whose error was measured before it, and measured none; else empty."""
-    measured: set[str] = set()
+    schemes: dict[str, str] = {}
     kinds: dict[str, None] = {}
     for stage in report.stages:
-        if any(module.error is None and module.name in measured for module in stage.modules):
-            kinds[stage.kind] = None
-        measured |= {module.name for module in stage.modules if module.error is not None}
+        for module in stage.modules:
+            if module.error is not None:
+                schemes[module.name] = module.scheme
+            elif schemes.get(module.name) == module.scheme:
+                kinds[stage.kind] = None
     return f"Errors are those before {' and '.join(kinds)}, which measured none." if kinds else ""
 
 

@@ -55,6 +55,8 @@ class StageOutcome:
     events: list[Event]
     seconds_by_part: dict[str, float]
     facts: dict[str, Any] = field(default_factory=dict)
+    seconds_before: float = 0.0
+    """Of `seconds_by_part`, what interrupted runs had taken."""
 
 
 @dataclass(frozen=True)

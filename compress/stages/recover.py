@@ -61,8 +61,8 @@ class Recover(Stage):
         default=None,
         gt=0,
         lt=1,
-        description=f"share of the calibration windows kept out, to choose what ships; left out: an eighth, and no "
-        f"more than {ENOUGH_HELD_OUT:,} tokens",
+        description=f"share of the calibration windows kept out, to choose what ships; left out: an eighth, but "
+        f"of a long text about {ENOUGH_HELD_OUT:,} tokens",
     )
     patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
     self_generated_windows: int = Field(

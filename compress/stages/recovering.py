@@ -79,7 +79,7 @@ class Run:
             self.clock.carry(found[1]["seconds"])
         with self.clock.timed("write"):
             modules = _write(self.context, result.values)
-        return StageOutcome(modules, result.events, self.clock.seconds, result.facts)
+        return StageOutcome(modules, result.events, self.clock.seconds, result.facts, self.clock.carried)
 
     def _result(self) -> _Result:
         """Train, and decide what ships."""
@@ -87,7 +87,7 @@ class Run:
             message = "an interrupted run had begun to train; its seconds after its last save are not counted"
             self.events.append(Event("training_resumed", "recover", message))
         more, ledger = self._sampled()
-        share = self.stage.share_held_out(self.windows.ids.numel())
+        share = self.stage.share_held_out(self.windows.tokens)
         text = material(self.windows, more, share, self.stage.batch_tokens, self.context.seed)
         setting = self._setting(text)
         choice = self._choice(setting)
@@ -155,10 +155,12 @@ class Run:
         path = self.folder / "sampled.safetensors"
         found = saved.load(path)
         if found is not None:
-            return Windows(found[0]["ids"], None, found[1]), found[1]
+            ledger = found[1]
+            self.clock.carry(ledger.pop("seconds"))
+            return Windows(found[0]["ids"], None, ledger), ledger
         with self.clock.timed("sampling"):
             windows = self._sample()
-        saved.save(path, {"ids": windows.ids}, windows.ledger)
+        saved.save(path, {"ids": windows.ids}, windows.ledger | {"seconds": self.clock.seconds})
         return windows, windows.ledger
 
     def _sample(self) -> Windows:

@@ -171,7 +171,7 @@ def _work(
         "kind": config["kind"],
         "config": config,
         "fingerprint": key,
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - started + outcome.seconds_before,
         "seconds_by_part": outcome.seconds_by_part,
         "modules": outcome.modules,
         "facts": outcome.facts,

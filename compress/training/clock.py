@@ -37,6 +37,11 @@ class Clock:
         """Count what an interrupted run had taken up to a save, in place of what was carried from an earlier save."""
         self._carried = dict(seconds)
 
+    @property
+    def carried(self) -> float:
+        """Seconds in all that were carried over."""
+        return sum(self._carried.values())
+
     def add(self, part: str, seconds: float) -> None:
         """Count time that was measured otherwise."""
         self._seconds[part] = self._seconds.get(part, 0.0) + seconds

@@ -96,23 +96,51 @@ def test_two_versions_of_one_model(publish: Publish) -> None:
     assert json.loads(found.model_dump_json())["same_model"] is True
 
 
-def test_what_stages_tell_and_errors_that_a_later_stage_left_unmeasured(publish: Publish) -> None:
-    def report(after: float, *more: dict[str, Any]) -> Callable[[Path], None]:
-        solved = {"kind": "gptq", "modules": [{"name": "q", "scheme": "int4", "error": 0.01 * after}]}
-        facts = {"held_out_kl_after": after, "steps": 8, "held_out": [f"8: {after}"]}
-        trained = {"kind": "recover", "facts": facts, "modules": [{"name": "q", "scheme": "int4", "error": None}]}
-        found = {"stages": [solved, trained, *more]}
-        return lambda folder: (folder / "reports" / "report.json").write_text(json.dumps(found)) and None
+def stage(kind: str, scheme: str, error: float | None, **facts: Any) -> dict[str, Any]:
+    return {"kind": kind, "facts": facts, "modules": [{"name": "q", "scheme": scheme, "error": error}]}
 
-    found = difference(publish(prepare=report(0.5)), publish(prepare=report(0.25)))
-    assert [(field.name, field.a, field.b) for field in found.stages] == [("1.recover.held_out_kl_after", 0.5, 0.25)]
+
+@pytest.fixture
+def made(publish: Publish) -> Callable[..., Path]:
+    """A version whose report tells of these stages."""
+
+    def made(*stages: dict[str, Any]) -> Path:
+        def write(folder: Path) -> None:
+            (folder / "reports" / "report.json").write_text(json.dumps({"stages": stages}))
+
+        return publish(prepare=write)
+
+    return made
+
+
+def test_what_stages_tell_is_compared_but_for_tables_and_curves(made: Callable[..., Path]) -> None:
+    def trained(after: float) -> dict[str, Any]:
+        return stage("recover", "int4", None, held_out_kl_after=after, steps=8, held_out=[f"8: {after}"])
+
+    solved = stage("gptq", "int4", 0.01)
+    found = difference(made(solved, trained(0.5), trained(0.4)), made(solved, trained(0.25), trained(0.4)))
+    assert [(field.name, field.a, field.b) for field in found.stages] == [("recover.held_out_kl_after", 0.5, 0.25)]
+    found = difference(made(solved, trained(0.5)), made(solved, trained(0.5), trained(0.4)))
+    assert {field.name for field in found.stages} == {"recover#2.held_out_kl_after", "recover#2.steps"}
+    assert difference(made(solved), made(stage("awq", "int4", 0.01))).stages == ()
+
+
+def test_errors_from_before_a_stage_that_measures_none_compare_with_such_only(made: Callable[..., Path]) -> None:
+    trained = stage("recover", "int4", None)
+    first, second = made(stage("gptq", "int4", 0.01), trained), made(stage("gptq", "int4", 0.005), trained)
+    found = difference(first, second)
     assert (found.layers.better, found.layers.median_error_ratio) == (1, pytest.approx(0.5))
-    assert found.notes == tuple(
-        f"{letter}: errors of layers are those before recover, which measured none" for letter in "ab"
+    assert found.notes == ("errors of layers are those before recover, which measured none",)
+
+    found = difference(made(stage("gptq", "int4", 0.01)), first)
+    assert found.layers.median_error_ratio is None
+    assert found.notes == (
+        "errors of 1 layers are not compared: recover changed them in one of both, and measured none",
     )
-    rounded = {"kind": "round_to_nearest", "modules": [{"name": "q", "scheme": "int8", "error": None}]}
-    found = difference(publish(prepare=report(0.5, rounded)), publish(prepare=report(0.5, rounded)))
-    assert found.layers.median_error_ratio is None, "that error was another scheme's"
+
+    rounded = made(stage("gptq", "int4", 0.01), stage("round_to_nearest", "int8", None))
+    found = difference(rounded, rounded)
+    assert found.layers.median_error_ratio is None and found.notes == (), "that error was another scheme's"
 
 
 def test_what_is_missing_is_a_note_and_what_is_broken_an_error(publish: Publish) -> None:

@@ -53,6 +53,8 @@ def test_an_error_stays_where_a_later_stage_measures_none() -> None:
     assert {name: found.error for name, found in last_records(report).items()} == {"0.a": 0.1, "0.b": None}
     assert unmeasured(report) == "Errors are those before recover, which measured none."
     assert unmeasured(example_report(stages=[solved])) == ""
+    other = stage(record("0.b", 0, "int8 channel", None)).model_copy(update={"kind": "round_to_nearest"})
+    assert unmeasured(example_report(stages=[solved, other])) == "", "no error of that scheme was kept"
 
 
 def test_the_worst_of_many_experts_is_shown() -> None:

@@ -18,6 +18,7 @@ from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
 from compress.events import Event
 from compress.files import write_json
+from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -188,11 +189,38 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     """`tensor` in `dtype`. Raises RecipeError naming the tensor where finite values leave the dtype's range."""
     value = tensor.to(dtype)
     if value.dtype != tensor.dtype and not all_finite(value) and all_finite(tensor):
-        raise RecipeError(
-            f"export.dtype: {name} holds values up to {float(tensor.abs().max()):.3g}, outside the range of "
-            f"{str(dtype).removeprefix('torch.')}. Use export.dtype: bfloat16."
-        )
+        raise _outside(name, float(tensor.abs().max()), dtype)
     return value
+
+
+def servable_scale(source: Checkpoint, module: str) -> torch.Tensor:
+    """The scales (rows, groups) of a quantised linear. Raises RecipeError where a loader, which multiplies codes with
+    them in their own dtype, would get a value outside its range."""
+    codes, grid = source.codes(module)
+    _check_products(codes, grid, module)
+    return grid.scale
+
+
+def servable_values(source: Checkpoint, module: str) -> torch.Tensor:
+    """The values of a quantised linear as its file has them. Raises RecipeError where one is outside their range."""
+    _check_products(*source.codes(module), module)
+    return source.dense(module)
+
+
+def _check_products(codes: torch.Tensor, grid: Grid, module: str) -> None:
+    if float(grid.scale.abs().max()) * 2 ** (grid.scheme.bits + 1) < torch.finfo(grid.scale.dtype).max:
+        return  # No code is so large, with a zero point or without.
+    values = dequantize(codes, Grid(grid.scheme, grid.scale.float(), grid.zero))
+    largest = float(values.abs().max())
+    if largest > torch.finfo(grid.scale.dtype).max:
+        raise _outside(f"{module}.weight", largest, grid.scale.dtype)
+
+
+def _outside(name: str, largest: float, dtype: torch.dtype) -> RecipeError:
+    return RecipeError(
+        f"export.dtype: {name} holds values up to {largest:.3g}, outside the range of "
+        f"{str(dtype).removeprefix('torch.')}. Use export.dtype: bfloat16."
+    )
 
 
 def dense_linears(source: Checkpoint) -> list[str]:

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.checkpoints.formats.base import Format, Shapes, Written, dense_linears, entries_of, write_folder
+from compress.checkpoints.formats.base import (
+    Format,
+    Shapes,
+    Written,
+    dense_linears,
+    entries_of,
+    servable_scale,
+    write_folder,
+)
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.stream import Entry
 from compress.quantization.grid import Grid
@@ -83,7 +91,7 @@ def _entries(module: str, scheme: Scheme, source: Checkpoint, scale_dtype: torch
     """The tensors of one quantised linear, packed when they are written."""
     rows, columns = source.matrix_shape(module)
     groups = scheme.groups(columns)
-    scale = Entry(f"{module}.weight_scale", scale_dtype, (rows, groups), lambda: source.codes(module)[1].scale)
+    scale = Entry(f"{module}.weight_scale", scale_dtype, (rows, groups), lambda: servable_scale(source, module))
     if scheme.inputs:
         return [Entry(f"{module}.weight", torch.int8, (rows, columns), lambda: source.codes(module)[0]), scale]
     entries = [

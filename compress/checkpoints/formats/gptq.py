@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
-from compress.checkpoints.formats.base import Format, Shapes, Written, entries_of, write_folder
+from compress.checkpoints.formats.base import Format, Shapes, Written, entries_of, servable_scale, write_folder
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.stream import Entry
 from compress.files import write_json
@@ -133,7 +133,7 @@ def _entries(module: str, scheme: Scheme, source: Checkpoint, dtype: torch.dtype
             lambda: pack(source.codes(module)[0].long() + offset, bits).T,
         ),
         Entry(f"{module}.qzeros", torch.int32, (groups, rows * bits // WORD), lambda: pack(zeros(), bits)),
-        Entry(f"{module}.scales", dtype, (groups, rows), lambda: source.codes(module)[1].scale.T),
+        Entry(f"{module}.scales", dtype, (groups, rows), lambda: servable_scale(source, module).T),
         Entry(f"{module}.g_idx", torch.int32, (columns,), lambda: torch.arange(columns) // scheme.width(columns)),
     ]
 

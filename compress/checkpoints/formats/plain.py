@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from compress.checkpoints.formats.base import Format, Written, entries_of, write_folder
+from compress.checkpoints.formats.base import Format, Written, entries_of, servable_values, write_folder
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.stream import Entry
 from compress.quantization.scheme import Scheme
@@ -31,6 +31,6 @@ class Plain(Format):
         def quantised(module: str, scheme: Scheme) -> list[Entry]:
             rows, columns = source.matrix_shape(module)
             own = (columns, rows) if source.is_transposed(module) else (rows, columns)
-            return [Entry(f"{module}.weight", dtype, own, lambda: source.dense(module))]
+            return [Entry(f"{module}.weight", dtype, own, lambda: servable_values(source, module))]
 
         return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, None)

@@ -5,6 +5,8 @@
                                                  lie two in a byte, those of even columns in its lower half
     candidates/outer-<module>#<k>.safetensors    the same of the embedding and the head, where they are chosen for
     candidates/outer.json                        what those cost, and their bytes
+    candidates/alone.json                        what groups of linears cost alone, measured: by name, [number of the
+                                                 candidate, nats a token]
 
 A candidate that leaves a matrix in 16 bits is the model's own, and is not kept. A model with one candidate chosen for
 each matrix is read as any other checkpoint is, without being written.
@@ -23,13 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.checkpoints.reader import Checkpoint
-from compress.checkpoints.working import parts_of
+from compress.checkpoints.working import WorkingCheckpoint, parts_of
+from compress.errors import RecipeError
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
 from compress.quantization.scheme import Option, Scheme
 
 FOLDER = "candidates"
 OUTER_RECORDS = Path(FOLDER) / "outer.json"
+ALONE_RECORDS = Path(FOLDER) / "alone.json"
 
 
 def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Tensor, Grid] | None]]) -> None:
@@ -60,6 +64,31 @@ def outer_records(folder: Path) -> dict[str, list[dict[str, Any]]] | None:
         return None
     found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text(encoding="utf-8"))
     return found
+
+
+def candidates_in(folder: Path, blocks: int) -> dict[str, list[dict[str, Any]]]:
+    """What is known of the candidates of every matrix: scheme, predicted cost in nats a token, bytes; by module, in
+    order. Raises RecipeError where nobody solved any."""
+    finished = WorkingCheckpoint(folder)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for index in range(blocks):
+        record = finished.block_record(index) or {}
+        if "candidates" not in record:
+            raise RecipeError("mixed_precision: its input has no candidates; a sensitivity stage comes right before it")
+        found.update(record["candidates"])
+    return found | (outer_records(folder) or {})
+
+
+def write_alone_records(folder: Path, records: Mapping[str, tuple[int, float]]) -> None:
+    """Keep what was measured of units alone: the candidate's number, and the divergence in nats a token."""
+    write_json(folder / ALONE_RECORDS, dict(records))
+
+
+def alone_records(folder: Path) -> dict[str, tuple[int, float]]:
+    """What was kept so far; nothing where units were not measured alone."""
+    path = folder / ALONE_RECORDS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: (int(number), float(kl)) for name, (number, kl) in found.items()}
 
 
 class Assigned(Checkpoint):

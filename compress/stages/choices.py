@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from filelock import FileLock
 from compress.allocation.budget import Sizes
 from compress.allocation.fit import Fit, by_kind, fit
 from compress.allocation.solver import BudgetError, cheapest
+from compress.allocation.units import Unit
 from compress.architecture import dimensions_of
-from compress.checkpoints.candidates import Assigned, outer_records
+from compress.checkpoints.candidates import Assigned, alone_records, candidates_in
 from compress.checkpoints.skeleton import Skeleton
-from compress.checkpoints.working import WorkingCheckpoint
-from compress.errors import RecipeError
 from compress.files import digest_of_json, write_json
 from compress.quantization.scheme import Option, Scheme, label_of
+from compress.stages.alone import factor
 from compress.stages.base import StageContext
 from compress.stages.candidates import CandidateStage
 from compress.stages.tuning import Judged, TuningText
@@ -63,7 +63,8 @@ class Choices:
             module: [each["scheme"] and Scheme.from_json(each["scheme"]) for each in rows]
             for module, rows in found.items()
         }
-        self.costs = self._summed(found, "cost")
+        predicted = self._summed(found, "cost")
+        self.costs = scaled(self.units, predicted, alone_records(self.source.folder))
         self.bytes = self._summed(found, "bytes")
         self._known = self._read()
 
@@ -195,13 +196,13 @@ class Choices:
         ]
 
 
-def candidates_in(folder: Path, blocks: int) -> dict[str, list[dict[str, Any]]]:
-    """What `sensitivity` recorded of every matrix: scheme, cost in nats a token, bytes; by module, in order."""
-    finished = WorkingCheckpoint(folder)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for index in range(blocks):
-        record = finished.block_record(index) or {}
-        if "candidates" not in record:
-            raise RecipeError("mixed_precision: its input has no candidates; a sensitivity stage comes right before it")
-        found.update(record["candidates"])
-    return found | (outer_records(folder) or {})
+def scaled(
+    units: Sequence[Unit], costs: list[list[float]], alone: Mapping[str, tuple[int, float]]
+) -> list[list[float]]:
+    """Costs by unit and option, those of each unit by one factor such that what was measured of it alone agrees."""
+    rows = []
+    for unit, row in zip(units, costs, strict=True):
+        number, kl = alone.get(unit.name, (0, 0.0))
+        by = factor(kl, row[number])
+        rows.append([by * cost for cost in row])
+    return rows

@@ -6,6 +6,9 @@ nats a token (`calibration.fisher`), with lambda from one backward pass over a f
 too, 1/2 sum_r lambda_r W_r S W_r^T is added, S the mean outer product of what rounding does to them. Inputs are the
 source's own: what a linear would see behind compressed ones depends on a choice that is not made yet.
 
+Second-order costs are then scaled, each unit's by a factor of its own, so that they agree with what the unit costs
+alone: that is measured at one candidate (`alone`).
+
 Embedding and head, where they are chosen for, are rounded as the `vocabulary` stage does it. What that costs is
 measured on the tuning windows, each candidate alone: they are few, and an embedding is not a product.
 
@@ -15,6 +18,7 @@ it finished.
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,8 +32,11 @@ from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival, Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
+    alone_records,
+    candidates_in,
     kept_bytes,
     outer_records,
+    write_alone_records,
     write_candidates,
     write_outer_candidate,
     write_outer_records,
@@ -42,6 +49,7 @@ from compress.quantization.gptq import factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Option, Scheme, label_of
+from compress.stages.alone import Tried, divergences_alone, factor, few_tokens
 from compress.stages.base import Shapes, StageContext, StageOutcome, restore
 from compress.stages.candidates import CandidateStage
 from compress.stages.tuning import TuningText
@@ -58,7 +66,26 @@ class Sensitivity(CandidateStage):
     gradient_windows: int = Field(
         default=16, ge=1, description="calibration windows of the backward pass that tells which outputs matter"
     )
+    alone_tokens: int = Field(
+        default=1024,
+        ge=0,
+        description="tokens of the tuning windows on which each group of linears that is chosen for together is "
+        "measured alone, at one candidate, to scale its costs by; 0: costs stay as predicted",
+    )
     draws: ClassVar[bool] = True
+
+    @property
+    def tried_alone(self) -> int | None:
+        """The number of the candidate that units are measured in: the fewest bits from 3 on, as far as there are; None
+        where nothing is to be measured."""
+        plain = [
+            (each.bits, number)
+            for number, each in enumerate(self.candidates)
+            if each.bits < 16 and each.inputs == "none"
+        ]
+        if not (self.alone_tokens and plain):
+            return None
+        return min([each for each in plain if each[0] >= 3] or plain)[1]
 
     @property
     def forwards(self) -> float:
@@ -93,7 +120,7 @@ class _Run:
         self.skeleton = Skeleton(context.source.config, context.device, context.compute)
         self.batches = self.windows.batches(context.tokens_at_once)
         outside = ("vocabulary",) if stage.vocabulary else ()
-        self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write", *outside)
+        self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write", "alone", *outside)
         self.sensitivities: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -116,8 +143,12 @@ class _Run:
                     self.context.after_block(index)
                 release()
                 advance(f"block {index + 1}/{count}")
+        del states
+        with self.clock.timed("alone"):
+            alone = self._alone()
         gradient = min(self.stage.gradient_windows, len(self.windows.ids))
         facts = {"candidates": len(self.stage.candidates), "gradient_windows": gradient, "tokens": self.windows.tokens}
+        facts |= alone
         return StageOutcome([], events, self.clock.seconds, facts)
 
     def _sensitivities(self) -> dict[str, Tensor]:
@@ -139,6 +170,35 @@ class _Run:
         with atomic_path(path) as temporary:
             save_file(found, temporary)
         return found
+
+    def _alone(self) -> dict[str, Any]:
+        """Measure every unit alone, but for those that were measured before a kill; what the report says of it."""
+        number, folder = self.stage.tried_alone, self.output.folder
+        if number is None:
+            return {}
+        found = candidates_in(folder, self.skeleton.block_count)
+        schemes = {
+            module: [each["scheme"] and Scheme.from_json(each["scheme"]) for each in rows]
+            for module, rows in found.items()
+        }
+        units = [
+            unit
+            for unit in self.stage.units(self.skeleton.architecture, self.skeleton.linear_shapes())
+            if unit.block is not None
+        ]
+        text = few_tokens(self.tuning.windows, self.stage.alone_tokens)
+        known = alone_records(folder)
+        with self.context.progress.task("units alone", len(units)) as advance:
+            for _ in known:
+                advance("measured before")
+            tried = [Tried(unit, number) for unit in units if unit.name not in known]
+            for part in divergences_alone(self.context, folder, schemes, tried, text, advance):
+                known |= {name: (number, kl) for name, kl in part.items()}
+                write_alone_records(folder, known)
+        predicted = [sum(found[module][number]["cost"] for module in unit.modules) for unit in units]
+        factors = [factor(known[unit.name][1], cost) for unit, cost in zip(units, predicted, strict=True)]
+        label = label_of(schemes[units[0].modules[0]][number]) if units else ""
+        return {"alone_tokens": text.tokens, "measured_alone_at": label, "median_factor": median(factors or [1.0])}
 
     def _vocabulary(self) -> dict[str, list[dict[str, Any]]]:
         """Candidates of the embedding and the head, each measured on its own."""

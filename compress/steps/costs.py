@@ -18,7 +18,7 @@ from compress.evaluation.tasks.likelihood import STATES_BYTES
 from compress.evaluation.tasks.size import Size
 from compress.memory import predict
 from compress.recipe import Recipe
-from compress.stages import Gptq, Stage, StructuredPrune
+from compress.stages import Gptq, Sensitivity, Stage, StructuredPrune
 from compress.stages.base import Training
 from compress.stages.depth import TRIED
 from compress.steps.environment import Machine, fits
@@ -152,6 +152,10 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> fl
             flops += sum(4 * columns**3 for columns in _inputs(matrices))
             products = 20 if stage.refines else 10
             flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
+        if isinstance(stage, Sensitivity) and stage.tried_alone is not None:
+            # Four units a block walk from there to the end, on average half of the blocks.
+            alone, blocks = stage.alone_tokens, dimensions.blocks
+            flops += 4 * alone * (inside * (blocks + 1) + blocks * (2 * head + 40 * 10 * dimensions.vocabulary))
         flops += 2500 * inside
     return 12.0 + flops / _multiplication_rate(machine)
 

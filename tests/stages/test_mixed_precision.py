@@ -9,7 +9,7 @@ import torch
 
 from compress.allocation.budget import Budget, Sizes, activation_bytes
 from compress.architecture import architecture_of, dimensions_of
-from compress.checkpoints.candidates import Assigned
+from compress.checkpoints.candidates import Assigned, candidates_in
 from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.compressed_tensors import quantization_config
@@ -21,7 +21,6 @@ from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary
-from compress.stages.choices import candidates_in
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context
 
 WINDOWS = random_windows(count=24)

@@ -19,6 +19,8 @@ PIPE_WIDTH = 140
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
+TAKEN_UP = 2e-5
+"""Seconds under which a step was no work of this process."""
 COLOURS = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
 
 
@@ -141,17 +143,20 @@ class StageProgress:
 
     @contextmanager
     def _lines(self, label: str, total: int) -> Iterator[Callable[[str], None]]:
-        started = last = time.monotonic()
-        done = 0
+        started = last = before = time.monotonic()
+        done = worked = 0
         self.console.print(Text(f"{label}: started"))
 
         def advance(note: str = "") -> None:
-            nonlocal done, last
+            nonlocal done, worked, last, before
             done += 1
             now = time.monotonic()
+            # What an interrupted run had done is counted in a moment, and says nothing of how long the rest takes.
+            worked += now - before > TAKEN_UP
+            before = now
             if now - last >= self.interval and done < total:
                 last = now
-                left = (now - started) / done * (total - done)
+                left = (now - started) / max(1, worked) * (total - done)
                 self.console.print(Text(f"{label}: {note or f'{done}/{total}'}, {seconds_text(left)} left"))
 
         yield advance

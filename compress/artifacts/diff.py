@@ -93,7 +93,7 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
     notes: list[str] = []
     report_a, report_b = _report(folder_a, notes), _report(folder_b, notes)
     linears_a, linears_b = _linears(report_a), _linears(report_b)
-    _comparable(linears_a, linears_b, notes)
+    note = _comparable(linears_a, linears_b)
     others = measured_apart(report_a, report_b)
     if others:
         notes.append(f"not measured on the same: {', '.join(others)}; their numbers do not compare")
@@ -103,13 +103,13 @@ def difference(folder_a: Path, folder_b: Path) -> Difference:
         same_model=one.model_digest == other.model_digest,
         comparable=not others,
         recipe=fields(_recipe(folder_a, notes), _recipe(folder_b, notes)),
-        stages=fields(told(report_a), told(report_b)),
+        stages=_stages(told(report_a), told(report_b)),
         lineage=fields(one.lineage, other.lineage),
         environment=fields(one.environment, other.environment),
         measurements=measures(report_a, report_b),
         gates=gates(report_a, report_b),
         sizes=sizes(one, other),
-        layers=layers(linears_a, linears_b),
+        layers=layers(linears_a, linears_b, note),
         notes=tuple(notes),
     )
 
@@ -137,6 +137,11 @@ def told(report: Mapping[str, Any]) -> dict[str, Any]:
         if facts:
             found[kind if seen[kind] == 1 else f"{kind}#{seen[kind]}"] = facts
     return found
+
+
+def _stages(a: dict[str, Any], b: dict[str, Any]) -> tuple[Field_, ...]:
+    """Of stages that both have: that one has a stage more is in the recipe."""
+    return fields(*({kind: told for kind, told in each.items() if kind in a and kind in b} for each in (a, b)))
 
 
 def measures(report_a: Mapping[str, Any], report_b: Mapping[str, Any]) -> tuple[Measure, ...]:
@@ -257,8 +262,9 @@ def _linears(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _comparable(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]], notes: list[str]) -> None:
-    """Take errors away where one is of the linear as it ships and the other of what a stage changed after that."""
+def _comparable(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]]) -> str:
+    """Take errors away where one is of the linear as it ships and the other of what a stage changed after that. Returns
+    what is to be said of errors, if anything."""
     kinds: dict[str, None] = {}
     apart = 0
     for name in set(a) & set(b):
@@ -270,13 +276,10 @@ def _comparable(a: dict[str, dict[str, Any]], b: dict[str, dict[str, Any]], note
         if len(changed) == 1:
             one["error"] = other["error"] = None
             apart += 1
+    kind = " and ".join(kinds)
     if apart:
-        kind = " and ".join(kinds)
-        notes.append(
-            f"errors of {apart} layers are not compared: {kind} changed them in one of both, and measured none"
-        )
-    elif kinds:
-        notes.append(f"errors of layers are those before {' and '.join(kinds)}, which measured none")
+        return f"errors of {apart} layers are not compared: {kind} changed them in one of the two, and measured none"
+    return f"errors are those before {kind}, which measured none" if kinds else ""
 
 
 def _measure(name: str, a: float | None, b: float | None, first: Interval | None, second: Interval | None) -> Measure:

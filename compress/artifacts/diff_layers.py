@@ -46,11 +46,12 @@ class Layers(Value):
     better: int = Field(description="linears of the same scheme whose error is smaller in b")
     worse: int
     median_error_ratio: float | None = Field(description="of b to a, over linears that have both errors")
+    note: str = Field(default="", description="where errors are not those of what ships")
     farthest: tuple[Layer, ...] = Field(description=f"the {MOST_LAYERS} whose errors are farthest apart, as a ratio")
 
 
-def layers(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]]) -> Layers:
-    """Compare linears by name; values are records with `scheme` and `error`."""
+def layers(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]], note: str = "") -> Layers:
+    """Compare linears by name; values are records with `scheme` and `error`. `note`: what is to be said of errors."""
     pairs = [_layer(name, a.get(name, {}), b.get(name, {})) for name in [*a, *(name for name in b if name not in a)]]
     changes = Counter((layer.scheme_a, layer.scheme_b) for layer in pairs if layer.scheme_a != layer.scheme_b)
     same = [layer for layer in pairs if layer.scheme_a == layer.scheme_b]
@@ -60,6 +61,7 @@ def layers(a: Mapping[str, Mapping[str, Any]], b: Mapping[str, Mapping[str, Any]
         key=lambda layer: -abs(math.log(max(ratios[layer.name], 1e-300))),
     )
     return Layers(
+        note=note,
         compared=len(set(a) & set(b)),
         schemes=tuple(
             SchemeChange(a=old, b=new, linears=count, examples=_examples(pairs, old, new))

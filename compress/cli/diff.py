@@ -77,7 +77,11 @@ def _print_fields(title: str, found: tuple[Field_, ...]) -> None:
     if not found:
         console.print_line(f"{title}: the same")
         return
-    rows = [[field.name, _short(field.a), _short(field.b)] for field in found]
+    rows = []
+    for field in found:
+        a, b = _short(field.a), _short(field.b)
+        # What differs must look different.
+        rows.append([field.name, a, b] if a != b else [field.name, str(field.a), str(field.b)])
     console.print_table(title, ["field", "a", "b"], rows)
 
 
@@ -116,6 +120,8 @@ def _print_layers(found: Layers) -> None:
             f"layers: {found.compared} in both; of those with the same scheme {found.better} have a smaller error in "
             f"b, {found.worse} a larger one; errors b / a, median: {found.median_error_ratio:.3f}"
         )
+    if found.note:
+        console.print_line(found.note)
     if found.schemes:
         rows = [
             [str(each.linears), each.a or "not quantised", each.b or "not quantised", ", ".join(each.examples)]
@@ -144,5 +150,5 @@ def _interval(value: tuple[float, float] | None) -> str:
 
 
 def _short(value: Any, most: int = 60) -> str:
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -84,7 +84,7 @@ class Run:
     def _result(self) -> _Result:
         """Train, and decide what ships."""
         if (self.folder / "mode.json").is_file():
-            message = "an interrupted run had begun to train; its seconds after its last save are not counted"
+            message = "an interrupted run had begun to train; this stage's seconds include its up to its last save"
             self.events.append(Event("training_resumed", "recover", message))
         more, ledger = self._sampled()
         share = self.stage.share_held_out(self.windows.tokens)

@@ -489,8 +489,11 @@ def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
     from compress.errors import RecipeError
     from compress.quantization.grid import Grid
 
-    with pytest.raises(RecipeError, match=r"up_proj has scales up to 1.05e\+06, outside the float16"):
+    with pytest.raises(RecipeError, match=r"up_proj has scales up to 1.05e\+06 or more, outside the float16"):
         blocks(codes, Grid(grid.scheme, torch.full_like(grid.scale, 2.0**20), None), "Q4_0", "up_proj")
+    held_back = torch.full_like(grid.scale, torch.finfo(torch.float16).max, dtype=torch.float16)
+    with pytest.raises(RecipeError, match=r"up_proj has scales up to 6.55e\+04 or more, outside the float16"):
+        blocks(codes, Grid(grid.scheme, held_back, None), "Q4_0", "up_proj")
 
 
 def test_scales_too_small_for_float16_are_an_event(tmp_path):

@@ -21,7 +21,7 @@ model:
 # self_generated_windows are sampled from the model itself, which is held in memory for that; 0 leaves them out.
 calibration: {{data: {calibration}, windows: 64, window_tokens: {window}, self_generated_windows: 64}}
 stages:
-  - {{kind: gptq, bits: 4, group_size: {group_size}}}
+  - {{kind: gptq, bits: 4, group_size: {group_size}{overrides}}}
 export: {{format: compressed-tensors, context: {context}, concurrency: 8}}
 evaluation:
   - {{kind: perplexity, data: {evaluation}, windows: 32, window_tokens: {window}}}
@@ -60,6 +60,7 @@ def init(
         calibration=calibration,
         evaluation=evaluation,
         group_size=group_size,
+        overrides=_overrides(local, group_size),
         window=min(512, longest),
         context=min(4096, longest),
     )
@@ -77,6 +78,35 @@ def _context(folder: Path) -> int:
         return int(config.get("max_position_embeddings") or config.get("n_positions") or 4096)
     except (OSError, ValueError, TypeError, AttributeError):
         return 4096
+
+
+SERVED_SIZES = (32, 128)
+"""Group sizes that serving runtimes take, to fall back on; after them a scale a row."""
+
+
+def _overrides(folder: Path, group_size: str) -> str:
+    """Of a model in a folder, another group size for the kinds of linear whose columns do not divide into groups of
+    `group_size`, as it is written behind it; nothing where nothing tells, which `plan` will."""
+    if not group_size.isdigit() or int(group_size) < 1 or not (folder / "config.json").is_file():
+        return ""
+    import torch
+
+    from compress.checkpoints.reader import Checkpoint
+    from compress.checkpoints.skeleton import Skeleton
+    from compress.errors import CompressError
+
+    try:
+        config = Checkpoint(folder).config
+        shapes = Skeleton(config, torch.device("cpu"), torch.float32).linear_shapes()
+    except (CompressError, OSError, ValueError, KeyError):
+        return ""
+    found: dict[str, str] = {}
+    for module, (_, columns) in shapes.items():
+        if columns % int(group_size):
+            size = next((str(size) for size in SERVED_SIZES if columns % size == 0), "channel")
+            found[module.rsplit(".", 1)[-1]] = size
+    each = ", ".join(f'{{match: "*.{leaf}", group_size: {size}}}' for leaf, size in found.items())
+    return f", overrides: [{each}]" if each else ""
 
 
 def validate(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> int:

@@ -104,6 +104,10 @@ def test_init_writes_a_recipe_that_validates_and_never_overwrites(here, tmp_path
     assert here("init", path, "--model", glass).code == 0
     assert here("validate", path).code == 0
     assert yaml.safe_load(path.read_text())["model"]["path"] == str(glass)
+    assert yaml.safe_load(path.read_text())["stages"][0]["overrides"] == [
+        {"match": "*.down_proj", "group_size": "channel"}
+    ]
+    assert here("plan", path).code == 0, "341 columns do not divide into groups of 64"
     again = here("init", path)
     assert again.code == 2 and "exists already" in again.err
 

@@ -252,10 +252,19 @@ class Head:
 
     def differentiable_logits(self, normed: Tensor) -> Tensor:
         """The same, with gradients where they are on."""
-        logits = torch.nn.functional.linear(normed.to(self.weight), self.weight, self.bias).float()
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return self._capped(torch.nn.functional.linear(normed.to(self.weight), self.weight, self.bias).float())
+
+    @torch.no_grad()
+    def logits_of(self, tokens: Tensor, normed: Tensor) -> Tensor:
+        """Logits float32 (positions, some, models) of some tokens a position (positions, some), for final hidden states
+        of several models (positions, hidden, models), after the norm."""
+        logits = torch.bmm(self.weight[tokens].float(), normed.float())
+        if self.bias is not None:
+            logits += self.bias[tokens].float().unsqueeze(-1)
+        return self._capped(logits)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 class _Zeros(nn.Module):

@@ -67,7 +67,7 @@ class Sensitivity(CandidateStage):
         default=16, ge=1, description="calibration windows of the backward pass that tells which outputs matter"
     )
     alone_tokens: int = Field(
-        default=1024,
+        default=512,
         ge=0,
         description="tokens of the tuning windows on which each group of linears that is chosen for together is "
         "measured alone, at one candidate, to scale its costs by; 0: costs stay as predicted",

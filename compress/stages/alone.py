@@ -60,6 +60,11 @@ def factor(measured: float, predicted: float) -> float:
     return min(TRUSTED, max(1 / TRUSTED, measured / predicted))
 
 
+def held_back(measured: float, predicted: float) -> bool:
+    """Whether `factor` is another than what was measured asks for; where nothing is predicted it asks for nothing."""
+    return predicted > 0 and measured / predicted != factor(measured, predicted)
+
+
 @torch.no_grad()
 def divergences_alone(
     context: StageContext,

@@ -49,7 +49,7 @@ from compress.quantization.gptq import factorise, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Option, Scheme, label_of
-from compress.stages.alone import Tried, divergences_alone, factor, few_tokens
+from compress.stages.alone import Tried, divergences_alone, factor, few_tokens, held_back
 from compress.stages.base import Shapes, StageContext, StageOutcome, restore
 from compress.stages.candidates import CandidateStage
 from compress.stages.tuning import TuningText
@@ -145,7 +145,8 @@ class _Run:
                 advance(f"block {index + 1}/{count}")
         del states
         with self.clock.timed("alone"):
-            alone = self._alone()
+            alone, held = self._alone()
+            events += held
         gradient = min(self.stage.gradient_windows, len(self.windows.ids))
         facts = {"candidates": len(self.stage.candidates), "gradient_windows": gradient, "tokens": self.windows.tokens}
         facts |= alone
@@ -171,11 +172,11 @@ class _Run:
             save_file(found, temporary)
         return found
 
-    def _alone(self) -> dict[str, Any]:
+    def _alone(self) -> tuple[dict[str, Any], list[Event]]:
         """Measure every unit alone, but for those that were measured before a kill; what the report says of it."""
         number, folder = self.stage.tried_alone, self.output.folder
         if number is None:
-            return {}
+            return {}, []
         found = candidates_in(folder, self.skeleton.block_count)
         schemes = {
             module: [each["scheme"] and Scheme.from_json(each["scheme"]) for each in rows]
@@ -196,9 +197,16 @@ class _Run:
                 known |= {name: (number, kl) for name, kl in part.items()}
                 write_alone_records(folder, known)
         predicted = [sum(found[module][number]["cost"] for module in unit.modules) for unit in units]
-        factors = [factor(known[unit.name][1], cost) for unit, cost in zip(units, predicted, strict=True)]
+        measured = [known[unit.name][1] for unit in units]
+        factors = [factor(*pair) for pair in zip(measured, predicted, strict=True)]
+        events = [
+            Event("alone_held_back", unit.name, f"measured alone {kl:.4g} nats a token, predicted {cost:.4g}")
+            for unit, kl, cost in zip(units, measured, predicted, strict=True)
+            if held_back(kl, cost)
+        ]
         label = label_of(schemes[units[0].modules[0]][number]) if units else ""
-        return {"alone_tokens": text.tokens, "measured_alone_at": label, "median_factor": median(factors or [1.0])}
+        facts = {"alone_tokens": text.tokens, "measured_alone_at": label, "median_factor": median(factors or [1.0])}
+        return facts, events
 
     def _vocabulary(self) -> dict[str, list[dict[str, Any]]]:
         """Candidates of the embedding and the head, each measured on its own."""

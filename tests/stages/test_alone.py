@@ -152,6 +152,20 @@ def test_a_factor_has_bounds_and_needs_two_positive_numbers():
         alone.TRUSTED,
         1 / alone.TRUSTED,
     ]
+    pairs = ((3.0, 2.0), (1.0, 0.0), (0.0, 1.0), (100.0, 1.0), (1e-9, 1.0), (float("nan"), 1.0), (float("inf"), 1.0))
+    assert [alone.held_back(*pair) for pair in pairs] == [False, False, True, True, True, True, True]
+
+
+def test_a_measurement_that_is_not_followed_is_told(model, tmp_path, monkeypatch):
+    original = alone._divergences
+
+    def broken(head, wanted, found, seed):
+        return dict.fromkeys(original(head, wanted, found, seed), float("nan"))
+
+    monkeypatch.setattr(alone, "_divergences", broken)
+    _, outcome = apply_stage(Sensitivity(**FIELDS), model, tmp_path / "out", WINDOWS)
+    assert [event.kind for event in outcome.events] == ["alone_held_back"] * 8
+    assert outcome.facts["median_factor"] == 1.0
 
 
 def test_few_tokens_are_the_beginnings_of_several_windows():

@@ -30,7 +30,7 @@ EVENT_KINDS: dict[str, str] = {
     "recover_trained_less": "scales and norms were trained in place of codes, whose training would not fit in memory",
     "training_resumed": "training went on from a step that an interrupted run had saved",
     "sampled_again": "calibration text kept from an earlier run was damaged, and was sampled from the model again",
-    "alone_held_back": "what linears cost alone is no positive number or over 8 times off; it is followed in part or not",
+    "alone_held_back": "what linears cost alone is no positive number or over 8 times off; it was not followed",
     "uniform_kept": "no mixture of schemes within the budget beat a uniform scheme; the precision plan is uniform",
     "module_kept": "a matrix was left in its source precision: the recipe ignores it, or its plan gives it 16 bits",
     "round_trip_skipped": "the exported model was not reloaded through its public loader",

@@ -1,6 +1,6 @@
 """A .gguf file of an artifact: that it can be read to its end, and that what is floating in it is finite.
 
-Blocks of integers begin with a float16 scale, and in some types a minimum (`checkpoints.formats`).
+Blocks of integers have a float16 scale, and in some types a second one (`checkpoints.formats`).
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-BLOCKS = {"Q4_0": (18, 1), "Q4_1": (20, 2), "Q5_0": (22, 1), "Q5_1": (24, 2), "Q8_0": (34, 1)}
-"""Bytes of a block, and how many float16 it begins with."""
+BLOCKS = {
+    **{"Q4_0": (18, 0, 1), "Q4_1": (20, 0, 2), "Q5_0": (22, 0, 1), "Q5_1": (24, 0, 2), "Q8_0": (34, 0, 1)},
+    **{"Q2_K": (84, 80, 2), "Q3_K": (110, 108, 1), "Q4_K": (144, 0, 2), "Q5_K": (176, 0, 2), "Q6_K": (210, 208, 1)},
+}
+"""Bytes of a block, at which of them its float16s begin, and how many they are."""
 
 
 def scan(path: Path, name: str) -> tuple[int, list[str]]:
@@ -41,6 +44,6 @@ def _non_finite(tensor: Any) -> int | None:
         return int(np.count_nonzero((data.view(np.uint16) & 0x7F80) == 0x7F80))
     if kind not in BLOCKS:
         return None
-    size, halves = BLOCKS[kind]
-    scales = np.ascontiguousarray(data.reshape(-1, size)[:, : 2 * halves]).view(np.float16)
+    size, start, halves = BLOCKS[kind]
+    scales = np.ascontiguousarray(data.reshape(-1, size)[:, start : start + 2 * halves]).view(np.float16)
     return int(np.count_nonzero(~np.isfinite(scales)))

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.reader import Checkpoint, super_block_grid
 from compress.checkpoints.working import WorkingCheckpoint, parts_of
 from compress.errors import RecipeError
 from compress.files import atomic_path, write_json
@@ -117,6 +117,9 @@ class Assigned(Checkpoint):
         number, block, scheme = self._numbers[module], self.architecture.block_index(module), self.schemes[module]
         path = _outer_path(self._kept, module, number) if block is None else _path(self._kept, block)
         with safe_open(path, framework="pt") as file:
+            if scheme.k_quant:
+                grid = super_block_grid(scheme, lambda leaf: file.get_tensor(f"{module}#{number}.{leaf}"))
+                return _unpacked(file.get_tensor(f"{module}#{number}.codes")), grid
             zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")
             grid = Grid(scheme, file.get_tensor(f"{module}#{number}.scale"), zero)
             return _unpacked(file.get_tensor(f"{module}#{number}.codes")), grid

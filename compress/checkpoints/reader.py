@@ -10,7 +10,7 @@ All answer the same questions: which tensors, which module has which scheme, the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -25,6 +25,7 @@ from compress.errors import CompressError, RecipeError, UnhealthySourceError
 from compress.files import digest_of_json, digests_of
 from compress.quantization.grid import Grid, Nested, dequantize
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import SuperBlocks
 
 SCHEMES_KEY = "compress.schemes"
 PLAN_FILE = "precision.json"
@@ -211,6 +212,8 @@ class Checkpoint:
             if unpacked is None or unpacked[0] != module:
                 unpacked = self._unpacked = module, self._layout.codes_of(self, module, scheme)
             return unpacked[1]
+        if scheme.k_quant:
+            return self.read(f"{module}.codes"), super_block_grid(scheme, lambda leaf: self.read(f"{module}.{leaf}"))
         zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
         nested = None
         if scheme.nested:
@@ -252,6 +255,13 @@ class Checkpoint:
         `files.sha256_of`."""
         paths = sorted({*self._files.values(), *companion_files(self.folder)})
         return digest_of_json(digests_of(paths, stop))
+
+
+def super_block_grid(scheme: Scheme, read: Callable[[str], Tensor]) -> Grid:
+    """The grid of a K-quant from its parts, which `read` gives by name."""
+    scale, scales = read("super_scale"), read("scale")
+    minima = {} if scheme.symmetric else {"minimum": read("super_minimum"), "minima": read("minimum")}
+    return Grid.of_super_blocks(scheme, SuperBlocks(scale, scales, **minima))
 
 
 def all_finite(tensor: Tensor) -> bool:

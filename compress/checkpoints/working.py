@@ -2,7 +2,9 @@
 
     block-00003.safetensors   tensors of block 3; for a quantised linear <module>.codes (int8, one code a byte),
                               <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only),
-                              <module>.nested_* (nested scales only); the schemes are in the file's metadata
+                              <module>.nested_* (nested scales only), or for K-quants <module>.scale and .minimum
+                              (int8) with .super_scale and .super_minimum (float16, a super-block); the schemes are in
+                              the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks, embedding and head as codes where a stage rounded them
     precision.json            the scheme that later stages should give each linear, where one chose them
@@ -29,6 +31,7 @@ from compress.checkpoints.stream import Entry, write_safetensors
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import SuperBlocks
 
 STAGE_FILE = "stage.json"
 
@@ -148,11 +151,21 @@ class WorkingCheckpoint:
 
 def parts_of(module: str, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
     """The tensors that a quantised matrix is kept as, by full name."""
+    made_of = grid.nested
+    if isinstance(made_of, SuperBlocks):
+        parts = {
+            "codes": codes,
+            "scale": made_of.scales,
+            "super_scale": made_of.scale,
+            "minimum": made_of.minima,
+            "super_minimum": made_of.minimum,
+        }
+        return {f"{module}.{leaf}": each.cpu().contiguous() for leaf, each in parts.items() if each is not None}
     tensors = {f"{module}.codes": codes.cpu().contiguous(), f"{module}.scale": grid.scale.cpu().contiguous()}
     if grid.zero is not None:
         tensors[f"{module}.zero_point"] = grid.zero.cpu().contiguous()
-    if grid.nested is not None:
-        tensors |= {f"{module}.nested_{leaf}": getattr(grid.nested, leaf).cpu().contiguous() for leaf in NESTED}
+    if made_of is not None:
+        tensors |= {f"{module}.nested_{leaf}": getattr(made_of, leaf).cpu().contiguous() for leaf in NESTED}
     return tensors
 
 

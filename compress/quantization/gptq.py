@@ -27,6 +27,7 @@ from torch import Tensor
 from compress.quantization.columns import solve_columns
 from compress.quantization.gpu import judging
 from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
+from compress.quantization.k_quants import k_quant_grid
 from compress.quantization.refine import Split, refined
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import cholesky_
@@ -191,7 +192,10 @@ def rounded(
 def choose_grid(
     weight: Tensor, importance: Tensor | None, scheme: Scheme, stored: torch.dtype, scales: ScaleSearch
 ) -> Grid:
-    """Scales by the named method; `importance` (columns,) is used by `weighted` only."""
+    """Scales by the named method; `importance` (columns,) is used by `weighted` only. K-quants keep theirs as their
+    type does, whatever `stored` is."""
+    if scheme.k_quant:
+        return k_quant_grid(weight, importance if scales == "weighted" else None, scheme, scales != "minmax")
     if scales == "minmax":
         return minmax_grid(weight, scheme, stored)
     return search_grid(weight, importance if scales == "weighted" else None, scheme, stored)

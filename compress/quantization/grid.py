@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.quantization.gpu import gpu_kernels
 from compress.quantization.scheme import GridName, Scheme
+from compress.quantization.super_blocks import SuperBlocks
 
 GPU_WEIGHTS = 1 << 26
 """Weights of the rows that a GPU searches together: 256 MiB in float32, few launches for large matrices."""
@@ -63,18 +64,71 @@ class Nested:
 
 @dataclass(frozen=True)
 class Grid:
-    """scale (rows, groups) in the stored dtype, or float32 for floating grids; zero (rows, groups) int8 or None for
-    symmetric schemes."""
+    """scale (rows, groups) in the stored dtype, or float32 for floating grids and K-quants; zero (rows, groups) int8,
+    float32 for K-quants, or None for symmetric schemes."""
 
     scheme: Scheme
     scale: Tensor
     zero: Tensor | None
-    nested: Nested | None = None
-    """Where the scales are rounded too: what `scale` was made from."""
+    nested: Nested | SuperBlocks | None = None
+    """Where the scales are rounded too: what `scale`, and `zero` of K-quants, were made from."""
+
+    @classmethod
+    def of_super_blocks(cls, scheme: Scheme, made_of: SuperBlocks) -> Grid:
+        """The grid of a K-quant."""
+        scale, minima = made_of.group_scales(), made_of.group_minima()
+        return cls(scheme, scale, None if minima is None else minima / scale + scheme.lowest, made_of)
 
     def rows(self, start: int, stop: int) -> Grid:
-        """The part of the grid for some rows; not for nested scales, whose runs cross rows."""
-        return Grid(self.scheme, self.scale[start:stop], None if self.zero is None else self.zero[start:stop])
+        """The part of the grid for some rows; not for nested scales of floating grids, whose runs cross rows."""
+        return self.at(slice(start, stop))
+
+    def at(self, which: slice | Tensor) -> Grid:
+        """The grid of some rows, or of all in another order. As `rows`."""
+        nested = self.nested.rows(which) if isinstance(self.nested, SuperBlocks) else None
+        return Grid(self.scheme, self.scale[which], None if self.zero is None else self.zero[which], nested)
+
+    @classmethod
+    def cat(cls, parts: list[Grid]) -> Grid:
+        """The grid of rows one below the other; not for nested scales of floating grids."""
+        made_of = [part.nested for part in parts if isinstance(part.nested, SuperBlocks)]
+        if made_of:
+            return cls.of_super_blocks(parts[0].scheme, SuperBlocks.cat(made_of))
+        zeros = [part.zero for part in parts if part.zero is not None]
+        return cls(parts[0].scheme, torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None)
+
+    def cpu(self) -> Grid:
+        """In host memory; not for nested scales of floating grids."""
+        made_of = self.nested
+        if isinstance(made_of, SuperBlocks):
+            return Grid.of_super_blocks(self.scheme, made_of.cpu())
+        return Grid(self.scheme, self.scale.cpu(), None if self.zero is None else self.zero.cpu())
+
+    @property
+    def free_scales(self) -> Tensor:
+        """The scales that can take any value of their dtype: (rows, groups), or (rows, super-blocks)."""
+        return self.nested.scale if isinstance(self.nested, SuperBlocks) else self.scale
+
+    def with_free_scales(self, scales: Tensor) -> Grid:
+        """The grid with other scales, in place of `free_scales` and shaped like them; minima stay."""
+        if isinstance(self.nested, SuperBlocks):
+            kept = self.nested
+            # A minimum is taken off, so a scale of the other sign would turn the grid away from its weights.
+            same = (scales.sign() == kept.scale.float().sign()) | (kept.minimum is None)
+            scale = torch.where(same, storable(scales, torch.float16, subnormal=True), kept.scale)
+            return Grid.of_super_blocks(self.scheme, SuperBlocks(scale, kept.scales, kept.minimum, kept.minima))
+        return Grid(self.scheme, storable(scales, self.scale.dtype), self.zero, self.nested)
+
+    def multiples(self, codes: Tensor) -> Tensor:
+        """What the free scales multiply: int16 (rows, free scales, columns each) of codes int8 (rows, columns)."""
+        integers = codes.to(torch.int16).reshape(*self.scale.shape, -1)
+        if isinstance(self.nested, SuperBlocks):
+            if self.zero is not None:
+                integers = integers - self.scheme.lowest
+            integers = integers * self.nested.scales.to(torch.int16).unsqueeze(-1)
+        elif self.zero is not None:
+            integers = integers - self.zero.to(torch.int16).unsqueeze(-1)
+        return integers.reshape(*self.free_scales.shape, -1)
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
@@ -128,9 +182,7 @@ def search_grid(
         _search_rows(weight[start : start + rows_at_once], importance, scheme, stored)
         for start in range(0, weight.shape[0], rows_at_once)
     ]
-    scale = torch.cat([part.scale for part in parts])
-    zeros = [part.zero for part in parts if part.zero is not None]
-    return Grid(scheme, scale, torch.cat(zeros) if zeros else None)
+    return Grid.cat(parts)
 
 
 def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
@@ -141,7 +193,7 @@ def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: tor
     shrink = torch.ones_like(high)
     sign = torch.ones_like(high)
     best = _shrunken(low, high, scheme, stored, shrink, sign)
-    best_error = _error(grouped, weights, best)
+    best_error = group_errors(grouped, weights, best)
     signs = (1.0, -1.0) if scheme.symmetric else (1.0,)
     # Coarse: the same shrink for all groups. Fine: around each group's own best.
     for factor in _COARSE[scheme.bits <= 3]:
@@ -160,7 +212,7 @@ def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: tor
         )
     for _ in range(2):
         polished = _polish(grouped, weights, best, stored)
-        error = _error(grouped, weights, polished)
+        error = group_errors(grouped, weights, polished)
         best = _choose(error < best_error, polished, best)
         best_error = torch.minimum(error, best_error)
     return best
@@ -185,7 +237,7 @@ def _try(
     sign: Tensor,
 ) -> tuple[Grid, Tensor, Tensor, Tensor]:
     """One candidate per group: keep it where it is better. Tensors are (rows, groups)."""
-    error = _error(grouped, weights, candidate)
+    error = group_errors(grouped, weights, candidate)
     better = error < best_error
     return (
         _choose(better, candidate, best),
@@ -215,7 +267,7 @@ def _shrunken(low: Tensor, high: Tensor, scheme: Scheme, stored: torch.dtype, st
     return Grid(scheme, scale, zero.to(torch.int8))
 
 
-def _codes(grouped: Tensor, grid: Grid) -> Tensor:
+def nearest_integers(grouped: Tensor, grid: Grid) -> Tensor:
     """Codes minus zero points, float32 (rows, groups, width): the integers that the scale multiplies."""
     scheme = grid.scheme
     codes = grouped / grid.scale.float().unsqueeze(-1)
@@ -225,19 +277,19 @@ def _codes(grouped: Tensor, grid: Grid) -> Tensor:
     return codes.add_(zero).round_().clamp_(scheme.lowest, scheme.highest).sub_(zero)
 
 
-def _error(grouped: Tensor, weights: Tensor, grid: Grid) -> Tensor:
+def group_errors(grouped: Tensor, weights: Tensor, grid: Grid) -> Tensor:
     """Sum of weights (groups, width) times the squared rounding error of each group, float32 (rows, groups)."""
     if gpu_kernels(grouped.device):
         from compress.quantization.triton_grid import weighted_error
 
         return weighted_error(grouped, weights, grid)
-    residual = _codes(grouped, grid).mul_(grid.scale.float().unsqueeze(-1)).sub_(grouped)
+    residual = nearest_integers(grouped, grid).mul_(grid.scale.float().unsqueeze(-1)).sub_(grouped)
     return residual.square_().mul_(weights).sum(-1)
 
 
 def _polish(grouped: Tensor, weights: Tensor, grid: Grid, stored: torch.dtype) -> Grid:
     """Least-squares scale at fixed codes."""
-    codes = _codes(grouped, grid)
+    codes = nearest_integers(grouped, grid)
     weighted = codes * weights
     scale = (weighted * grouped).sum(-1) / (weighted * codes).sum(-1).clamp_min(1e-30)
     # All codes zero: nothing to fit, keep the scale.
@@ -250,9 +302,10 @@ def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
     return Grid(old.scheme, torch.where(better, new.scale, old.scale), zero)
 
 
-def storable(scale: Tensor, stored: torch.dtype) -> Tensor:
-    """A scale of any shape, cast to the stored dtype, away from zero and inside its range."""
+def storable(scale: Tensor, stored: torch.dtype, subnormal: bool = False) -> Tensor:
+    """A scale of any shape, cast to the stored dtype, away from zero and inside its range. Those of super-blocks may be
+    subnormal: the integers that they multiply make up for the rounding."""
     limit = torch.finfo(stored).max
-    floor = max(SMALLEST_SCALE, torch.finfo(stored).smallest_normal)
+    floor = SMALLEST_SCALE if subnormal else max(SMALLEST_SCALE, torch.finfo(stored).smallest_normal)
     sign = torch.where(scale < 0, -1.0, 1.0)
     return (scale.abs().clamp(floor, limit) * sign).to(stored)

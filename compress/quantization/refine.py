@@ -5,6 +5,7 @@ Both can be revisited with the same Hessian H, for row w* (the target), codes z 
 
 scales   value = sum_g s_g z_g, with z_g the codes of group g and zeros elsewhere, is linear in s: least squares gives
          (A + mu diag A) (s - s_0) = -c,   A_gh = z_g H z_h,   c_g = z_g H (value_0 - w*)     (G x G for each row)
+         (of K-quants d_s, one a super-block, with z_s the codes times their groups' integers; minima stay)
 codes    cyclic coordinate descent: with R = (value - w*) H, column j is best at value_j - R_j / H_jj; take the nearest
          code and bring R up to date, columns in descending diag H. Never increases (value - w*) H (value - w*).
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from compress.quantization.columns import ColumnGrid, Kernel, blocks_of, column_kernel
 from compress.quantization.gpu import fine_product, gpu_kernels, judging
-from compress.quantization.grid import Grid, dequantize, storable
+from compress.quantization.grid import Grid, dequantize
 
 MU = 0.05
 """Pull of the fitted scales towards the old ones, fraction of diag A."""
@@ -77,16 +78,12 @@ def _fit(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, fine: bool 
     old = dequantize(codes, grid).float() - target
     residual = _product(old, hessian, fine)
     fitted = _jointly(codes, grid, hessian, residual)
-    candidate = Grid(
-        grid.scheme,
-        storable(torch.where(torch.isfinite(fitted), fitted, grid.scale.float()), grid.scale.dtype),
-        grid.zero,
-    )
+    candidate = grid.with_free_scales(torch.where(torch.isfinite(fitted), fitted, grid.free_scales.float()))
     new = dequantize(codes, candidate).float() - target
     other = _product(new, hessian, fine)
     better = ((other * new).sum(-1) < (residual * old).sum(-1)).unsqueeze(1)
-    scale = torch.where(better, candidate.scale, grid.scale)
-    return _Fit(Grid(grid.scheme, scale, grid.zero), torch.where(better, other, residual))
+    scales = torch.where(better, candidate.free_scales, grid.free_scales)
+    return _Fit(grid.with_free_scales(scales.float()), torch.where(better, other, residual))
 
 
 def _product(rows: Tensor, hessian: Tensor, fine: bool) -> Tensor:
@@ -97,15 +94,13 @@ def _product(rows: Tensor, hessian: Tensor, fine: bool) -> Tensor:
 
 
 def _jointly(codes: Tensor, grid: Grid, hessian: Tensor, residual: Tensor) -> Tensor:
-    """Fitted scales float32 (rows, groups); NaN where a row's equations cannot be solved."""
-    rows, groups = grid.scale.shape
+    """Fitted `free_scales` float32 (rows, groups); NaN where a row's equations cannot be solved."""
+    rows, groups = grid.free_scales.shape
     step = max(1, (GPU_SYSTEM_NUMBERS if codes.is_cuda else SYSTEM_NUMBERS) // groups**2)
-    fitted = grid.scale.to(torch.float32, copy=True)
+    fitted = grid.free_scales.to(torch.float32, copy=True)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        integers = codes[part].to(torch.int16).view(-1, groups, codes.shape[1] // groups)
-        if grid.zero is not None:
-            integers = integers - grid.zero[part].to(torch.int16).unsqueeze(-1)
+        integers = grid.at(part).multiples(codes[part])
         matrices = moments(integers, hessian)
         slopes = (residual[part].view(integers.shape) * integers).sum(-1)
         diagonal = matrices.diagonal(dim1=1, dim2=2)

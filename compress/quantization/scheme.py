@@ -9,7 +9,8 @@
 Example, 4 bits symmetric: weights [0.7, -0.8, 0.05, 0.31] with scale 0.1 have codes [7, -8, 0 or 1, 3].
 
 The floating 4-bit grids of bitsandbytes, nf4 and fp4, have codes 0 to 15 that index a table, and scale float32: value =
-table[code] * scale. `inputs: 8` says that inputs are quantised too while the linear runs, one scale a token
+table[code] * scale. K-quants (`nested` integers) have scales that are integers times a float16 of 256 columns
+(`quantization.super_blocks`). `inputs: 8` says that inputs are quantised too while the linear runs, one scale a token
 (`quantization.inputs`).
 """
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
+
+from compress.quantization.super_blocks import K_QUANTS, SUPER, KQuant
 
 BITS = (2, 3, 4, 5, 6, 8)
 GridName = Literal["int", "nf4", "fp4"]
@@ -36,7 +39,18 @@ class Scheme:
     """With `inputs`: columns in which an input reaches this size stay in 16 bits, as in LLM.int8."""
     grid: GridName = "int"
     nested: bool = False
-    """Floating grids only: scales are themselves rounded to 8 bits (double quantisation)."""
+    """Scales are themselves rounded: of floating grids to 8 bits (double quantisation), of integers as in K-quants."""
+
+    @classmethod
+    def of_k_quant(cls, bits: int) -> Scheme:
+        """The scheme of Q2_K to Q6_K."""
+        layout = K_QUANTS[bits]
+        return cls(bits, layout.symmetric, layout.width, nested=True)
+
+    @property
+    def k_quant(self) -> KQuant | None:
+        """How scales are made up, for a K-quant."""
+        return K_QUANTS[self.bits] if self.nested and self.grid == "int" else None
 
     @property
     def lowest(self) -> int:
@@ -50,16 +64,24 @@ class Scheme:
         """Number of scales in a row of `columns` weights. `divides(columns)` must hold."""
         return 1 if self.group_size is None else columns // self.group_size
 
+    def free_scales(self, columns: int) -> int:
+        """Number of scales in a row that can take any value: of K-quants, one a super-block."""
+        return columns // SUPER if self.k_quant else self.groups(columns)
+
     def width(self, columns: int) -> int:
         """Columns that share a scale."""
         return columns if self.group_size is None else self.group_size
 
     def divides(self, columns: int) -> bool:
+        if self.k_quant:
+            return columns % SUPER == 0
         return self.group_size is None or columns % self.group_size == 0
 
     def stored_bytes(self, rows: int, columns: int, scale_bytes: int = 2) -> int:
         """Bytes of one linear as it is usually packed: codes in 32-bit words, scales, zero points, shape. Each format
         has its own exact count; this is what stages compare schemes by."""
+        if self.k_quant:
+            return rows * columns // SUPER * self.k_quant.bytes
         packed = rows * math.ceil(columns * self.bits / 32) * 4
         groups = self.groups(columns)
         zeros = 0 if self.symmetric else math.ceil(rows * self.bits / 32) * 4 * groups
@@ -71,6 +93,8 @@ class Scheme:
         span = "channel" if self.group_size is None else f"group {self.group_size}"
         if self.grid != "int":
             return f"{self.grid} {span}" + (", double quantised" if self.nested else "")
+        if self.k_quant:
+            return f"{self.k_quant.name} ({'symmetric' if self.symmetric else 'asymmetric'} group {self.group_size})"
         inputs = f", int{self.inputs} inputs" if self.inputs else ""
         below = f" below {self.outliers:g}" if self.outliers else ""
         return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {span}{inputs}{below}"

@@ -13,6 +13,7 @@ from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.base import Format
 from compress.checkpoints.formats.gguf import BLOCK
 from compress.quantization.scheme import Option, Scheme
+from compress.quantization.super_blocks import K_QUANTS
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
     GroupSize,
@@ -21,7 +22,10 @@ from compress.stages.quantize import (
     groups_that_do_not_divide,
     integer_inputs_that_do_not_fit,
     matches,
+    no_k_quant,
     patterns_that_match_nothing,
+    says_no_more,
+    super_blocks_that_do_not_divide,
 )
 
 
@@ -33,6 +37,11 @@ class Candidate(BaseModel):
     group_size: GroupSize | None = Field(default=None, description="the stage's where left out")
     symmetric: bool = Field(default=True, description="false, for llama.cpp alone: with a zero point")
     inputs: Literal["int8", "none"] = Field(default="none", description="int8: W8A8, with bits: 8 and a scale a row")
+    k_quant: bool = Field(
+        default=False,
+        description="for llama.cpp alone: Q2_K to Q6_K by bits, which say the group size; where an override gives a "
+        "group size, symmetric codes in such groups instead",
+    )
 
     _size = field_validator("group_size")(checked_size)
 
@@ -46,8 +55,15 @@ class Candidate(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_beside_16(self) -> Candidate:
-        if self.bits == 16 and (self.group_size or not self.symmetric or self.inputs != "none"):
-            raise ValueError("bits: 16 leaves a linear as it is; group_size, symmetric and inputs say nothing of it")
+        others = self.group_size or not self.symmetric or self.inputs != "none"
+        if self.bits == 16 and (others or self.k_quant):
+            raise ValueError(
+                "bits: 16 leaves a linear as it is; group_size, symmetric, inputs and k_quant say nothing of it"
+            )
+        if self.k_quant and others:
+            raise ValueError(says_no_more("symmetric, group_size and inputs"))
+        if self.k_quant and self.bits not in K_QUANTS:
+            raise ValueError(no_k_quant(self.bits))
         return self
 
 
@@ -96,7 +112,7 @@ class CandidateStage(Stage):
         default=DEFAULT_CANDIDATES,
         min_length=2,
         description="schemes to choose from: a number of bits (16: as it is), or {bits, group_size, symmetric, "
-        "inputs}; left out for llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
+        "inputs, k_quant}; left out for llama.cpp: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0",
     )
     group_size: GroupSize = Field(
         default=64, description="input columns that share a scale, or 'channel'; left out for llama.cpp: 32"
@@ -108,7 +124,9 @@ class CandidateStage(Stage):
         "bits: planned follows",
     )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
-    overrides: tuple[GroupOverride, ...] = Field(default=(), description="other group sizes by pattern, for all bits")
+    overrides: tuple[GroupOverride, ...] = Field(
+        default=(), description="other group sizes by pattern, for all candidates; K-quants give way to them"
+    )
     tuning_windows: int = Field(
         default=8, ge=1, description="calibration windows kept apart, on which choices are measured"
     )
@@ -158,6 +176,10 @@ class CandidateStage(Stage):
         for override in self.overrides:
             if matches(override.match, module) and candidate.inputs == "none":
                 size = override.group_size
+                if candidate.k_quant:
+                    return Scheme(candidate.bits, True, None if size == "channel" else size)
+        if candidate.k_quant:
+            return Scheme.of_k_quant(candidate.bits)
         inputs = 8 if candidate.inputs == "int8" else None
         return Scheme(candidate.bits, candidate.symmetric, None if size == "channel" else size, inputs)
 
@@ -227,6 +249,7 @@ class CandidateStage(Stage):
             schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
             of_blocks = BLOCK if self.format.name == "gguf" else 1
             undivided = groups_that_do_not_divide(schemes, shapes, architecture, of_blocks)
+            undivided += super_blocks_that_do_not_divide(schemes, shapes, "{{match: '*.{leaf}', group_size: {size}}}")
             mistakes += undivided or integer_inputs_that_do_not_fit(schemes)
             mistakes += [] if undivided else self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:

@@ -14,6 +14,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.errors import nearest
 from compress.events import Event
 from compress.quantization.scheme import Scheme, usable_group_sizes
+from compress.quantization.super_blocks import K_QUANTS, SUPER
 from compress.stages.base import Shapes, Stage
 from compress.stages.data_free import kept
 
@@ -47,6 +48,7 @@ class Override(BaseModel):
     symmetric: bool | None = None
     group_size: GroupSize | None = None
     inputs: Literal["int8", "none"] | None = None
+    k_quant: bool | None = None
 
     _pattern = field_validator("match")(checked_pattern)
     _size = field_validator("group_size")(lambda value: checked_size(value))
@@ -56,6 +58,16 @@ def checked_size(value: GroupSize | None) -> GroupSize | None:
     if isinstance(value, int) and (value < 2 or isinstance(value, bool)):
         raise ValueError("group_size is a number of columns (32, 64, 128 are served everywhere) or 'channel'")
     return value
+
+
+def says_no_more(fields: str) -> str:
+    """That a K-quant leaves no choice of them."""
+    return f"k_quant: true says {fields} by its bits; leave them out"
+
+
+def no_k_quant(bits: object) -> str:
+    """That there is none of so many bits."""
+    return f"no K-quant has {bits} bits; they have {', '.join(map(str, K_QUANTS))}. Leave k_quant out, or give it false"
 
 
 class QuantizeStage(Stage):
@@ -71,6 +83,11 @@ class QuantizeStage(Stage):
         description="int8: linears round their inputs as they run, a scale a token, and multiply integers (W8A8); goes "
         "with bits: 8, symmetric, group_size: channel",
     )
+    k_quant: bool = Field(
+        default=False,
+        description="a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; "
+        "input columns divide by 256",
+    )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
 
@@ -84,7 +101,22 @@ class QuantizeStage(Stage):
     @model_validator(mode="after")
     def _plan_decides(self) -> QuantizeStage:
         if self.follows_plan:
-            left_to_the_plan(self, "symmetric", "group_size", "inputs", "ignore", "overrides")
+            left_to_the_plan(self, "symmetric", "group_size", "inputs", "k_quant", "ignore", "overrides")
+        return self
+
+    @model_validator(mode="after")
+    def _a_k_quant_decides(self) -> QuantizeStage:
+        if self.k_quant and {"symmetric", "group_size", "inputs"} & self.changed_fields:
+            raise ValueError(says_no_more("symmetric, group_size and inputs"))
+        for override in self.overrides:
+            on = self.k_quant if override.k_quant is None else override.k_quant
+            bits = override.bits or self.bits
+            if on and any((override.symmetric is not None, override.group_size, override.inputs)):
+                raise ValueError(f"overrides, {override.match!r}: {says_no_more('symmetric, group_size and inputs')}")
+            if on and bits not in K_QUANTS and bits != "planned":
+                raise ValueError(f"overrides, {override.match!r}: {no_k_quant(bits)}")
+        if self.k_quant and self.bits not in K_QUANTS:
+            raise ValueError(no_k_quant(self.bits))
         return self
 
     @property
@@ -103,6 +135,8 @@ class QuantizeStage(Stage):
                 group_size=plan[name].group_size or "channel",
                 inputs="int8" if plan[name].inputs else "none",
             )
+            if not plan[name].k_quant
+            else Override(match=name, bits=plan[name].bits, k_quant=True)
             for name in names
             if name in plan
         )
@@ -125,12 +159,16 @@ class QuantizeStage(Stage):
         if any(matches(pattern, module) for pattern in self.ignore):
             return None
         bits, symmetric, size, inputs = self.bits, self.symmetric, self.group_size, self.inputs
+        k_quant = self.k_quant
         for override in self.overrides:
             if matches(override.match, module):
                 bits = override.bits or bits
                 symmetric = symmetric if override.symmetric is None else override.symmetric
                 size = override.group_size or size
                 inputs = override.inputs or inputs
+                k_quant = k_quant if override.k_quant is None else override.k_quant
+        if k_quant:
+            return Scheme.of_k_quant(bits)
         return Scheme(bits, symmetric, None if size == "channel" else size, 8 if inputs == "int8" else None)
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
@@ -145,6 +183,7 @@ class QuantizeStage(Stage):
         return [
             *patterns_that_match_nothing(self.ignore, [override.match for override in self.overrides], shapes),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
+            *super_blocks_that_do_not_divide(self.schemes(shapes), shapes),
             *integer_inputs_that_do_not_fit(self.schemes(shapes)),
             *self._fused_that_differ(shapes, architecture),
         ]
@@ -215,6 +254,8 @@ def groups_that_do_not_divide(
     found: dict[tuple[str, int, int], list[str]] = {}
     for module, scheme in schemes.items():
         columns = shapes[module][1]
+        if scheme.k_quant:
+            continue
         if not scheme.divides(columns):
             key = (module.rsplit(".", 1)[-1], columns, scheme.width(columns))
             found.setdefault(key, []).append(module)
@@ -225,6 +266,29 @@ def groups_that_do_not_divide(
         change = f"use group_size {_either(offered)} for {leaf} (overrides), or ignore it" if offered else "ignore it"
         more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
         sentences.append(f"{modules[0]}{more}: {columns} input columns do not divide into groups of {size}; {change}")
+    return sentences
+
+
+def super_blocks_that_do_not_divide(
+    schemes: dict[str, Scheme],
+    shapes: Shapes,
+    override: str = "{{match: '*.{leaf}', k_quant: false, group_size: {size}}}",
+) -> list[str]:
+    """One sentence for each kind of linear whose columns do not divide into super-blocks, with an override to paste."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for module, scheme in schemes.items():
+        columns = shapes[module][1]
+        if scheme.k_quant and not scheme.divides(columns):
+            found.setdefault((module.rsplit(".", 1)[-1], columns), []).append(module)
+    sentences = []
+    for (leaf, columns), modules in found.items():
+        change = "ignore it"
+        if columns % 32 == 0:
+            change = f"give it another grid: overrides: [{override.format(leaf=leaf, size=32)}]"
+        more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
+        sentences.append(
+            f"{modules[0]}{more}: {columns} input columns do not divide by the {SUPER} of a K-quant; {change}"
+        )
     return sentences
 
 

@@ -246,7 +246,7 @@ def _write_block(context: StageContext, index: int, values: dict[str, Tensor]) -
         scale = values.get(f"{module}.scale")
         if scale is not None:
             codes, grid = source.codes(module)
-            quantised[module] = (values.get(f"{module}.codes", codes), dataclasses.replace(grid, scale=scale))
+            quantised[module] = (values.get(f"{module}.codes", codes), grid.with_free_scales(scale.float()))
             records.append(module_record(module, index, source.schemes[module], tuple(codes.shape), None, 0.0))
     record: dict[str, Any] = {"modules": records, "events": []}
     context.output.write_block(source, index, quantised, record, values)

@@ -19,9 +19,10 @@ from compress.checkpoints.reader import Checkpoint
 from compress.quantization.gptq import choose_grid
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import Scheme, usable_group_sizes
+from compress.quantization.super_blocks import K_QUANTS, SUPER
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import kept, module_record
-from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size, left_to_the_plan
+from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size, left_to_the_plan, no_k_quant, says_no_more
 
 ROWS = 1 << 14
 """Rounded at once."""
@@ -37,6 +38,11 @@ class Vocabulary(Stage):
     )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="columns of a row that share a scale, or 'channel'")
+    k_quant: bool = Field(
+        default=False,
+        description="a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; "
+        "columns divide by 256",
+    )
     scales: Scales = Field(default="mse", description="how scales are chosen")
     parts: Literal["all", "embedding", "head"] = Field(
         default="all", description="which of the two; a tied head is the embedding, and only 'all' names it"
@@ -48,7 +54,15 @@ class Vocabulary(Stage):
     @model_validator(mode="after")
     def _plan_decides(self) -> Vocabulary:
         if self.follows_plan:
-            left_to_the_plan(self, "symmetric", "group_size", "scales", "parts")
+            left_to_the_plan(self, "symmetric", "group_size", "k_quant", "scales", "parts")
+        return self
+
+    @model_validator(mode="after")
+    def _a_k_quant_decides(self) -> Vocabulary:
+        if self.k_quant and {"symmetric", "group_size"} & self.changed_fields:
+            raise ValueError(says_no_more("symmetric and group_size"))
+        if self.k_quant and self.bits not in K_QUANTS:
+            raise ValueError(no_k_quant(self.bits))
         return self
 
     @property
@@ -59,6 +73,8 @@ class Vocabulary(Stage):
     def scheme(self) -> Scheme:
         """What every matrix gets where no plan says it."""
         assert self.bits != "planned", "schemes are in the plan"
+        if self.k_quant:
+            return Scheme.of_k_quant(self.bits)
         return Scheme(self.bits, self.symmetric, None if self.group_size == "channel" else self.group_size)
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
@@ -70,7 +86,11 @@ class Vocabulary(Stage):
                 f"parts: {self.parts}: the head of this model is tied to its embedding, so they are one matrix; use all"
             )
         for module, (_, columns) in self._of(shapes).items():
-            if not self.scheme.divides(columns):
+            if self.k_quant and not self.scheme.divides(columns):
+                found.append(
+                    f"{module}: {columns} columns do not divide by the {SUPER} of a K-quant; leave k_quant out"
+                )
+            elif not self.scheme.divides(columns):
                 sizes = usable_group_sizes(columns, self.scheme.width(columns))
                 found.append(
                     f"{module}: {columns} columns do not divide into groups of {self.group_size}; use group_size "
@@ -129,7 +149,7 @@ def rounded_rows(
 ) -> tuple[Tensor, Grid, float]:
     """Codes int8, grid (scales in `stored`) and relative error of weight (rows, columns), some rows at a time: a
     vocabulary is long."""
-    codes, scales, zeros, lost, whole = [], [], [], 0.0, 0.0
+    codes, grids, lost, whole = [], [], 0.0, 0.0
     for start in range(0, weight.shape[0], ROWS):
         part = weight[start : start + ROWS].to(device).float()
         grid = choose_grid(part, None, scheme, stored, how)
@@ -137,7 +157,5 @@ def rounded_rows(
         lost += float((dequantize(found, grid).float() - part).square().sum(dtype=torch.float64))
         whole += float(part.square().sum(dtype=torch.float64))
         codes.append(found.cpu())
-        scales.append(grid.scale.cpu())
-        zeros += [] if grid.zero is None else [grid.zero.cpu()]
-    zero = torch.cat(zeros) if zeros else None
-    return torch.cat(codes), Grid(scheme, torch.cat(scales), zero), lost / max(whole, 1e-30)
+        grids.append(grid.cpu())
+    return torch.cat(codes), Grid.cat(grids), lost / max(whole, 1e-30)

@@ -149,7 +149,7 @@ def _caveats(plan: Plan) -> list[str]:
 def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
     """gptq with the settings of the recipe's own, if it has one; else its defaults."""
     own = [stage for stage in plan.recipe.stages if isinstance(stage, Gptq)]
-    others = {"bits", "symmetric", "group_size", "inputs", "ignore", "overrides"}
+    others = {"bits", "symmetric", "group_size", "inputs", "k_quant", "ignore", "overrides"}
     fields = own[-1].model_dump(exclude=others) if own else {}
     rows = [{"match": name, "group_size": "channel"} for name in best.undivided]
     return Gptq(

@@ -72,7 +72,7 @@ def training_load(
     shapes = skeleton.linear_shapes()
     schemes = {module: scheme for module, scheme in schemes.items() if module in shapes}
     quantised = sum(shapes[module][0] * shapes[module][1] for module in schemes)
-    scales = sum(shapes[module][0] * scheme.groups(shapes[module][1]) for module, scheme in schemes.items())
+    scales = sum(shapes[module][0] * scheme.free_scales(shapes[module][1]) for module, scheme in schemes.items())
     block = [*skeleton.block(0).parameters()]
     block_parameters = sum(parameter.numel() for parameter in block)
     vectors = sum(parameter.numel() for parameter in block if parameter.dim() == 1)

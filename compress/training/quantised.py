@@ -6,7 +6,8 @@ Notation: codes c (rows, columns) int8, zero points z and scales s (rows, groups
     ds[r, g] = sum over columns j of group g of (dy^T x)[r, j] (c - z)[r, j]
 
 Neither W nor its gradient outlives the operation that needs it: W is rebuilt from the codes in the backward pass, and
-dy^T x is summed over groups at once. What is kept between the passes is the input, a byte a weight, and the scales. The
+dy^T x is summed over groups at once. Of K-quants the super-blocks' scales are trained, (c - z) then is q times the
+group's integer, and minima stay. What is kept between the passes is the input, a byte a weight, and the scales. The
 cast of the product is the loaders' (`grid.dequantize`); the gradient passes it unchanged.
 
 Trained codes are round(c + f) within the scheme's range, f float32. The gradient passes the rounding unchanged
@@ -19,6 +20,7 @@ Example: codes [7, -8], one group, s = 0.1, x = [1, 2], dy = 1: W = [0.7, -0.8],
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import SuperBlocks
 from compress.training.relative import Relative
 
 TOWARDS = 0.5
@@ -43,32 +46,30 @@ class _Product(torch.autograd.Function):
         inputs: Tensor,
         scale: Tensor,
         codes: Tensor,
-        zero: Tensor | None,
-        scheme: Scheme,
-        stored: torch.dtype,
+        grid_at: Callable[[Tensor], Grid],
         step: Tensor | None,
     ) -> Tensor:
-        codes = codes if step is None else _moved(codes, step, scheme)
-        ctx.save_for_backward(inputs, scale, codes, zero)
-        ctx.scheme, ctx.stored = scheme, stored
-        return inputs @ _weight(scale, codes, zero, scheme, stored, inputs.dtype).T
+        grid = grid_at(scale)
+        codes = codes if step is None else _moved(codes, step, grid.scheme)
+        ctx.save_for_backward(inputs, scale, codes)
+        ctx.grid_at = grid_at
+        return inputs @ dequantize(codes, grid).to(inputs.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scale, codes, zero = ctx.saved_tensors
+        inputs, scale, codes = ctx.saved_tensors
+        grid = ctx.grid_at(scale)
         (gradient,) = gradients
         to_inputs = to_scale = to_step = None
         if ctx.needs_input_grad[0]:
-            to_inputs = gradient @ _weight(scale, codes, zero, ctx.scheme, ctx.stored, gradient.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[6]:
+            to_inputs = gradient @ dequantize(codes, grid).to(gradient.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[4]:
             to_weight = gradient.flatten(0, -2).T @ inputs.flatten(0, -2).to(gradient.dtype)
-            grouped = to_weight.view(*scale.shape, -1).float()
-            to_scale = (grouped * codes.view_as(grouped)).sum(-1)
-            if zero is not None:
-                to_scale -= grouped.sum(-1) * zero
-            if ctx.needs_input_grad[6]:
-                to_step = (grouped * scale.float().unsqueeze(-1)).flatten(1)
-        return to_inputs, to_scale, None, None, None, None, to_step
+            to_scale = (to_weight.view(*scale.shape, -1).float() * grid.multiples(codes)).sum(-1)
+            if ctx.needs_input_grad[4]:
+                grouped = to_weight.view(*grid.scale.shape, -1).float()
+                to_step = (grouped * grid.scale.float().unsqueeze(-1)).flatten(1)
+        return to_inputs, to_scale, None, None, to_step
 
 
 def _moved(codes: Tensor, step: Tensor, scheme: Scheme) -> Tensor:
@@ -104,26 +105,36 @@ def towards(codes: Tensor, grid: Grid, weight: Tensor) -> Tensor:
     return (TOWARDS * step).clamp_(-NEAREST_TO_EDGE, NEAREST_TO_EDGE)
 
 
-def _weight(
-    scale: Tensor, codes: Tensor, zero: Tensor | None, scheme: Scheme, stored: torch.dtype, compute: torch.dtype
-) -> Tensor:
-    return dequantize(codes, Grid(scheme, scale.to(stored), zero)).to(compute)
-
-
 class QuantisedLinear(nn.Module):
     """codes int8 (rows, columns) with their grid, and a frozen bias (rows,) or None. Replaces Linear or Conv1D."""
 
     def __init__(self, codes: Tensor, grid: Grid, bias: Tensor | None, moved: MovedCodes | None = None) -> None:
         super().__init__()
         self.codes: Tensor
-        self.zero: Tensor | None
         self.bias: Tensor | None
+        self.zero: Tensor | None
+        self.scales: Tensor
+        self.minimum: Tensor | None
+        self.minima: Tensor | None
         self.register_buffer("codes", codes)
-        self.register_buffer("zero", grid.zero)
         self.register_buffer("bias", bias)
-        self.scale = Relative(grid.scale, nonzero=True)
+        nested = isinstance(grid.nested, SuperBlocks)
+        self.scale = Relative(grid.free_scales, nonzero=True, subnormal=nested)
         self.scheme = grid.scheme
         self.moved = moved
+        # The grid's other parts, as buffers so that they go where the module goes.
+        made_of = grid.nested if isinstance(grid.nested, SuperBlocks) else None
+        for name in ("scales", "minimum", "minima"):
+            self.register_buffer(name, getattr(made_of, name, None))
+        self.register_buffer("zero", None if nested else grid.zero)
+
+    def grid_at(self, scale: Tensor) -> Grid:
+        """The grid with other free scales, float32, which are values of their dtype."""
+        scale = scale.to(self.scale.base.dtype)
+        if self.scheme.k_quant:
+            made_of = SuperBlocks(scale, self.scales, self.minimum, self.minima)
+            return Grid.of_super_blocks(self.scheme, made_of)
+        return Grid(self.scheme, scale, self.zero)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs (..., columns) -> (..., rows), in the inputs' dtype."""
@@ -133,9 +144,7 @@ class QuantisedLinear(nn.Module):
             inputs,
             self.scale(),
             self.codes,
-            self.zero,
-            self.scheme,
-            self.scale.base.dtype,
+            self.grid_at,
             None if self.moved is None else self.moved.factor,
         )
         return product if self.bias is None else product + self.bias

@@ -24,37 +24,37 @@ class _ThroughStorage(torch.autograd.Function):
     """float32 -> what the stored dtype keeps of it, as float32; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, stored: torch.dtype, nonzero: bool) -> Tensor:
-        return (storable(value, stored) if nonzero else value.to(stored)).float()
+    def forward(ctx: Any, value: Tensor, stored: torch.dtype, nonzero: bool, subnormal: bool) -> Tensor:
+        return (storable(value, stored, subnormal) if nonzero else value.to(stored)).float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
 
 
-def through_storage(value: Tensor, stored: torch.dtype, nonzero: bool = False) -> Tensor:
+def through_storage(value: Tensor, stored: torch.dtype, nonzero: bool = False, subnormal: bool = False) -> Tensor:
     """`value` float32 as the stored dtype keeps it, again float32; gradients pass unchanged."""
-    kept: Tensor = _ThroughStorage.apply(value, stored, nonzero)  # type: ignore[no-untyped-call]
+    kept: Tensor = _ThroughStorage.apply(value, stored, nonzero, subnormal)  # type: ignore[no-untyped-call]
     return kept
 
 
 class Relative(nn.Module):
     """`base` of any shape, in the stored dtype; `factor` float32 of the same shape is what is trained.
 
-    `nonzero` keeps values away from zero and infinity, as scales must be.
+    `nonzero` keeps values away from zero and infinity, as scales must be, `subnormal` no further than `storable` says.
     """
 
-    def __init__(self, base: Tensor, offset: float = 0.0, nonzero: bool = False) -> None:
+    def __init__(self, base: Tensor, offset: float = 0.0, nonzero: bool = False, subnormal: bool = False) -> None:
         super().__init__()
         self.base: Tensor
         self.register_buffer("base", base)
         self.factor = nn.Parameter(torch.zeros_like(base, dtype=torch.float32))
-        self.offset, self.nonzero = offset, nonzero
+        self.offset, self.nonzero, self.subnormal = offset, nonzero, subnormal
 
     def forward(self) -> Tensor:
         """The value, float32, exactly representable in the stored dtype."""
         exact = (self.base.float() + self.offset) * (1 + self.factor) - self.offset
-        return through_storage(exact, self.base.dtype, self.nonzero)
+        return through_storage(exact, self.base.dtype, self.nonzero, self.subnormal)
 
     def factors(self) -> dict[str, nn.Parameter]:
         return {"": self.factor}

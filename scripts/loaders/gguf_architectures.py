@@ -1,11 +1,12 @@
-"""Every architecture and rope type that is written as .gguf, run by llama.cpp and by transformers: the same logits?
+"""Every architecture, rope and block type that is written as .gguf, run by llama.cpp and transformers: the same logits?
 
     make loaders, which runs it after run.py; or: python scripts/loaders/gguf_architectures.py [--out FILE.json]
 
 Random models (256 wide) in 16 bits and as integers. Recorded is the mean KL from transformers', in float32 on the
 values that are in the file, to llama.cpp's; and, to know what the number is worth, to transformers' own with the one
 thing taken away that is particular to the case: a window, a cap, a rope. Exit 1 where a KL is above what 8-bit inputs
-explain, or not a hundred times (for integers: five times) below that of the thing taken away.
+explain, or not a hundred times (for integers: five times) below that of the thing taken away. Of block types the other
+number is the KL to the model before it was rounded.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ SIZES: dict[str, Any] = {
 DENSE, INTEGERS = "16 bits", {"Q8_0": 8, "Q4_0": 4}
 MOST = {DENSE: 1e-5, "Q8_0": 5e-3, "Q4_0": 5e-3}
 """Mean KL in nats. Kernels of integers round inputs to 8 bits."""
+TYPES: dict[str, dict[str, Any]] = {
+    "Q4_0": {"bits": 4, "group_size": 32},
+    "Q4_1": {"bits": 4, "group_size": 32, "symmetric": False},
+    "Q5_0": {"bits": 5, "group_size": 32},
+    "Q5_1": {"bits": 5, "group_size": 32, "symmetric": False},
+    "Q8_0": {"bits": 8, "group_size": 32},
+    **{f"Q{bits}_K": {"bits": bits, "k_quant": True} for bits in (2, 3, 4, 5, 6)},
+}
+"""Fields of the stage that makes each block type."""
 SLIDE, FULL = "sliding_attention", "full_attention"
 
 
@@ -252,9 +262,6 @@ def judge(case: Case, ids: Tensor, place: Path) -> dict[str, Any]:
     from compress.checkpoints.export import export
     from compress.checkpoints.formats import FORMATS
     from compress.checkpoints.reader import Checkpoint
-    from compress.checkpoints.working import WorkingCheckpoint
-    from compress.events import Quiet
-    from compress.stages import RoundToNearest, StageContext
 
     random_model(case, place / "model")
     source = Checkpoint(place / "model")
@@ -264,24 +271,7 @@ def judge(case: Case, ids: Tensor, place: Path) -> dict[str, Any]:
     for kind in (DENSE, *INTEGERS):
         made, folder = source, place / kind.replace(" ", "")
         if kind != DENSE:
-            output = WorkingCheckpoint(folder / "stage")
-            stage = RoundToNearest(bits=INTEGERS[kind], group_size=32)
-            context = StageContext(
-                origin=source,
-                source=source,
-                output=output,
-                windows=None,
-                device=torch.device("cpu"),
-                compute=torch.float32,
-                stored=case.dtype,
-                tokens_at_once=TOKENS,
-                seed=0,
-                progress=Quiet(),
-                after_block=lambda index: None,
-            )
-            stage.apply(context)
-            output.finish({"done": True})
-            made = Checkpoint(folder / "stage")
+            made = rounded(source, folder / "stage", case.dtype, {"bits": INTEGERS[kind], "group_size": 32})
         for format_ in ("gguf", "plain"):
             export(made, folder / format_, format_, case.dtype, 10**9)
         expected = logits_of(folder / "plain", ids, {})
@@ -289,6 +279,52 @@ def judge(case: Case, ids: Tensor, place: Path) -> dict[str, Any]:
         row[kind] = divergence(expected, found)
         row[f"{kind}, without"] = divergence(expected, logits_of(folder / "plain", ids, case.without))
     return row
+
+
+def rounded(source: Any, folder: Path, dtype: torch.dtype, fields: Mapping[str, Any]) -> Any:
+    """The checkpoint that round_to_nearest makes of one, with these fields."""
+    from compress.checkpoints.reader import Checkpoint
+    from compress.checkpoints.working import WorkingCheckpoint
+    from compress.events import Quiet
+    from compress.stages import RoundToNearest, StageContext
+
+    output = WorkingCheckpoint(folder)
+    context = StageContext(
+        origin=source,
+        source=source,
+        output=output,
+        windows=None,
+        device=torch.device("cpu"),
+        compute=torch.float32,
+        stored=dtype,
+        tokens_at_once=TOKENS,
+        seed=0,
+        progress=Quiet(),
+        after_block=lambda index: None,
+    )
+    RoundToNearest(**fields).apply(context)
+    output.finish({"done": True})
+    return Checkpoint(folder)
+
+
+def judge_type(kind: str, ids: Tensor, place: Path) -> dict[str, Any]:
+    """Mean KL to llama.cpp of a random Llama in one block type, and to itself before it was rounded."""
+    from compress.checkpoints.export import export
+    from compress.checkpoints.reader import Checkpoint
+
+    # Super-blocks are 256 columns wide.
+    case = Case("types", "llama", {"intermediate_size": 512}, {})
+    random_model(case, place / "model")
+    made = rounded(Checkpoint(place / "model"), place / "stage", case.dtype, TYPES[kind])
+    for format_ in ("gguf", "plain"):
+        export(made, place / format_, format_, case.dtype, 10**9)
+    expected = logits_of(place / "plain", ids, {})
+    found = divergence(expected, theirs(place / "gguf" / "model.gguf", ids, place))
+    return {"type": kind, "kl": found, "unrounded": divergence(expected, logits_of(place / "model", ids, {}))}
+
+
+def type_passed(row: Mapping[str, Any]) -> bool:
+    return row["kl"] < 5e-3
 
 
 def passed(row: Mapping[str, Any]) -> bool:
@@ -302,6 +338,12 @@ def main() -> int:
     parser.add_argument("--only", help="a part of the names of cases")
     arguments = parser.parse_args()
     ids = torch.randint(3, VOCABULARY, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(1))
+    types = []
+    for kind in TYPES:
+        if arguments.only is None or arguments.only in kind:
+            with tempfile.TemporaryDirectory() as scratch:
+                types.append(judge_type(kind, ids, Path(scratch)))
+            print(json.dumps({**types[-1], "passed": type_passed(types[-1])}), flush=True)
     rows = []
     for case in CASES:
         if arguments.only is None or arguments.only in case.name:
@@ -315,9 +357,16 @@ def main() -> int:
         **{name: metadata.version(name) for name in ("transformers", "torch", "gguf")},
     }
     machine = {"platform": platform.platform(), "cores": os.cpu_count()}
-    result = {"windows": WINDOWS, "tokens": TOKENS, "versions": versions, "machine": machine, "results": rows}
+    result = {
+        "windows": WINDOWS,
+        "tokens": TOKENS,
+        "versions": versions,
+        "machine": machine,
+        "results": rows,
+        "types": types,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    return int(not all(map(passed, rows)))
+    return int(not (all(map(passed, rows)) and all(map(type_passed, types))))
 
 
 if __name__ == "__main__":

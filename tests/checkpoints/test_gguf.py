@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from compress.architecture import architecture_of
+from compress.artifacts.verify_gguf import scan
 from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.gguf import effective_bits, type_of
@@ -35,6 +36,9 @@ SCHEMES = {
     "Q5_1": [{"bits": 5, "symmetric": False}],
     "Q8_0": [{"bits": 6}, {"bits": 8}],
 }
+K_QUANTS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+"""Super-blocks are 256 columns wide."""
 CASES = [(kind, fields) for kind, several in SCHEMES.items() for fields in several]
 
 
@@ -84,6 +88,60 @@ def test_the_packages_reader_gives_our_values(tmp_path, kind, fields, group):
         # The minimum was rounded to float16: half a unit in its last place.
         bound = (grid.zero.float() * grid.scale.float()).abs().max() * 2**-10 + ours.abs().max() * 2**-10
         assert (values - ours).abs().max() < bound
+
+
+@pytest.mark.parametrize(("kind", "bits"), K_QUANTS.items())
+def test_k_quants_are_read_as_our_values(tmp_path, kind, bits):
+    done, path, written = exported(tmp_path, {"bits": bits, "group_size": 64, "k_quant": True}, **WIDE)
+    found, format_ = tensors_of_file(path), FORMATS["gguf"]
+
+    for theirs, ours in (("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj")):
+        tensor = found[f"blk.1.{theirs}.weight"]
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        assert tensor.tensor_type.name == kind
+        torch.testing.assert_close(values, done.dense(f"model.layers.1.{ours}"), rtol=1e-5, atol=1e-6)
+    assert effective_bits(path) == 8 * done.schemes["model.layers.0.mlp.up_proj"].k_quant.bytes / 256
+    predicted = stored_bytes(Shape(done.config).tensors, Shape(done.config).everything, done.schemes, 2, format_)
+    assert written.bytes == predicted == sum(int(tensor.n_bytes) for tensor in found.values())
+    assert scan(path, "model.gguf") == (len(found), [])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_k_quants_beside_other_types_are_read_back_with_our_logits(tmp_path, bits):
+    """Rows of queries and keys change places; only the MLP's last linear is wide enough for a super-block."""
+    plain = {"k_quant": False, "group_size": 32}
+    fields = {"bits": bits, "group_size": 64, "k_quant": True, "overrides": ({"match": "*_proj", **plain},)}
+    fields["overrides"] += ({"match": "*.down_proj", "k_quant": True},)
+    done, path, _ = exported(tmp_path, fields, hidden_size=64, intermediate_size=256)
+    (tmp_path / "read").mkdir()
+    previous = convert(path, tmp_path / "read", path.parent)
+    windows = random_windows(count=2)
+
+    ours, theirs = our_logits(done.folder, windows), our_logits(tmp_path / "read", windows)
+
+    assert f"Q{bits}_K x2" in previous and "Q4_0 x12" in previous
+    torch.testing.assert_close(theirs, ours, atol=1e-2, rtol=1e-2)
+
+
+def test_queries_in_k_quants_are_reordered_with_their_integers(tmp_path):
+    done, path, _ = exported(tmp_path, {"bits": 4, "group_size": 64, "k_quant": True}, **WIDE)
+    (tmp_path / "read").mkdir()
+    convert(path, tmp_path / "read", path.parent)
+    windows = random_windows(count=2)
+
+    torch.testing.assert_close(
+        our_logits(tmp_path / "read", windows), our_logits(done.folder, windows), atol=1e-2, rtol=1e-2
+    )
+
+
+def test_damaged_scales_of_super_blocks_are_found(tmp_path):
+    _, path, _ = exported(tmp_path, {"bits": 6, "group_size": 64, "k_quant": True}, **WIDE)
+    tensor = tensors_of_file(path)["blk.0.ffn_up.weight"]
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset + 208 : tensor.data_offset + 210] = np.float16(np.inf).tobytes()
+    path.write_bytes(content)
+
+    assert scan(path, "model.gguf")[1] == ["model.gguf: blk.0.ffn_up.weight: 1 values are NaN or infinite"]
 
 
 @pytest.mark.parametrize("name", WRITABLE)
@@ -270,10 +328,11 @@ def test_a_mixture_keeps_a_type_for_each_linear(tmp_path):
         (Scheme(8, False, 32), "at most 5 bits where asymmetric"),
         (Scheme(4, True, 16), "its blocks are 32 columns wide"),
         (Scheme(8, True, None, inputs=8), "take weights alone"),
+        (Scheme.of_k_quant(4), "its super-blocks are 256 columns wide"),
     ],
 )
 def test_schemes_without_a_block_type_are_refused(scheme, reason):
-    assert type_of(scheme) is None or scheme.group_size == 16
+    assert type_of(scheme) in (None, "Q4_0", "Q4_K")
     assert reason in (FORMATS["gguf"].refusal(scheme, 64, 64) or "")
 
 

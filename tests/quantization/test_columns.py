@@ -20,7 +20,7 @@ from torch import Tensor
 from compress.quantization import gpu as gpu_module
 from compress.quantization.columns import ColumnGrid, TorchRounder, column_kernel, solve_columns
 from compress.quantization.gptq import choose_grid, factorise
-from compress.quantization.grid import Grid, _error, dequantize
+from compress.quantization.grid import Grid, dequantize, group_errors
 from compress.quantization.refine import descended, moments
 from compress.quantization.scheme import BITS, Scheme
 from tests.helpers import PROJECT, environment
@@ -190,7 +190,7 @@ def test_the_error_of_a_grid_in_one_pass_is_torchs(rows, columns, group, symmetr
     grid = choose_grid(weight, None, scheme, stored, "minmax")
     grouped = weight.view(rows, scheme.groups(columns), -1)
 
-    torch.testing.assert_close(weighted_error(grouped, importance, grid), _error(grouped, importance, grid))
+    torch.testing.assert_close(weighted_error(grouped, importance, grid), group_errors(grouped, importance, grid))
 
 
 @interpreted
@@ -342,8 +342,8 @@ def test_a_gpu_gives_the_codes_of_the_cpu(rows, columns, group, symmetric, store
     scheme = grid.scheme
     grouped = problem.weight.view(rows, scheme.groups(columns), -1)
     importance = torch.rand(scheme.groups(columns), scheme.width(columns))
-    on_gpu = _error(grouped.cuda(), importance.cuda(), moved.grid)
-    torch.testing.assert_close(on_gpu.cpu(), _error(grouped, importance, grid))
+    on_gpu = group_errors(grouped.cuda(), importance.cuda(), moved.grid)
+    torch.testing.assert_close(on_gpu.cpu(), group_errors(grouped, importance, grid))
 
     for width in (32, 64, 128, 100):
         integers, hessian = exact_moments(rows, 3, width)

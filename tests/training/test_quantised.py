@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from compress.quantization.grid import dequantize, quantize, search_grid
+from compress.quantization.k_quants import k_quant_grid
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import SuperBlocks
 from compress.training.quantised import NEAREST_TO_EDGE, MovedCodes, QuantisedLinear, towards
 
 SCHEMES = [Scheme(3, True, 8), Scheme(4, False, 8), Scheme(2, True, None), Scheme(4, False, None)]
@@ -41,6 +43,37 @@ def test_gradients_equal_autograd_through_plain_dequantisation(scheme):
 
     torch.testing.assert_close(found, factor.grad, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found_inputs, again.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_gradients_of_super_blocks_equal_autograd_through_their_integers(bits):
+    generator = torch.Generator().manual_seed(bits)
+    # Scales of a super-block may lie below float16's normal numbers.
+    weight = torch.randn(6, 512, generator=generator) * (2e-3 if bits == 6 else 1)
+    grid = k_quant_grid(weight, None, Scheme.of_k_quant(bits))
+    assert isinstance(grid.nested, SuperBlocks)
+    assert (float(grid.nested.scale.float().abs().max()) < 2.0**-14) == (bits == 6)
+    linear = QuantisedLinear(quantize(weight, grid), grid, None)
+    inputs = torch.randn(2, 5, 512, generator=generator).requires_grad_()
+    wanted = torch.randn(2, 5, 6, generator=generator)
+
+    output = linear(inputs)
+    (output * wanted).sum().backward()
+
+    factor = torch.zeros(6, 2, requires_grad=True)
+    minima = grid.nested.group_minima()
+    integers = (linear.codes.float() - (0 if minima is None else grid.scheme.lowest)).view(
+        6, 2, -1, grid.scheme.group_size
+    )
+    scale = (grid.nested.scale.float() * (1 + factor)).view(6, 2, 1, 1) * grid.nested.scales.view(6, 2, -1, 1)
+    values = scale * integers - (0 if minima is None else minima.view(6, 2, -1, 1))
+    again = inputs.detach().requires_grad_()
+    expected = again @ values.reshape(6, 512).T
+    (expected * wanted).sum().backward()
+
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.scale.factor.grad, factor.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inputs.grad, again.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_the_example_of_the_docstring():

@@ -88,7 +88,7 @@ def _entries(module: str, scheme: Scheme, source: Checkpoint, dtype: torch.dtype
     codes, grid = source.codes(module)
     tensors = {"": pack(codes), ".quant_map": FLOATING_GRIDS[scheme.grid], ".absmax": grid.scale.flatten()}
     offset = None
-    if grid.nested is not None:
+    if isinstance(grid.nested, Nested):
         inner, offset = grid.nested, float(grid.nested.offset)
         tensors |= {".absmax": inner.codes, ".nested_absmax": inner.absmax, ".nested_quant_map": inner.table}
     state = torch.frombuffer(bytearray(_state(scheme, rows, columns, dtype, offset)), dtype=torch.uint8)

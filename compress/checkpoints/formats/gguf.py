@@ -9,8 +9,9 @@ of 32 columns is as many blocks with the same d, and nothing is rounded again:
     Q4_1   d, m, 16 bytes             value q d + m        asymmetric, up to 4 bits; m = -zero d, rounded to float16
     Q5_1   d, m, 4 + 16 bytes         value q d + m        asymmetric, 5 bits
 
-Fewer bits than the type has cost the difference. The K-quants would fit those sizes better, but their scales are
-integers of 6 or 8 bits times another scale, which ours are not; and the `gguf` package only reads them.
+    Q2_K to Q6_K           K-quants, of stages that solve on their grids (`quantization.super_blocks`)
+
+Fewer bits than the type has cost the difference; K-quants fit, with `k_quant: true` in the stage that quantises.
 
 Norms and biases are float32, as llama.cpp computes with them; what else is not quantised is in the stored dtype. Beside
 the file lie config.json and the tokenizer's files, which transformers wants; the weights are in it alone.
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from compress.architecture import Architecture
 from compress.checkpoints.formats.base import Format, Shapes, Written, cast
+from compress.checkpoints.formats.gguf_k_quants import super_blocks
 from compress.checkpoints.formats.gguf_names import Names, completed, metadata, refusals, unsupported
 from compress.checkpoints.formats.gguf_rope import tensors_of
 from compress.checkpoints.formats.gguf_tokenizer import Vocabulary, vocabulary_of
@@ -42,18 +44,22 @@ from compress.events import Event
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import K_QUANTS, SUPER
 
 BLOCK = 32
 FILE = "model.gguf"
 ROUNDING = 2.0**-10
 """What a float16 may be off by, relative, in its normal range."""
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34}
+SUPER_BYTES = {layout.name: layout.bytes for layout in K_QUANTS.values()}
 
 
 def type_of(scheme: Scheme) -> str | None:
     """The block type that holds a scheme's codes, or None."""
     if scheme.grid != "int" or scheme.inputs:
         return None
+    if scheme.k_quant:
+        return scheme.k_quant.name
     if scheme.bits <= 4:
         return "Q4_0" if scheme.symmetric else "Q4_1"
     if scheme.bits == 5:
@@ -65,13 +71,17 @@ class Gguf(Format):
     """One file with tokenizer and chat template, for llama.cpp and what is built on it."""
 
     name = "gguf"
-    description = "one .gguf file for llama.cpp, from the same codes: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, mixes of them"
+    description = (
+        "one .gguf file for llama.cpp, from the same codes: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, K-quants, mixes of them"
+    )
     packs = True
     vocabulary = "any"
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if type_of(scheme) is None:
             return "no block type has such a grid: take weights alone, and at most 5 bits where asymmetric"
+        if scheme.k_quant:
+            return None if scheme.divides(columns) else f"its super-blocks are {SUPER} columns wide, of {columns} here"
         if scheme.width(columns) % BLOCK:
             return f"its blocks are {BLOCK} columns wide, and groups of {scheme.width(columns)} do not divide into them"
         return None
@@ -86,7 +96,7 @@ class Gguf(Format):
         return [f"{self.name}: {reason}" for reason in refusals(completed(config))]
 
     def stored_bytes(self, scheme: Scheme, rows: int, columns: int, dtype_bytes: int) -> int:
-        return rows * columns // BLOCK * BLOCK_BYTES[str(type_of(scheme))]
+        return rows * _row_bytes(str(type_of(scheme)), columns)
 
     def other_bytes(self, shape: tuple[int, ...], dtype_bytes: int) -> int:
         return math.prod(shape) * (4 if len(shape) == 1 else dtype_bytes)
@@ -189,14 +199,20 @@ def _blocks(source: Checkpoint, names: Names, module: str, rounded: dict[str, fl
     def load() -> Any:
         codes, grid = source.codes(module)
         order = names.order(f"{module}.weight", rows)
-        zero = None if grid.zero is None else grid.zero[order]
+        if scheme.k_quant:
+            return super_blocks(codes[order], grid.at(order)).numpy()
         halved = grid.scale.half().float()
         error = float(((halved - grid.scale.float()).abs() / grid.scale.float().abs()).max())
         if error > ROUNDING:
             rounded[module] = error
-        return blocks(codes[order], Grid(scheme, grid.scale[order], zero), kind, module).numpy()
+        return blocks(codes[order], grid.at(order), kind, module).numpy()
 
-    return Stored(names.of(f"{module}.weight"), kind, (rows, columns // BLOCK * BLOCK_BYTES[kind]), load)
+    return Stored(names.of(f"{module}.weight"), kind, (rows, _row_bytes(kind, columns)), load)
+
+
+def _row_bytes(kind: str, columns: int) -> int:
+    """Bytes of a row in a block type."""
+    return columns // SUPER * SUPER_BYTES[kind] if kind in SUPER_BYTES else columns // BLOCK * BLOCK_BYTES[kind]
 
 
 def blocks(codes: Tensor, grid: Grid, kind: str, module: str) -> Tensor:

@@ -52,6 +52,8 @@ class GptqLayout(Format):
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if scheme.grid != "int" or scheme.inputs:
             return "its weights are integers, its inputs are not"
+        if scheme.k_quant:
+            return "its scales are floating point, not integers of a K-quant"
         if scheme.bits not in BITS:
             return f"its loaders know {', '.join(map(str, BITS))} bits"
         if columns % WORD or rows % WORD:

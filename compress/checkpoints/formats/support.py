@@ -49,7 +49,7 @@ def _weights(*bits: int, symmetric: bool | None = True, served: bool = False) ->
     """Integer weights alone, of these widths; `served`: groups that Marlin takes."""
 
     def takes(scheme: Scheme) -> bool:
-        plain = scheme.grid == "int" and scheme.inputs is None and scheme.bits in bits
+        plain = scheme.grid == "int" and scheme.inputs is None and scheme.bits in bits and not scheme.k_quant
         suits = symmetric is None or scheme.symmetric == symmetric
         return plain and suits and (not served or scheme.group_size in SERVED_GROUPS)
 
@@ -70,6 +70,14 @@ def _llm_int8(scheme: Scheme) -> bool:
 
 def _none(scheme: Scheme) -> bool:
     return False
+
+
+def _k_quant(scheme: Scheme) -> bool:
+    return scheme.k_quant is not None
+
+
+def _by_256(rows: int, columns: int) -> bool:
+    return columns % 256 == 0
 
 
 def _by_32(rows: int, columns: int) -> bool:
@@ -223,6 +231,27 @@ SUPPORT: tuple[Row, ...] = (
         "GPUs, with vllm-gguf-plugin: 0.32.0 itself has no such method, and the plugin (0.0.5) needs CUDA",
         METHODS,
         lambda rows, columns: columns % 32 == 0,
+    ),
+    Row(
+        *("llama.cpp", "gguf", "K-quants: 2 to 6 bits"),
+        _k_quant,
+        *("16, or 32 of 4 and 5 bits", "yes", "columns divide by 256", "Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"),
+        LOADERS,
+        _by_256,
+    ),
+    Row(
+        *("transformers", "gguf", "K-quants: 2 to 6 bits"),
+        _k_quant,
+        *("16, or 32 of 4 and 5 bits", "yes", "columns divide by 256", "unpacks while loading"),
+        f"{TESTS}test_gguf.py",
+        _by_256,
+    ),
+    Row(
+        *("vLLM", "gguf", "K-quants: 2 to 6 bits"),
+        _k_quant,
+        *("16, or 32 of 4 and 5 bits", "yes", "columns divide by 256", "as the other types"),
+        METHODS,
+        _by_256,
     ),
     Row(
         *("transformers, vLLM, vLLM on a CPU", "plain", "values written out"),

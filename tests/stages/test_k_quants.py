@@ -1,0 +1,176 @@
+"""K-quants through the stages: solved, trained, chosen among, written as they were judged; and what is refused."""
+
+from __future__ import annotations
+
+import gguf
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compress.architecture import architecture_of
+from compress.checkpoints.export import export
+from compress.checkpoints.formats import FORMATS
+from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
+from compress.quantization.grid import dequantize
+from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import K_QUANTS, SuperBlocks
+from compress.stages import Gptq, MixedPrecision, Recover, RoundToNearest, Sensitivity, Vocabulary
+from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": False, "mlp_bias": False}
+WINDOWS = random_windows(count=48)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wide")
+    random_model("llama", folder, torch.float16, **WIDE)
+    return folder
+
+
+def shapes_of(folder):
+    return Skeleton(Checkpoint(folder).config, CPU, torch.float32).linear_shapes()
+
+
+def tensors_of_file(checkpoint, folder):
+    export(checkpoint, folder, "gguf", torch.float16, 10**9)
+    found = gguf.GGUFReader(str(folder / "model.gguf")).tensors
+    return {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in found}
+
+
+@pytest.mark.parametrize("bits", sorted(K_QUANTS))
+def test_solving_is_closer_than_rounding_and_ships_what_it_judged(model, tmp_path, bits):
+    done, outcome = apply_stage(Gptq(bits=bits, k_quant=True), model, tmp_path / "out", WINDOWS)
+    rounded, _ = apply_stage(RoundToNearest(bits=bits, k_quant=True), model, tmp_path / "rounded")
+
+    assert len(outcome.modules) == 14
+    assert all(row["error"] < row["rounding_error"] for row in outcome.modules)
+    wanted = our_logits(model, WINDOWS)
+    ours, plain = ((our_logits(each.folder, WINDOWS) - wanted).square().mean() for each in (done, rounded))
+    assert ours < plain
+    module = "model.layers.1.mlp.down_proj"
+    read = tensors_of_file(done, tmp_path / "export")["blk.1.ffn_down.weight"]
+    torch.testing.assert_close(read, done.dense(module), rtol=1e-5, atol=1e-6)
+    assert done.schemes[module] == Scheme.of_k_quant(bits)
+
+
+@pytest.mark.parametrize(("bits", "train"), [(3, "scales+norms"), (4, "scales"), (2, "codes")])
+def test_training_moves_super_blocks_and_leaves_their_integers(model, tmp_path, bits, train):
+    solved, _ = apply_stage(Gptq(bits=bits, k_quant=True), model, tmp_path / "solved", WINDOWS)
+    stage = Recover(train=train, epochs=20, batch_tokens=96, learning_rate=1e-3, patience=100)
+
+    done, outcome = apply_stage(stage, tmp_path / "solved", tmp_path / "out", WINDOWS, origin=model)
+
+    assert outcome.facts["held_out_kl_after"] < outcome.facts["held_out_kl_before"]
+    module = "model.layers.0.mlp.up_proj"
+    (before, old), (after, new) = solved.codes(module), done.codes(module)
+    assert isinstance(old.nested, SuperBlocks) and isinstance(new.nested, SuperBlocks)
+    assert torch.equal(old.nested.scales, new.nested.scales)
+    assert not torch.equal(old.nested.scale, new.nested.scale)
+    assert new.nested.scale.dtype == torch.float16
+    if new.nested.minima is not None:
+        assert torch.equal(old.nested.minima, new.nested.minima)
+        assert torch.equal(old.nested.minimum, new.nested.minimum)
+    assert train == "codes" or torch.equal(before, after)
+    read = tensors_of_file(done, tmp_path / "export")["blk.0.ffn_up.weight"]
+    torch.testing.assert_close(read, done.dense(module), rtol=1e-5, atol=1e-6)
+
+
+CHOICE = {
+    "runtime": "llama.cpp",
+    "tuning_windows": 4,
+    "candidates": ({"bits": 3, "k_quant": True}, {"bits": 4, "k_quant": True}, {"bits": 6, "k_quant": True}, 8),
+}
+
+
+def test_a_mixture_of_k_quants_keeps_its_budget_and_is_followed(model, tmp_path):
+    apply_stage(Sensitivity(**CHOICE), model, tmp_path / "sensitivity", WINDOWS)
+    stage = MixedPrecision(**CHOICE, budget={"effective_bits": 4.6}, probes=2, proposals=2)
+
+    chosen, outcome = apply_stage(stage, tmp_path / "sensitivity", tmp_path / "plan", WINDOWS, origin=model)
+    done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "out", WINDOWS, origin=model)
+
+    plan = chosen.precision_plan
+    assert plan and done.schemes == plan
+    shapes = shapes_of(model)
+    size = sum(FORMATS["gguf"].stored_bytes(plan[name], *shape, 2) for name, shape in shapes.items())
+    assert outcome.facts["linear_bytes"] == size
+    assert 8 * size / sum(rows * columns for rows, columns in shapes.values()) <= 4.6
+    assert any(scheme.k_quant for scheme in plan.values())
+
+
+def test_an_override_takes_linears_out_of_k_quants(model, tmp_path):
+    stage = Sensitivity(**CHOICE, overrides=({"match": "*.down_proj", "group_size": 32},))
+    names = {name: stage.options(name) for name in shapes_of(model)}
+
+    labels = [option.label for option in names["model.layers.0.mlp.down_proj"]]
+    assert labels == [f"int{bits} symmetric group 32" for bits in (3, 4, 6, 8)]
+    assert [option.label for option in names["model.layers.0.mlp.up_proj"]][1] == "Q4_K (asymmetric group 32)"
+    assert stage.check(shapes_of(model), Checkpoint(model).architecture) == []
+
+
+def test_an_embedding_may_be_a_k_quant(tmp_path):
+    random_model("llama", tmp_path / "model", torch.float16, **WIDE, tie_word_embeddings=True)
+    done, _ = apply_stage(Vocabulary(bits=6, k_quant=True), tmp_path / "model", tmp_path / "out")
+
+    read = tensors_of_file(done, tmp_path / "export")["token_embd.weight"]
+    embedding = done.architecture.embedding
+    torch.testing.assert_close(read, done.dense(embedding), rtol=1e-5, atol=1e-6)
+    assert done.schemes[embedding].label == "Q6_K (symmetric group 16)"
+
+
+def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settles_it(tmp_path):
+    random_model("llama", tmp_path / "model", torch.float16, hidden_size=64, intermediate_size=256)
+    shapes, architecture = shapes_of(tmp_path / "model"), Checkpoint(tmp_path / "model").architecture
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in shapes} - {"down_proj"})
+
+    said = Gptq(bits=4, k_quant=True).check(shapes, architecture)
+    settled = [{"match": f"*.{leaf}", "k_quant": False, "group_size": 32} for leaf in leaves]
+
+    assert len(said) == 6 and "64 input columns do not divide by the 256 of a K-quant" in said[0]
+    assert "overrides: [{match: '*.q_proj', k_quant: false, group_size: 32}]" in said[0]
+    assert Gptq(bits=4, k_quant=True, overrides=settled).check(shapes, architecture) == []
+    said = Sensitivity(**CHOICE).check(shapes, architecture)
+    assert any("overrides: [{match: '*.q_proj', group_size: 32}]" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fields", "said"),
+    [
+        (Gptq, {"bits": 8}, "no K-quant has 8 bits; they have 2, 3, 4, 5, 6"),
+        (Gptq, {"bits": 4, "group_size": 32}, "says symmetric, group_size and inputs by its bits"),
+        (Gptq, {"bits": 4, "symmetric": False}, "says symmetric, group_size and inputs by its bits"),
+        (Gptq, {"bits": 4, "overrides": [{"match": "*.q_proj", "bits": 8}]}, "no K-quant has 8 bits"),
+        (Gptq, {"bits": 4, "overrides": [{"match": "*.q_proj", "group_size": 64}]}, "by its bits"),
+        (Gptq, {"bits": "planned"}, "leaves k_quant to the mixed_precision stage"),
+        (Vocabulary, {"bits": 8}, "no K-quant has 8 bits"),
+        (Vocabulary, {"bits": 6, "group_size": 32}, "says symmetric and group_size by its bits"),
+    ],
+)
+def test_what_a_k_quant_leaves_no_choice_of_is_refused(stage, fields, said):
+    with pytest.raises(ValidationError, match=said.replace("(", r"\(")):
+        stage(k_quant=True, **fields)
+
+
+@pytest.mark.parametrize("candidate", [{"bits": 8}, {"bits": 4, "group_size": 32}, {"bits": 16}])
+def test_candidates_that_mean_nothing_are_refused(candidate):
+    with pytest.raises(ValidationError, match=r"no K-quant has 8|by its bits|leaves a linear as it is"):
+        Sensitivity(runtime="llama.cpp", candidates=[{**candidate, "k_quant": True}, 4])
+
+
+def test_formats_with_floating_scales_refuse_them():
+    scheme = Scheme.of_k_quant(4)
+    for name in ("compressed-tensors", "gptq", "bitsandbytes"):
+        assert FORMATS[name].refusal(scheme, 256, 256)
+    assert FORMATS["plain"].refusal(scheme, 256, 256) is None
+    assert FORMATS["gguf"].refusal(scheme, 256, 256) is None
+
+
+def test_values_written_out_are_those_of_the_codes(model, tmp_path):
+    done, _ = apply_stage(RoundToNearest(bits=3, k_quant=True), model, tmp_path / "out")
+    export(done, tmp_path / "plain", "plain", torch.float16, 10**9)
+
+    module = "model.layers.0.mlp.gate_proj"
+    assert torch.equal(Checkpoint(tmp_path / "plain").read(f"{module}.weight"), dequantize(*done.codes(module)).half())
+    assert architecture_of(done.config).model_type == "llama"

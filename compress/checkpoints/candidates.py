@@ -117,7 +117,7 @@ class Assigned(Checkpoint):
         number, block, scheme = self._numbers[module], self.architecture.block_index(module), self.schemes[module]
         path = _outer_path(self._kept, module, number) if block is None else _path(self._kept, block)
         with safe_open(path, framework="pt") as file:
-            if scheme.k_quant:
+            if scheme.of_super_blocks:
                 grid = super_block_grid(scheme, lambda leaf: file.get_tensor(f"{module}#{number}.{leaf}"))
                 return _unpacked(file.get_tensor(f"{module}#{number}.codes")), grid
             zero = None if scheme.symmetric else file.get_tensor(f"{module}#{number}.zero_point")

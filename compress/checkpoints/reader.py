@@ -212,7 +212,7 @@ class Checkpoint:
             if unpacked is None or unpacked[0] != module:
                 unpacked = self._unpacked = module, self._layout.codes_of(self, module, scheme)
             return unpacked[1]
-        if scheme.k_quant:
+        if scheme.of_super_blocks:
             return self.read(f"{module}.codes"), super_block_grid(scheme, lambda leaf: self.read(f"{module}.{leaf}"))
         zero = self.read(f"{module}.zero_point") if not scheme.symmetric else None
         nested = None
@@ -258,10 +258,12 @@ class Checkpoint:
 
 
 def super_block_grid(scheme: Scheme, read: Callable[[str], Tensor]) -> Grid:
-    """The grid of a K-quant from its parts, which `read` gives by name."""
-    scale, scales = read("super_scale"), read("scale")
-    minima = {} if scheme.symmetric else {"minimum": read("super_minimum"), "minima": read("minimum")}
-    return Grid.of_super_blocks(scheme, SuperBlocks(scale, scales, **minima))
+    """A grid of super-blocks from its parts, which `read` gives by name."""
+    minimum = None if scheme.symmetric else read("super_minimum")
+    if scheme.free_minima:
+        return Grid.of_super_blocks(scheme, SuperBlocks(read("super_scale"), None, minimum))
+    minima = None if scheme.symmetric else read("minimum")
+    return Grid.of_super_blocks(scheme, SuperBlocks(read("super_scale"), read("scale"), minimum, minima))
 
 
 def all_finite(tensor: Tensor) -> bool:

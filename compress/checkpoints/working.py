@@ -3,8 +3,8 @@
     block-00003.safetensors   tensors of block 3; for a quantised linear <module>.codes (int8, one code a byte),
                               <module>.scale (stored dtype), <module>.zero_point (int8, asymmetric only),
                               <module>.nested_* (nested scales only), or for K-quants <module>.scale and .minimum
-                              (int8) with .super_scale and .super_minimum (float16, a super-block); the schemes are in
-                              the file's metadata
+                              (int8) with .super_scale and .super_minimum (float16, a super-block), the last two alone
+                              for free minima; the schemes are in the file's metadata
     block-00003.json          what was done to each linear (written after the tensors: it marks the block as finished)
     outer.safetensors         everything outside the blocks, embedding and head as codes where a stage rounded them
     precision.json            the scheme that later stages should give each linear, where one chose them

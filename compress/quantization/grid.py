@@ -5,8 +5,10 @@ error; g = group width. All scales are cast to the dtype they will be stored in 
 them, so the codes fit the scale a runtime will read.
 
 `search_grid` minimises sum_j h_j (w_j - value_j)^2 per row and group over shrunken ranges and, for symmetric grids,
-both signs of the scale, then polishes with the closed form s = sum h w z / sum h z^2 at fixed codes z. Plain min-max
-spends the grid on one outlier; see docs/adr/0004-scale-search.md for what the search buys.
+both signs of the scale, then polishes with the closed form s = sum h w z / sum h z^2 at fixed codes z. For asymmetric
+grids it goes on from up to twenty ranges, each fitted by least squares: scale s and minimum M of s q - M at the codes
+q of the range; where zero points are integers, M goes to the nearest that one of them gives. Plain min-max spends the
+grid on one outlier; see docs/adr/0004-scale-search.md for what the search buys.
 """
 
 from __future__ import annotations
@@ -105,6 +107,12 @@ class Grid:
         return Grid(self.scheme, self.scale.cpu(), None if self.zero is None else self.zero.cpu())
 
     @property
+    def zero_points(self) -> Tensor:
+        """float32 (rows, groups), of an asymmetric grid."""
+        assert self.zero is not None
+        return self.zero.float()
+
+    @property
     def free_scales(self) -> Tensor:
         """The scales that can take any value of their dtype: (rows, groups), or (rows, super-blocks)."""
         return self.nested.scale if isinstance(self.nested, SuperBlocks) else self.scale
@@ -125,7 +133,8 @@ class Grid:
         if isinstance(self.nested, SuperBlocks):
             if self.zero is not None:
                 integers = integers - self.scheme.lowest
-            integers = integers * self.nested.scales.to(torch.int16).unsqueeze(-1)
+            if self.nested.scales is not None:
+                integers = integers * self.nested.scales.to(torch.int16).unsqueeze(-1)
         elif self.zero is not None:
             integers = integers - self.zero.to(torch.int16).unsqueeze(-1)
         return integers.reshape(*self.free_scales.shape, -1)
@@ -146,6 +155,7 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     if grid.scheme.grid != "int":
         table = FLOATING_GRIDS[grid.scheme.grid].to(codes.device)
         return (_grouped(table[codes.long()], grid.scale.shape[1]) * grid.scale.unsqueeze(-1)).flatten(1)
+    # Of super-blocks scale and zero are float32, as llama.cpp computes.
     grouped = _grouped(codes, grid.scale.shape[1]).to(grid.scale.dtype)
     if grid.zero is not None:
         grouped = grouped - grid.zero.to(grid.scale.dtype).unsqueeze(-1)
@@ -189,6 +199,8 @@ def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: tor
     groups = scheme.groups(weight.shape[1])
     grouped = _grouped(weight, groups)
     weights = importance.view(groups, -1)
+    if scheme.free_minima:
+        return _fitted(grouped, weights, minmax_grid(weight, scheme, stored), stored)
     low, high = _ends(grouped, scheme)
     shrink = torch.ones_like(high)
     sign = torch.ones_like(high)
@@ -215,13 +227,64 @@ def _search_rows(weight: Tensor, importance: Tensor, scheme: Scheme, stored: tor
         error = group_errors(grouped, weights, polished)
         best = _choose(error < best_error, polished, best)
         best_error = torch.minimum(error, best_error)
+    return best if scheme.symmetric else _fitted(grouped, weights, best, stored)
+
+
+def _fitted(grouped: Tensor, weights: Tensor, best: Grid, stored: torch.dtype) -> Grid:
+    """An asymmetric grid with the least error of `best` and of fits from ranges at the lower end and at the upper."""
+    scheme = best.scheme
+    error = group_errors(grouped, weights, best)
+    low, high = _ends(grouped, scheme)
+    span = ((high - low) / (scheme.highest - scheme.lowest)).clamp_min(SMALLEST_SCALE)
+    starts: list[tuple[Tensor, Tensor] | None] = []
+    for step in _SPANS[scheme.bits <= 3]:
+        starts += [(span * step, -low), (span * step, (-low - (1 - step) * (high - low)).clamp_min(0))]
+    for start in (*starts, None, None):
+        scale, minimum = start or (best.scale.float(), (best.zero_points - scheme.lowest) * best.scale.float())
+        zero = minimum / scale
+        integers = nearest_integers(grouped, Grid(scheme, scale, zero + scheme.lowest)) + zero.unsqueeze(-1)
+        candidate = _asymmetric(*line(integers.round_(), grouped, weights), scheme, stored)
+        candidates = [candidate] if scheme.free_minima else [candidate, _polish(grouped, weights, candidate, stored)]
+        for each in candidates:
+            found = group_errors(grouped, weights, each)
+            best, error = _choose(found < error, each, best), torch.minimum(found, error)
     return best
+
+
+def _asymmetric(scale: Tensor, minimum: Tensor, scheme: Scheme, stored: torch.dtype) -> Grid:
+    """The grid with these scales and minima (rows, groups) float32, as near as it can be stored."""
+    if scheme.free_minima:
+        kept = torch.float32 if stored == torch.float32 else torch.float16
+        scale, minimum = (storable(each, kept, subnormal=True) for each in (scale, minimum))
+        return Grid.of_super_blocks(scheme, SuperBlocks(scale, None, minimum))
+    scale = storable(scale, stored)
+    zero = (scheme.lowest + minimum / scale.float()).round_().clamp_(scheme.lowest, scheme.highest)
+    return Grid(scheme, scale, zero.to(torch.int8))
+
+
+def line(integers: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """s and M >= 0 with the least sum of weights (target - s q + M)^2, over the last dimension; s is positive where
+    that can be. integers q and target (..., width) float32."""
+    total = weights.sum(-1)
+    first, square = (weights * integers).sum(-1), (weights * integers * integers).sum(-1)
+    with_target, sum_of_target = (weights * integers * target).sum(-1), (weights * target).sum(-1)
+    determinant = total * square - first * first
+    scale = (total * with_target - first * sum_of_target) / determinant.clamp_min(1e-30)
+    minimum = (first * scale - sum_of_target) / total
+    through_zero = with_target / square.clamp_min(1e-30)
+    scale = torch.where(minimum < 0, through_zero, scale).clamp_min(SMALLEST_SCALE)
+    return scale, minimum.clamp_min(0)
 
 
 _COARSE = {
     False: (1.0, 0.93, 0.86, 0.79, 0.72, 0.64, 0.55),
     True: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3),
 }
+_SPANS = {
+    False: (1.06, 1.03, 1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.78),
+    True: (1.06, 1.0, 0.94, 0.88, 0.82, 0.74, 0.66),
+}
+"""Of what lies between a group's ends."""
 _FINE = (-0.045, -0.03, -0.015, 0.015, 0.03, 0.045)
 
 
@@ -262,6 +325,8 @@ def _shrunken(low: Tensor, high: Tensor, scheme: Scheme, stored: torch.dtype, st
         scale = high * step / (scheme.highest + 0.5) * facing
         return Grid(scheme, storable(scale, stored), None)
     low, high = low * step, high * step
+    if scheme.free_minima:
+        return _asymmetric((high - low) / (scheme.highest - scheme.lowest), -low, scheme, stored)
     scale = storable((high - low) / (scheme.highest - scheme.lowest), stored)
     zero = (scheme.lowest - low / scale.float()).round_().clamp_(scheme.lowest, scheme.highest)
     return Grid(scheme, scale, zero.to(torch.int8))
@@ -298,6 +363,11 @@ def _polish(grouped: Tensor, weights: Tensor, grid: Grid, stored: torch.dtype) -
 
 
 def _choose(better: Tensor, new: Grid, old: Grid) -> Grid:
+    if isinstance(new.nested, SuperBlocks) and isinstance(old.nested, SuperBlocks):
+        assert new.nested.minimum is not None and old.nested.minimum is not None, "free minima, not K-quants"
+        scale = torch.where(better, new.nested.scale, old.nested.scale)
+        minimum = torch.where(better, new.nested.minimum, old.nested.minimum)
+        return Grid.of_super_blocks(old.scheme, SuperBlocks(scale, None, minimum))
     zero = None if old.zero is None or new.zero is None else torch.where(better, new.zero, old.zero)
     return Grid(old.scheme, torch.where(better, new.scale, old.scale), zero)
 

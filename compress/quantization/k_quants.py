@@ -2,8 +2,7 @@
 
 Notation as in `grid` and `super_blocks`: d c is a group's scale, e m its minimum; h the importance of a column.
 
-1. Each group for itself: the search of `grid` with free scales; for asymmetric types moreover scale s and minimum M by
-   least squares at the codes of fourteen ranges, and twice more at those of the best.
+1. Each group for itself: the search of `grid`, with free scales s and for asymmetric types free minima M, in float32.
 2. Each super-block: d and e such that the widest group takes the largest integer, or somewhat less, both signs of d
    where symmetric; c = s / d and m = M / e to the nearest. The best of a few is kept.
 3. In turns: every c and m one up or down, kept where the group's error falls; d and e of a super-block together by
@@ -26,8 +25,6 @@ from compress.quantization.super_blocks import SUPER, KQuant, SuperBlocks
 
 SHRINKS = (1.0, 0.94, 0.88, 0.8)
 """Of the d with which the widest group takes the largest integer."""
-SPANS = (1.06, 1.0, 0.94, 0.88, 0.82, 0.74, 0.66)
-"""Of what lies between a group's ends: ranges that asymmetric fits start from, at the lower end and at the upper."""
 ROUNDS = 2
 """Of step 3."""
 ROWS = 64
@@ -62,13 +59,13 @@ class _Rows:
         self.weights = importance.view(-1, layout.width)
 
     def nested(self, search: bool) -> SuperBlocks:
-        free = dataclasses.replace(self.scheme, nested=False)
+        scheme = dataclasses.replace(self.scheme, nested=False, free_minima=not self.scheme.symmetric)
         if search:
-            base = search_grid(self.weight, self.importance, free, torch.float32, rows_at_once=len(self.weight))
-            scale, minimum = self._fitted(base)
+            free = search_grid(self.weight, self.importance, scheme, torch.float32, rows_at_once=len(self.weight))
         else:
-            scale, minimum = _scale_and_minimum(minmax_grid(self.weight, free, torch.float32))
-        best = self._widest(scale, minimum, SHRINKS if search else SHRINKS[:1])
+            free = minmax_grid(self.weight, scheme, torch.float32)
+        minimum = free.nested.group_minima() if isinstance(free.nested, SuperBlocks) else None
+        best = self._widest(free.scale, minimum, SHRINKS if search else SHRINKS[:1])
         for _ in range(ROUNDS if search else 0):
             best = self._fit(self._step(best))
         return best
@@ -83,30 +80,6 @@ class _Rows:
     def _by_super(self, errors: Tensor) -> Tensor:
         """(rows, super-blocks) of (rows, groups)."""
         return errors.view(len(errors), -1, SUPER // self.layout.width).sum(-1)
-
-    def _fitted(self, base: Grid) -> tuple[Tensor, Tensor | None]:
-        """Step 1: scale and minimum (rows, groups) float32 of groups that are free."""
-        scale, minimum = _scale_and_minimum(base)
-        if minimum is None:
-            return scale, None
-        error = self._errors(base)
-        low, high = self.grouped.amin(-1).clamp_(max=0), self.grouped.amax(-1).clamp_(min=0)
-        span = ((high - low) / (self.scheme.highest - self.scheme.lowest)).clamp_min(2.0**-24)
-        starts: list[tuple[Tensor, Tensor]] = []
-        for step in SPANS:
-            starts += [(span * step, -low), (span * step, -low - (1 - step) * (high - low))]
-        for start in (*starts, None, None):
-            first = (scale, minimum) if start is None else (start[0], start[1].clamp_min(0))
-            integers = nearest_integers(self.grouped, self._free(*first)) + first[1].div(first[0]).unsqueeze(-1)
-            fitted = _line(integers.round_(), self.grouped, self.weights)
-            found = self._errors(self._free(*fitted))
-            better = found < error
-            scale, minimum = torch.where(better, fitted[0], scale), torch.where(better, fitted[1], minimum)
-            error = torch.minimum(found, error)
-        return scale, minimum
-
-    def _free(self, scale: Tensor, minimum: Tensor) -> Grid:
-        return Grid(self.scheme, scale, minimum / scale + self.scheme.lowest)
 
     def _widest(self, scale: Tensor, minimum: Tensor | None, shrinks: tuple[float, ...]) -> SuperBlocks:
         """Step 2."""
@@ -146,7 +119,7 @@ class _Rows:
         def chosen(where: Tensor, first: Tensor | None, second: Tensor | None) -> Tensor | None:
             return None if first is None or second is None else torch.where(where, first, second)
 
-        scale, scales = torch.where(better, new.scale, old.scale), torch.where(by_group, new.scales, old.scales)
+        scale, scales = torch.where(better, new.scale, old.scale), chosen(by_group, new.scales, old.scales)
         minima = chosen(by_group, new.minima, old.minima)
         return SuperBlocks(scale, scales, chosen(better, new.minimum, old.minimum), minima)
 
@@ -177,7 +150,7 @@ class _Rows:
         integers = nearest_integers(self.grouped, grid)
         if grid.zero is not None:
             integers = integers + (grid.zero - self.scheme.lowest).unsqueeze(-1)
-        products = (integers.round() * best.scales.unsqueeze(-1)).view(shape)
+        products = (integers.round() * best.integers.unsqueeze(-1)).view(shape)
         target, weights = self.grouped.view(shape), self.weights.view(-1, SUPER)
         if best.minima is None or best.minimum is None:
             weighted = products * weights
@@ -198,27 +171,6 @@ class _Rows:
 
 def _halved(values: Tensor) -> Tensor:
     return storable(values, torch.float16, subnormal=True)
-
-
-def _scale_and_minimum(grid: Grid) -> tuple[Tensor, Tensor | None]:
-    """Of a grid with free scales; a minimum is never below zero."""
-    if grid.zero is None:
-        return grid.scale, None
-    return grid.scale, ((grid.zero.float() - grid.scheme.lowest) * grid.scale).clamp_min(0)
-
-
-def _line(integers: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """s and M >= 0 with the least sum of weights (target - s q + M)^2, over the last dimension; s is positive where
-    that can be."""
-    total = weights.sum(-1)
-    first, square = (weights * integers).sum(-1), (weights * integers * integers).sum(-1)
-    with_target, sum_of_target = (weights * integers * target).sum(-1), (weights * target).sum(-1)
-    determinant = total * square - first * first
-    scale = (total * with_target - first * sum_of_target) / determinant.clamp_min(1e-30)
-    minimum = (first * scale - sum_of_target) / total
-    through_zero = with_target / square.clamp_min(1e-30)
-    scale = torch.where(minimum < 0, through_zero, scale).clamp_min(2.0**-24)
-    return scale, minimum.clamp_min(0)
 
 
 def _plane(products: Tensor, minima: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

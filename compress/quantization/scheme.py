@@ -3,7 +3,7 @@
     codes   int8, (rows, columns), in [lowest, highest] = [-2^(b-1), 2^(b-1) - 1]
     scale   (rows, groups), stored dtype; may be negative (the grid is one longer below zero, so a negative scale
             turns the long side towards the larger tail)
-    zero    int8, (rows, groups), asymmetric schemes only
+    zero    int8, (rows, groups), asymmetric schemes only; float32 with `free_minima` and in K-quants
     value   = (code - zero) * scale, rounded to the stored dtype: what every loader computes
 
 Example, 4 bits symmetric: weights [0.7, -0.8, 0.05, 0.31] with scale 0.1 have codes [7, -8, 0 or 1, 3].
@@ -40,6 +40,8 @@ class Scheme:
     grid: GridName = "int"
     nested: bool = False
     """Scales are themselves rounded: of floating grids to 8 bits (double quantisation), of integers as in K-quants."""
+    free_minima: bool = False
+    """Asymmetric: the value of the lowest code is any float16 up to zero, not a multiple of the scale."""
 
     @classmethod
     def of_k_quant(cls, bits: int) -> Scheme:
@@ -64,6 +66,11 @@ class Scheme:
         """Number of scales in a row of `columns` weights. `divides(columns)` must hold."""
         return 1 if self.group_size is None else columns // self.group_size
 
+    @property
+    def of_super_blocks(self) -> bool:
+        """Whether a grid is made of `super_blocks.SuperBlocks`."""
+        return self.k_quant is not None or self.free_minima
+
     def free_scales(self, columns: int) -> int:
         """Number of scales in a row that can take any value: of K-quants, one a super-block."""
         return columns // SUPER if self.k_quant else self.groups(columns)
@@ -84,6 +91,8 @@ class Scheme:
             return rows * columns // SUPER * self.k_quant.bytes
         packed = rows * math.ceil(columns * self.bits / 32) * 4
         groups = self.groups(columns)
+        if self.free_minima:
+            return packed + 2 * rows * groups * scale_bytes + 16
         zeros = 0 if self.symmetric else math.ceil(rows * self.bits / 32) * 4 * groups
         return packed + rows * groups * scale_bytes + zeros + 16
 
@@ -97,7 +106,8 @@ class Scheme:
             return f"{self.k_quant.name} ({'symmetric' if self.symmetric else 'asymmetric'} group {self.group_size})"
         inputs = f", int{self.inputs} inputs" if self.inputs else ""
         below = f" below {self.outliers:g}" if self.outliers else ""
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {span}{inputs}{below}"
+        free = ", free minima" if self.free_minima else ""
+        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} {span}{free}{inputs}{below}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; of what most schemes do not have, only what this one has."""

@@ -11,7 +11,8 @@ A group's scale takes half a byte to a byte in place of two, so groups can be na
     value = d c q              symmetric: q the code, c the group's integer, d the super-block's float16
     value = d c q - e m        asymmetric: q = code - lowest, m the group's second integer, e another float16
 
-As a grid of `quantization.grid`: scale = d c and zero = lowest + e m / (d c), both float32.
+As a grid of `quantization.grid`: scale = d c and zero = lowest + e m / (d c), both float32. Free minima (Q4_1, Q5_1)
+are the same without integers: a d and an e for each group.
 Source: block_q2_K to block_q6_K in ggml-common.h of llama.cpp.
 
 Example, Q4_K: d = 0.01, c = 20, e = 0.02, m = 30: code -3 is q = 5, and its value 0.01 x 20 x 5 - 0.02 x 30 = 0.4.
@@ -56,25 +57,32 @@ K_QUANTS = {
 @dataclass(frozen=True)
 class SuperBlocks:
     """What scales, and minima where asymmetric, are made of. `scale` d and `minimum` e (rows, super-blocks) float16;
-    `scales` c and `minima` m (rows, groups) int8."""
+    `scales` c and `minima` m (rows, groups) int8, None where every group has a d and an e of its own."""
 
     scale: Tensor
-    scales: Tensor
+    scales: Tensor | None
     minimum: Tensor | None = None
     minima: Tensor | None = None
 
+    @property
+    def integers(self) -> Tensor:
+        """c of a K-quant, int8 (rows, groups)."""
+        assert self.scales is not None, "free minima have none"
+        return self.scales
+
     def group_scales(self) -> Tensor:
         """d c, float32 (rows, groups): exact, of 11 and 8 bits."""
-        return self._spread(self.scale) * self.scales.float()
+        return self._times(self.scale, self.scales)
 
     def group_minima(self) -> Tensor | None:
         """e m, float32 (rows, groups)."""
-        if self.minimum is None or self.minima is None:
-            return None
-        return self._spread(self.minimum) * self.minima.float()
+        return None if self.minimum is None else self._times(self.minimum, self.minima)
 
-    def _spread(self, of_supers: Tensor) -> Tensor:
-        return of_supers.float().repeat_interleave(self.scales.shape[1] // of_supers.shape[1], dim=1)
+    @staticmethod
+    def _times(of_supers: Tensor, integers: Tensor | None) -> Tensor:
+        if integers is None:
+            return of_supers.float()
+        return of_supers.float().repeat_interleave(integers.shape[1] // of_supers.shape[1], dim=1) * integers.float()
 
     def rows(self, which: slice | Tensor) -> SuperBlocks:
         """Those of some rows, or of all in another order."""
@@ -87,17 +95,14 @@ class SuperBlocks:
     def _each(self, change: Callable[[Tensor], Tensor]) -> SuperBlocks:
         parts = (self.scale, self.scales, self.minimum, self.minima)
         scale, scales, minimum, minima = (None if part is None else change(part) for part in parts)
-        assert scale is not None and scales is not None
+        assert scale is not None
         return SuperBlocks(scale, scales, minimum, minima)
 
     @classmethod
     def cat(cls, parts: list[SuperBlocks]) -> SuperBlocks:
         """Of rows one below the other."""
-        minimum = [part.minimum for part in parts if part.minimum is not None]
-        minima = [part.minima for part in parts if part.minima is not None]
-        return cls(
-            torch.cat([part.scale for part in parts]),
-            torch.cat([part.scales for part in parts]),
-            torch.cat(minimum) if minimum else None,
-            torch.cat(minima) if minima else None,
+        scale, *others = (
+            [each for part in parts if (each := getattr(part, name)) is not None]
+            for name in ("scale", "scales", "minimum", "minima")
         )
+        return cls(torch.cat(scale), *(torch.cat(each) if each else None for each in others))

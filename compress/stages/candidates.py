@@ -35,7 +35,7 @@ class Candidate(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     bits: Literal[2, 3, 4, 5, 6, 8, 16] = Field(description="16: left as it is")
     group_size: GroupSize | None = Field(default=None, description="the stage's where left out")
-    symmetric: bool = Field(default=True, description="false, for llama.cpp alone: with a zero point")
+    symmetric: bool = Field(default=True, description="false, for llama.cpp alone: with a minimum (Q4_1, Q5_1)")
     inputs: Literal["int8", "none"] = Field(default="none", description="int8: W8A8, with bits: 8 and a scale a row")
     k_quant: bool = Field(
         default=False,
@@ -61,7 +61,7 @@ class Candidate(BaseModel):
                 "bits: 16 leaves a linear as it is; group_size, symmetric, inputs and k_quant say nothing of it"
             )
         if self.k_quant and others:
-            raise ValueError(says_no_more("symmetric, group_size and inputs"))
+            raise ValueError(says_no_more(("symmetric", "group_size", "inputs")))
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
         return self
@@ -181,7 +181,11 @@ class CandidateStage(Stage):
         if candidate.k_quant:
             return Scheme.of_k_quant(candidate.bits)
         inputs = 8 if candidate.inputs == "int8" else None
-        return Scheme(candidate.bits, candidate.symmetric, None if size == "channel" else size, inputs)
+        # What llama.cpp takes off is a float16, so it may be any.
+        free = not candidate.symmetric and self.runtime == "llama.cpp"
+        return Scheme(
+            candidate.bits, candidate.symmetric, None if size == "channel" else size, inputs, free_minima=free
+        )
 
     def options(self, module: str) -> list[Option]:
         """What a linear may get, one a candidate and in their order; empty if it is ignored."""
@@ -249,7 +253,7 @@ class CandidateStage(Stage):
             schemes = {module: scheme for module, scheme in found.items() if scheme is not None}
             of_blocks = BLOCK if self.format.name == "gguf" else 1
             undivided = groups_that_do_not_divide(schemes, shapes, architecture, of_blocks)
-            undivided += super_blocks_that_do_not_divide(schemes, shapes, "{{match: '*.{leaf}', group_size: {size}}}")
+            undivided += super_blocks_that_do_not_divide(schemes, shapes)
             mistakes += undivided or integer_inputs_that_do_not_fit(schemes)
             mistakes += [] if undivided else self._not_held(schemes, shapes, architecture)
         for fused in architecture.fused:
@@ -260,6 +264,8 @@ class CandidateStage(Stage):
 
     def _not_held(self, schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture) -> list[str]:
         """What the runtime's format cannot hold of one candidate, were it everywhere or in a mixture."""
+        if self.format.name != "gguf" and any(scheme.k_quant for scheme in schemes.values()):
+            return ["candidates: K-quants are llama.cpp's; leave out k_quant: true, or choose for runtime: llama.cpp"]
         if self.format.name != "gguf" and any(not scheme.symmetric for scheme in schemes.values()):
             return [f"candidates: {self.format.name} holds no mixtures with zero points; leave out symmetric: false"]
         return [f"runtime {self.runtime}: {said}" for said in self.format.mistakes(schemes, shapes, architecture)]

@@ -21,6 +21,8 @@ from compress.stages.data_free import kept
 Bits = Literal[2, 3, 4, 5, 6, 8]
 BitsOrPlanned = Literal[2, 3, 4, 5, 6, 8, "planned"]
 GroupSize = int | Literal["channel"]
+SAID_BY_K_QUANTS = ("symmetric", "group_size", "inputs", "zero_points")
+"""Fields that a K-quant leaves no choice of."""
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -40,7 +42,8 @@ def checked_pattern(pattern: str) -> str:
 
 
 class Override(BaseModel):
-    """Another scheme for the modules that match; fields left out keep the stage's value."""
+    """Another scheme for the modules that match; fields left out keep the stage's value. One that says what a K-quant
+    leaves no choice of, or 8 bits, leaves K-quants."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     match: str = Field(description="glob, or re: and a regular expression, on module names")
@@ -48,10 +51,16 @@ class Override(BaseModel):
     symmetric: bool | None = None
     group_size: GroupSize | None = None
     inputs: Literal["int8", "none"] | None = None
+    zero_points: Literal["integer", "free"] | None = None
     k_quant: bool | None = None
 
     _pattern = field_validator("match")(checked_pattern)
     _size = field_validator("group_size")(lambda value: checked_size(value))
+
+    @property
+    def leaves_k_quants(self) -> bool:
+        """Whether it says something that no K-quant has."""
+        return (self.bits or 4) not in K_QUANTS or any(getattr(self, name) is not None for name in SAID_BY_K_QUANTS)
 
 
 def checked_size(value: GroupSize | None) -> GroupSize | None:
@@ -60,14 +69,17 @@ def checked_size(value: GroupSize | None) -> GroupSize | None:
     return value
 
 
-def says_no_more(fields: str) -> str:
+def says_no_more(fields: tuple[str, ...]) -> str:
     """That a K-quant leaves no choice of them."""
-    return f"k_quant: true says {fields} by its bits; leave them out"
+    return f"k_quant: true says {', '.join(fields[:-1])} and {fields[-1]} by its bits; leave them out"
 
 
 def no_k_quant(bits: object) -> str:
     """That there is none of so many bits."""
     return f"no K-quant has {bits} bits; they have {', '.join(map(str, K_QUANTS))}. Leave k_quant out, or give it false"
+
+
+NO_ZERO_POINTS = "zero_points say nothing of symmetric codes; give symmetric: false"
 
 
 class QuantizeStage(Stage):
@@ -82,6 +94,11 @@ class QuantizeStage(Stage):
         default="none",
         description="int8: linears round their inputs as they run, a scale a token, and multiply integers (W8A8); goes "
         "with bits: 8, symmetric, group_size: channel",
+    )
+    zero_points: Literal["integer", "free"] = Field(
+        default="integer",
+        description="with symmetric: false; free, for format gguf alone: the least value of a group is any float16, no "
+        "multiple of its scale: less error in the same bytes (Q4_1, Q5_1)",
     )
     k_quant: bool = Field(
         default=False,
@@ -101,22 +118,31 @@ class QuantizeStage(Stage):
     @model_validator(mode="after")
     def _plan_decides(self) -> QuantizeStage:
         if self.follows_plan:
-            left_to_the_plan(self, "symmetric", "group_size", "inputs", "k_quant", "ignore", "overrides")
+            left_to_the_plan(self, "symmetric", "group_size", "inputs", "zero_points", "k_quant", "ignore", "overrides")
         return self
 
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> QuantizeStage:
-        if self.k_quant and {"symmetric", "group_size", "inputs"} & self.changed_fields:
-            raise ValueError(says_no_more("symmetric, group_size and inputs"))
+        if self.k_quant and {*SAID_BY_K_QUANTS} & self.changed_fields:
+            raise ValueError(says_no_more(SAID_BY_K_QUANTS))
         for override in self.overrides:
-            on = self.k_quant if override.k_quant is None else override.k_quant
-            bits = override.bits or self.bits
-            if on and any((override.symmetric is not None, override.group_size, override.inputs)):
-                raise ValueError(f"overrides, {override.match!r}: {says_no_more('symmetric, group_size and inputs')}")
-            if on and bits not in K_QUANTS and bits != "planned":
+            bits = override.bits or 4
+            if override.k_quant and any(getattr(override, name) is not None for name in SAID_BY_K_QUANTS):
+                raise ValueError(f"overrides, {override.match!r}: {says_no_more(SAID_BY_K_QUANTS)}")
+            if override.k_quant and bits not in K_QUANTS:
                 raise ValueError(f"overrides, {override.match!r}: {no_k_quant(bits)}")
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
+        return self
+
+    @model_validator(mode="after")
+    def _zero_points_of_something(self) -> QuantizeStage:
+        if (
+            self.zero_points == "free"
+            and self.symmetric
+            and all(each.symmetric is not False for each in self.overrides)
+        ):
+            raise ValueError(NO_ZERO_POINTS)
         return self
 
     @property
@@ -134,6 +160,7 @@ class QuantizeStage(Stage):
                 symmetric=plan[name].symmetric,
                 group_size=plan[name].group_size or "channel",
                 inputs="int8" if plan[name].inputs else "none",
+                zero_points="free" if plan[name].free_minima else "integer",
             )
             if not plan[name].k_quant
             else Override(match=name, bits=plan[name].bits, k_quant=True)
@@ -159,17 +186,20 @@ class QuantizeStage(Stage):
         if any(matches(pattern, module) for pattern in self.ignore):
             return None
         bits, symmetric, size, inputs = self.bits, self.symmetric, self.group_size, self.inputs
-        k_quant = self.k_quant
+        k_quant, zero_points = self.k_quant, self.zero_points
         for override in self.overrides:
             if matches(override.match, module):
                 bits = override.bits or bits
                 symmetric = symmetric if override.symmetric is None else override.symmetric
                 size = override.group_size or size
                 inputs = override.inputs or inputs
-                k_quant = k_quant if override.k_quant is None else override.k_quant
-        if k_quant:
+                zero_points = override.zero_points or zero_points
+                k_quant = k_quant and not override.leaves_k_quants if override.k_quant is None else override.k_quant
+        if k_quant and bits in K_QUANTS:
             return Scheme.of_k_quant(bits)
-        return Scheme(bits, symmetric, None if size == "channel" else size, 8 if inputs == "int8" else None)
+        free = zero_points == "free" and not symmetric
+        group = None if size == "channel" else size
+        return Scheme(bits, symmetric, group, 8 if inputs == "int8" else None, free_minima=free)
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
         if self.follows_plan:
@@ -184,9 +214,21 @@ class QuantizeStage(Stage):
             *patterns_that_match_nothing(self.ignore, [override.match for override in self.overrides], shapes),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
             *super_blocks_that_do_not_divide(self.schemes(shapes), shapes),
+            *self._no_such_k_quants(shapes),
             *integer_inputs_that_do_not_fit(self.schemes(shapes)),
             *self._fused_that_differ(shapes, architecture),
         ]
+
+    def _no_such_k_quants(self, shapes: Shapes) -> list[str]:
+        """One sentence for each override that asks for K-quants of a width that overrides before it gave."""
+        found = {}
+        for override in self.overrides:
+            for module in shapes:
+                scheme = self.scheme_of(module)
+                last = [each for each in self.overrides if matches(each.match, module)][-1:]
+                if override.k_quant and last == [override] and scheme and scheme.k_quant is None:
+                    found[override.match] = f"overrides, {override.match!r}: {no_k_quant(scheme.bits)}"
+        return list(found.values())
 
     def _fused_that_differ(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Runtimes merge q/k/v and gate/up into one matrix; a block's parts must then share a scheme."""
@@ -269,11 +311,7 @@ def groups_that_do_not_divide(
     return sentences
 
 
-def super_blocks_that_do_not_divide(
-    schemes: dict[str, Scheme],
-    shapes: Shapes,
-    override: str = "{{match: '*.{leaf}', k_quant: false, group_size: {size}}}",
-) -> list[str]:
+def super_blocks_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes) -> list[str]:
     """One sentence for each kind of linear whose columns do not divide into super-blocks, with an override to paste."""
     found: dict[tuple[str, int], list[str]] = {}
     for module, scheme in schemes.items():
@@ -284,7 +322,7 @@ def super_blocks_that_do_not_divide(
     for (leaf, columns), modules in found.items():
         change = "ignore it"
         if columns % 32 == 0:
-            change = f"give it another grid: overrides: [{override.format(leaf=leaf, size=32)}]"
+            change = f"give it another grid: overrides: [{{match: '*.{leaf}', group_size: 32}}]"
         more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
         sentences.append(
             f"{modules[0]}{more}: {columns} input columns do not divide by the {SUPER} of a K-quant; {change}"

@@ -22,7 +22,15 @@ from compress.quantization.scheme import Scheme, usable_group_sizes
 from compress.quantization.super_blocks import K_QUANTS, SUPER
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import kept, module_record
-from compress.stages.quantize import BitsOrPlanned, GroupSize, checked_size, left_to_the_plan, no_k_quant, says_no_more
+from compress.stages.quantize import (
+    NO_ZERO_POINTS,
+    BitsOrPlanned,
+    GroupSize,
+    checked_size,
+    left_to_the_plan,
+    no_k_quant,
+    says_no_more,
+)
 
 ROWS = 1 << 14
 """Rounded at once."""
@@ -38,6 +46,11 @@ class Vocabulary(Stage):
     )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="columns of a row that share a scale, or 'channel'")
+    zero_points: Literal["integer", "free"] = Field(
+        default="integer",
+        description="with symmetric: false; free, for format gguf alone: the least value of a group is any float16, no "
+        "multiple of its scale: less error in the same bytes (Q4_1, Q5_1)",
+    )
     k_quant: bool = Field(
         default=False,
         description="a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; "
@@ -54,13 +67,16 @@ class Vocabulary(Stage):
     @model_validator(mode="after")
     def _plan_decides(self) -> Vocabulary:
         if self.follows_plan:
-            left_to_the_plan(self, "symmetric", "group_size", "k_quant", "scales", "parts")
+            left_to_the_plan(self, "symmetric", "group_size", "zero_points", "k_quant", "scales", "parts")
         return self
 
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> Vocabulary:
-        if self.k_quant and {"symmetric", "group_size"} & self.changed_fields:
-            raise ValueError(says_no_more("symmetric and group_size"))
+        said = ("symmetric", "group_size", "zero_points")
+        if self.k_quant and {*said} & self.changed_fields:
+            raise ValueError(says_no_more(said))
+        if self.zero_points == "free" and self.symmetric:
+            raise ValueError(NO_ZERO_POINTS)
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
         return self
@@ -75,7 +91,8 @@ class Vocabulary(Stage):
         assert self.bits != "planned", "schemes are in the plan"
         if self.k_quant:
             return Scheme.of_k_quant(self.bits)
-        return Scheme(self.bits, self.symmetric, None if self.group_size == "channel" else self.group_size)
+        group = None if self.group_size == "channel" else self.group_size
+        return Scheme(self.bits, self.symmetric, group, free_minima=self.zero_points == "free")
 
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         if self.follows_plan:

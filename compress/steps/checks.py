@@ -104,6 +104,10 @@ def warnings_of(
     found += _zeros(recipe)
     found += _scaled_for_nobody(recipe)
     found += _codes_that_stay(recipe)
+    if recipe.export.format == "gguf" and any(
+        scheme.grid == "int" and not scheme.symmetric and not scheme.of_super_blocks for scheme in schemes.values()
+    ):
+        found.append("gguf keeps a minimum of any value: zero_points: free is less error in the same bytes")
     has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
     if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
         found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")
@@ -142,8 +146,10 @@ def _scaled_for_nobody(recipe: Recipe) -> list[str]:
             found.append(where + f"{kind} changes what quantising costs, and nothing quantises after it")
         elif isinstance(stage, SmoothQuant) and after.inputs != "int8":
             found.append(where + "smoothquant is for inputs: int8, and the stage that quantises after it has none")
-        elif isinstance(stage, Awq) and (after.bits, after.group_size) != (stage.bits, stage.group_size):
-            given = f"bits {after.bits}, group_size {after.group_size}"
+        elif isinstance(stage, Awq) and (
+            after.k_quant or (after.bits, after.group_size) != (stage.bits, stage.group_size)
+        ):
+            given = "K-quants" if after.k_quant else f"bits {after.bits}, group_size {after.group_size}"
             found.append(
                 where + f"awq scales for bits {stage.bits}, group_size {stage.group_size}; after it come {given}"
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.base import Format
@@ -18,6 +18,7 @@ from compress.events import Progress
 from compress.memory import predict
 from compress.memory.measure import PeakSampler
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import K_QUANTS
 from compress.reports.report import AlternativeRecord
 from compress.stages import Gptq
 from compress.stages.quantize import Bits
@@ -73,15 +74,20 @@ def best_within(plan: Plan, limit: int) -> Uniform | None:
     """The scheme with the least rounding error to be expected of those that take at most `limit` bytes; None where
     none does."""
     shape = Shape(plan.config)
-    found = [Uniform.of(Scheme(bits, True, group), shape, plan) for bits in get_args(Bits) for group in GROUP_SIZES]
+    schemes = [Scheme(bits, True, group) for bits in get_args(Bits) for group in GROUP_SIZES]
+    if _format(plan, shape).name == "gguf":
+        schemes += [Scheme(bits, False, 32, free_minima=True) for bits in (4, 5)]
+        schemes += map(Scheme.of_k_quant, K_QUANTS)
+    found = [Uniform.of(scheme, shape, plan) for scheme in schemes]
     fitting = [each for each in found if each and each.bytes <= limit]
     return min(fitting, key=lambda each: expected_error(each.scheme), default=None)
 
 
 def expected_error(scheme: Scheme) -> float:
     """Of rounding, relative: a quarter for each bit more, and as the square of a group's range, which for g normal
-    numbers is about 2 ln(2 g)."""
-    return float(4.0**-scheme.bits * math.log(2 * (scheme.group_size or 1024)))
+    numbers is about 2 ln(2 g). A minimum of its own saves a quarter."""
+    error = 4.0**-scheme.bits * math.log(2 * (scheme.group_size or 1024))
+    return float(error * (1 if scheme.symmetric else 0.75))
 
 
 def quantised_alone(
@@ -149,9 +155,13 @@ def _caveats(plan: Plan) -> list[str]:
 def _like_the_recipes(plan: Plan, best: Uniform) -> Gptq:
     """gptq with the settings of the recipe's own, if it has one; else its defaults."""
     own = [stage for stage in plan.recipe.stages if isinstance(stage, Gptq)]
-    others = {"bits", "symmetric", "group_size", "inputs", "k_quant", "ignore", "overrides"}
+    others = {"bits", "symmetric", "group_size", "inputs", "zero_points", "k_quant", "ignore", "overrides"}
     fields = own[-1].model_dump(exclude=others) if own else {}
     rows = [{"match": name, "group_size": "channel"} for name in best.undivided]
-    return Gptq(
-        **{**fields, "bits": best.scheme.bits, "group_size": best.scheme.group_size or "channel", "overrides": rows}
-    )
+    if best.scheme.k_quant:
+        grid: dict[str, Any] = {"k_quant": True}
+    else:
+        free = "free" if best.scheme.free_minima else "integer"
+        group = best.scheme.group_size or "channel"
+        grid = {"group_size": group, "symmetric": best.scheme.symmetric, "zero_points": free}
+    return Gptq(**{**fields, "bits": best.scheme.bits, **grid, "overrides": rows})

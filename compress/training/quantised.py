@@ -113,7 +113,7 @@ class QuantisedLinear(nn.Module):
         self.codes: Tensor
         self.bias: Tensor | None
         self.zero: Tensor | None
-        self.scales: Tensor
+        self.scales: Tensor | None
         self.minimum: Tensor | None
         self.minima: Tensor | None
         self.register_buffer("codes", codes)
@@ -131,7 +131,7 @@ class QuantisedLinear(nn.Module):
     def grid_at(self, scale: Tensor) -> Grid:
         """The grid with other free scales, float32, which are values of their dtype."""
         scale = scale.to(self.scale.base.dtype)
-        if self.scheme.k_quant:
+        if self.scheme.of_super_blocks:
             made_of = SuperBlocks(scale, self.scales, self.minimum, self.minima)
             return Grid.of_super_blocks(self.scheme, made_of)
         return Grid(self.scheme, scale, self.zero)

@@ -24,7 +24,8 @@ from compress.training.trained import Adapter, AllTrained, Moved, Trainable, ada
 
 
 class AsExported(Checkpoint):
-    """A checkpoint as an export will hold it: floating tensors are those of the stored dtype."""
+    """A checkpoint as an export will hold it: floating tensors are those of the stored dtype, but for scales of
+    super-blocks, which are float16 whatever a model is stored in."""
 
     def __init__(self, folder: Path, stored: torch.dtype) -> None:
         super().__init__(folder)
@@ -32,6 +33,9 @@ class AsExported(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         tensor = super().read(name)
+        owner = self.quantised_owner(name)
+        if owner is not None and self.schemes[owner].of_super_blocks:
+            return tensor
         return tensor.to(self.stored) if tensor.is_floating_point() else tensor
 
 

@@ -324,7 +324,7 @@ def judge_type(kind: str, ids: Tensor, place: Path) -> dict[str, Any]:
 
 
 def type_passed(row: Mapping[str, Any]) -> bool:
-    return row["kl"] < 5e-3
+    return row["kl"] < 1.5e-3
 
 
 def passed(row: Mapping[str, Any]) -> bool:

@@ -90,6 +90,26 @@ def test_the_packages_reader_gives_our_values(tmp_path, kind, fields, group):
         assert (values - ours).abs().max() < bound
 
 
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_1", 4), ("Q4_1", 3), ("Q5_1", 5)])
+@pytest.mark.parametrize("group", [32, "channel"])
+def test_free_minima_are_in_the_file_as_they_were_found(tmp_path, kind, bits, group):
+    fields = {"bits": bits, "symmetric": False, "zero_points": "free", "group_size": group}
+    done, path, written = exported(tmp_path, fields)
+    tensor = tensors_of_file(path)["blk.1.ffn_down.weight"]
+
+    values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+
+    assert tensor.tensor_type.name == kind
+    # Unlike a multiple of the scale, a minimum of its own is not rounded on its way there.
+    torch.testing.assert_close(values, done.dense("model.layers.1.mlp.down_proj"), rtol=1e-5, atol=1e-6)
+    assert [event.kind for event in written.events] == ["tokenizer_left_out"]
+    (tmp_path / "read").mkdir()
+    convert(path, tmp_path / "read", path.parent)
+    windows = random_windows(count=2)
+    ours, theirs = our_logits(done.folder, windows), our_logits(tmp_path / "read", windows)
+    torch.testing.assert_close(theirs, ours, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("kind", "bits"), K_QUANTS.items())
 def test_k_quants_are_read_as_our_values(tmp_path, kind, bits):
     done, path, written = exported(tmp_path, {"bits": bits, "group_size": 64, "k_quant": True}, **WIDE)
@@ -106,12 +126,14 @@ def test_k_quants_are_read_as_our_values(tmp_path, kind, bits):
     assert scan(path, "model.gguf") == (len(found), [])
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_k_quants_beside_other_types_are_read_back_with_our_logits(tmp_path, bits):
     """Rows of queries and keys change places; only the MLP's last linear is wide enough for a super-block."""
-    plain = {"k_quant": False, "group_size": 32}
-    fields = {"bits": bits, "group_size": 64, "k_quant": True, "overrides": ({"match": "*_proj", **plain},)}
-    fields["overrides"] += ({"match": "*.down_proj", "k_quant": True},)
+    overrides = (
+        {"match": "*_proj", "bits": 4, "group_size": 32},
+        {"match": "*.down_proj", "bits": bits, "k_quant": True},
+    )
+    fields = {"bits": bits, "group_size": 64, "k_quant": True, "overrides": overrides}
     done, path, _ = exported(tmp_path, fields, hidden_size=64, intermediate_size=256)
     (tmp_path / "read").mkdir()
     previous = convert(path, tmp_path / "read", path.parent)

@@ -67,6 +67,40 @@ def _brute_force(weight: torch.Tensor, scheme: Scheme) -> float:
     )
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_free_minima_cost_less_than_integer_zero_points_and_those_less_than_shrunken_ranges(bits):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(bits)) * 0.02
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.05
+    integer, free = Scheme(bits, False, 32), Scheme(bits, False, 32, free_minima=True)
+
+    found = {
+        "covering": _squared_error(weight, minmax_grid(weight, integer, torch.float16), importance),
+        "integer": _squared_error(weight, search_grid(weight, importance, integer, torch.float16), importance),
+        "free": _squared_error(weight, search_grid(weight, importance, free, torch.float16), importance),
+    }
+
+    assert found["integer"] < 0.9 * found["covering"]
+    assert found["free"] < 0.85 * found["integer"]
+
+
+def test_a_free_grid_is_near_the_best_of_brute_force_on_four_numbers():
+    """Every pair of least and largest value on a fine mesh, for two bits."""
+    scheme, sums = Scheme(2, False, 4, free_minima=True), {"best": 0.0, "found": 0.0, "covering": 0.0}
+    mesh = torch.linspace(-1.3, 1.3, 105)
+    for seed in range(12):
+        weight = torch.randn(4, generator=torch.Generator().manual_seed(seed)).clamp(-1.2, 1.2)
+        weight[0] = weight[0].abs() + 0.05
+        low, high = (each.flatten() for each in torch.meshgrid(mesh[mesh <= 0], mesh, indexing="ij"))
+        step = (high - low).clamp_min(1e-6).unsqueeze(1) / 3
+        codes = ((weight - low.unsqueeze(1)) / step).round().clamp(0, 3)
+        errors = (low.unsqueeze(1) + codes * step - weight).square().sum(1)
+        sums["best"] += float(errors[high > low].min())
+        sums["found"] += _squared_error(weight.view(1, 4), search_grid(weight.view(1, 4), None, scheme, torch.float32))
+        sums["covering"] += _squared_error(weight.view(1, 4), minmax_grid(weight.view(1, 4), scheme, torch.float32))
+
+    assert sums["best"] - 1e-2 <= sums["found"] <= sums["best"] + 0.3 * (sums["covering"] - sums["best"])
+
+
 def _int8(zero: int | None) -> torch.Tensor | None:
     return None if zero is None else torch.tensor([[zero]], dtype=torch.int8)
 
@@ -95,6 +129,7 @@ def test_importance_moves_the_grid_towards_the_columns_that_matter():
 @given(
     bits=st.sampled_from(BITS),
     symmetric=st.booleans(),
+    free=st.booleans(),
     stored=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     magnitude=st.sampled_from([0.0, 1e-30, 1e-6, 1.0, 300.0, 1e5]),
     group=st.sampled_from([None, 2, 8]),
@@ -103,14 +138,17 @@ def test_importance_moves_the_grid_towards_the_columns_that_matter():
     seed=st.integers(0, 10**6),
 )
 def test_scales_are_finite_never_zero_and_in_the_stored_dtype(
-    bits, symmetric, stored, magnitude, group, rows, offset, seed
+    bits, symmetric, free, stored, magnitude, group, rows, offset, seed
 ):
     weight = (torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)) + offset) * magnitude
-    scheme = Scheme(bits, symmetric, group)
+    scheme = Scheme(bits, symmetric, group, free_minima=free and not symmetric)
     importance = torch.rand(16, generator=torch.Generator().manual_seed(seed + 1))
 
     for grid in (minmax_grid(weight, scheme, stored), search_grid(weight, importance, scheme, stored)):
-        assert grid.scale.dtype == stored and grid.scale.shape == (rows, scheme.groups(16))
+        assert grid.scale.dtype == (torch.float32 if scheme.free_minima else stored) and grid.scale.shape == (
+            rows,
+            scheme.groups(16),
+        )
         assert bool(torch.isfinite(grid.scale).all()) and bool((grid.scale != 0).all())
         assert (grid.zero is None) == symmetric
         codes = quantize(weight, grid)

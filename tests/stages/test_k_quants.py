@@ -6,16 +6,20 @@ import gguf
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from compress.architecture import architecture_of
 from compress.checkpoints.export import export
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
+from compress.errors import RecipeError
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import Scheme
 from compress.quantization.super_blocks import K_QUANTS, SuperBlocks
 from compress.stages import Gptq, MixedPrecision, Recover, RoundToNearest, Sensitivity, Vocabulary
+from compress.stages.quantize import no_k_quant
+from compress.training.student import AsExported
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "attention_bias": False, "mlp_bias": False}
@@ -72,7 +76,7 @@ def test_training_moves_super_blocks_and_leaves_their_integers(model, tmp_path, 
     if new.nested.minima is not None:
         assert torch.equal(old.nested.minima, new.nested.minima)
         assert torch.equal(old.nested.minimum, new.nested.minimum)
-    assert train == "codes" or torch.equal(before, after)
+    assert torch.equal(before, after) == (train != "codes")
     read = tensors_of_file(done, tmp_path / "export")["blk.0.ffn_up.weight"]
     torch.testing.assert_close(read, done.dense(module), rtol=1e-5, atol=1e-6)
 
@@ -126,10 +130,10 @@ def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settl
     leaves = sorted({name.rsplit(".", 1)[-1] for name in shapes} - {"down_proj"})
 
     said = Gptq(bits=4, k_quant=True).check(shapes, architecture)
-    settled = [{"match": f"*.{leaf}", "k_quant": False, "group_size": 32} for leaf in leaves]
+    settled = [{"match": f"*.{leaf}", "group_size": 32} for leaf in leaves]
 
     assert len(said) == 6 and "64 input columns do not divide by the 256 of a K-quant" in said[0]
-    assert "overrides: [{match: '*.q_proj', k_quant: false, group_size: 32}]" in said[0]
+    assert "overrides: [{match: '*.q_proj', group_size: 32}]" in said[0]
     assert Gptq(bits=4, k_quant=True, overrides=settled).check(shapes, architecture) == []
     said = Sensitivity(**CHOICE).check(shapes, architecture)
     assert any("overrides: [{match: '*.q_proj', group_size: 32}]" in each for each in said)
@@ -139,18 +143,107 @@ def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settl
     ("stage", "fields", "said"),
     [
         (Gptq, {"bits": 8}, "no K-quant has 8 bits; they have 2, 3, 4, 5, 6"),
-        (Gptq, {"bits": 4, "group_size": 32}, "says symmetric, group_size and inputs by its bits"),
-        (Gptq, {"bits": 4, "symmetric": False}, "says symmetric, group_size and inputs by its bits"),
-        (Gptq, {"bits": 4, "overrides": [{"match": "*.q_proj", "bits": 8}]}, "no K-quant has 8 bits"),
-        (Gptq, {"bits": 4, "overrides": [{"match": "*.q_proj", "group_size": 64}]}, "by its bits"),
+        (Gptq, {"bits": 4, "group_size": 32}, "says symmetric, group_size, inputs and zero_points by its bits"),
+        (Gptq, {"bits": 4, "symmetric": False}, "says symmetric, group_size, inputs and zero_points by its bits"),
+        (Gptq, {"bits": 4, "overrides": [{"match": "*.q_proj", "bits": 8, "k_quant": True}]}, "no K-quant has 8 bits"),
+        (Gptq, {"overrides": [{"match": "*.q_proj", "group_size": 64, "k_quant": True}]}, "by its bits"),
         (Gptq, {"bits": "planned"}, "leaves k_quant to the mixed_precision stage"),
+        (Gptq, {"bits": 4, "zero_points": "free"}, "by its bits"),
         (Vocabulary, {"bits": 8}, "no K-quant has 8 bits"),
-        (Vocabulary, {"bits": 6, "group_size": 32}, "says symmetric and group_size by its bits"),
+        (Vocabulary, {"bits": 6, "group_size": 32}, "says symmetric, group_size and zero_points by its bits"),
     ],
 )
 def test_what_a_k_quant_leaves_no_choice_of_is_refused(stage, fields, said):
     with pytest.raises(ValidationError, match=said.replace("(", r"\(")):
         stage(k_quant=True, **fields)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        ([{"match": "*.mlp.*", "bits": 6}], "Q6_K (symmetric group 16)"),
+        ([{"match": "*.mlp.*", "bits": 8}], "int8 symmetric group 64"),
+        ([{"match": "*.mlp.*", "group_size": 32}], "int4 symmetric group 32"),
+        ([{"match": "*.mlp.*", "symmetric": False, "zero_points": "free"}], "int4 asymmetric group 64, free minima"),
+        (
+            [{"match": "*_proj", "bits": 8}, {"match": "*.mlp.*", "bits": 5, "k_quant": True}],
+            "Q5_K (asymmetric group 32)",
+        ),
+        ([{"match": "*_proj", "bits": 8}, {"match": "*.mlp.*", "bits": 5}], "int5 symmetric group 64"),
+    ],
+)
+def test_overrides_leave_k_quants_and_come_back(model, overrides, label):
+    stage = Gptq(bits=4, k_quant=True, overrides=overrides)
+
+    assert stage.check(shapes_of(model), Checkpoint(model).architecture) == []
+    assert stage.scheme_of("model.layers.0.mlp.up_proj").label == label
+
+
+def test_a_k_quant_of_bits_that_another_override_gave_is_refused(model):
+    overrides = [{"match": "*.mlp.*", "bits": 8}, {"match": "*.up_proj", "k_quant": True}]
+    overrides.append({"match": "*.gate_proj", "k_quant": True})
+
+    said = Gptq(bits=4, overrides=overrides).check(shapes_of(model), Checkpoint(model).architecture)
+
+    assert said == [f"overrides, '*.{leaf}_proj': {no_k_quant(8)}" for leaf in ("up", "gate")]
+
+
+def test_for_other_runtimes_k_quants_are_refused_as_what_they_are(model):
+    stage = Sensitivity(runtime="vllm", candidates=[{"bits": 4, "k_quant": True}, 8])
+
+    said = " ".join(stage.check(shapes_of(model), Checkpoint(model).architecture))
+
+    assert "K-quants are llama.cpp's" in said and "zero points" not in said
+
+
+@pytest.mark.parametrize("fields", [{"k_quant": True}, {"symmetric": False, "zero_points": "free", "group_size": 32}])
+def test_bfloat16_models_train_what_they_ship(tmp_path, fields):
+    """Scales of super-blocks are float16 whatever the model is in: what training sees is what is written."""
+    random_model("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    kept = {"stored": torch.bfloat16}
+    solved, _ = apply_stage(Gptq(bits=4, **fields), tmp_path / "model", tmp_path / "solved", WINDOWS, **kept)
+    module = "model.layers.1.mlp.up_proj"
+
+    assert torch.equal(AsExported(solved.folder, torch.bfloat16).dense(module), solved.dense(module))
+    stage = Recover(train="scales", epochs=20, batch_tokens=96, patience=100)
+    done, _ = apply_stage(stage, solved.folder, tmp_path / "out", WINDOWS, origin=tmp_path / "model", **kept)
+    scale = done.codes(module)[1].nested.scale
+    assert scale.dtype == torch.float16 and not torch.equal(scale, scale.bfloat16().half())
+
+
+def test_values_outside_the_range_of_what_they_are_written_in_are_refused(tmp_path):
+    random_model("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 2e5
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    stage = RoundToNearest(bits=4, k_quant=True)
+    done, _ = apply_stage(stage, tmp_path / "model", tmp_path / "out", stored=torch.float16)
+
+    with pytest.raises(RecipeError, match=r"up_proj\.weight holds values up to 2e"):
+        export(done, tmp_path / "plain", "plain", torch.float16, 10**9)
+
+
+@pytest.mark.parametrize("stage", [Gptq, RoundToNearest, Vocabulary])
+def test_symmetric_codes_have_no_zero_points_to_free(stage):
+    with pytest.raises(ValidationError, match="zero_points say nothing of symmetric codes"):
+        stage(zero_points="free")
+
+
+def test_free_minima_are_solved_trained_and_kept(model, tmp_path):
+    fields = {"bits": 3, "symmetric": False, "group_size": 32}
+    free, outcome = apply_stage(Gptq(**fields, zero_points="free"), model, tmp_path / "free", WINDOWS)
+    _, integer = apply_stage(Gptq(**fields), model, tmp_path / "integer", WINDOWS)
+
+    assert sum(row["error"] for row in outcome.modules) < 0.9 * sum(row["error"] for row in integer.modules)
+    stage = Recover(train="scales", epochs=20, batch_tokens=96, patience=100)
+    done, _ = apply_stage(stage, free.folder, tmp_path / "out", WINDOWS, origin=model)
+    module = "model.layers.0.mlp.up_proj"
+    (_, old), (_, new) = free.codes(module), done.codes(module)
+    assert torch.equal(old.nested.minimum, new.nested.minimum) and not torch.equal(old.nested.scale, new.nested.scale)
+    read = tensors_of_file(done, tmp_path / "export")["blk.0.ffn_up.weight"]
+    torch.testing.assert_close(read, done.dense(module), rtol=1e-5, atol=1e-6)
+    for name in ("compressed-tensors", "gptq", "bitsandbytes"):
+        assert FORMATS[name].refusal(done.schemes[module], 256, 256)
 
 
 @pytest.mark.parametrize("candidate", [{"bits": 8}, {"bits": 4, "group_size": 32}, {"bits": 16}])

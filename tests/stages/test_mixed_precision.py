@@ -333,7 +333,8 @@ def test_what_rounding_an_embedding_costs_is_measured_and_is_what_the_stage_for_
     _, tuning = WINDOWS.apart(4)
     before = our_logits(tmp_path / "model", tuning).log_softmax(-1)
     for number, (scheme, row) in enumerate(zip(kinds[:-1], rows, strict=False)):
-        stage = Vocabulary(bits=scheme.bits, symmetric=scheme.symmetric, group_size=32)
+        zero_points = "free" if scheme.free_minima else "integer"
+        stage = Vocabulary(bits=scheme.bits, symmetric=scheme.symmetric, zero_points=zero_points, group_size=32)
         alone, _ = apply_stage(stage, tmp_path / "model", tmp_path / f"alone{number}")
         after = our_logits(alone.folder, tuning).log_softmax(-1)
         # The last token of a window predicts nothing.

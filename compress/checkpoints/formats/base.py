@@ -201,10 +201,11 @@ def servable_scale(source: Checkpoint, module: str) -> torch.Tensor:
     return grid.scale
 
 
-def servable_values(source: Checkpoint, module: str) -> torch.Tensor:
-    """The values of a quantised linear as its file has them. Raises RecipeError where one is outside their range."""
+def servable_values(source: Checkpoint, module: str, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a quantised linear in `dtype`. Raises RecipeError where one is outside the range of that, or of its
+    scales' own."""
     _check_products(*source.codes(module), module)
-    return source.dense(module)
+    return cast(source.dense(module), dtype, f"{module}.weight")
 
 
 def _check_products(codes: torch.Tensor, grid: Grid, module: str) -> None:

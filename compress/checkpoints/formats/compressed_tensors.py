@@ -55,6 +55,8 @@ class CompressedTensors(Format):
             return "its weights are integers"
         if scheme.k_quant:
             return "its scales are floating point, not integers of a K-quant"
+        if scheme.free_minima:
+            return "its zero points are integers"
         if scheme.outliers:
             return "it cannot keep columns of outliers in 16 bits"
         if scheme.inputs and (scheme.bits != 8 or not scheme.symmetric or scheme.group_size is not None):

@@ -6,7 +6,8 @@ of 32 columns is as many blocks with the same d, and nothing is rounded again:
     Q4_0   d, 16 bytes                value (q - 8) d      symmetric, up to 4 bits: 2- and 3-bit codes take 4 here
     Q5_0   d, 4 + 16 bytes            value (q - 16) d     symmetric, 5 bits
     Q8_0   d, 32 bytes                value q d            symmetric, 6 and 8 bits
-    Q4_1   d, m, 16 bytes             value q d + m        asymmetric, up to 4 bits; m = -zero d, rounded to float16
+    Q4_1   d, m, 16 bytes             value q d + m        asymmetric, up to 4 bits; m = -zero d, rounded to float16, or
+                                                          with free minima as it was found
     Q5_1   d, m, 4 + 16 bytes         value q d + m        asymmetric, 5 bits
 
     Q2_K to Q6_K           K-quants, of stages that solve on their grids (`quantization.super_blocks`)
@@ -44,7 +45,7 @@ from compress.events import Event
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid
 from compress.quantization.scheme import Scheme
-from compress.quantization.super_blocks import K_QUANTS, SUPER
+from compress.quantization.super_blocks import K_QUANTS, SUPER, SuperBlocks
 
 BLOCK = 32
 FILE = "model.gguf"
@@ -229,8 +230,11 @@ def blocks(codes: Tensor, grid: Grid, kind: str, module: str) -> Tensor:
     parts = [_half(scale, module)]
     if kind in ("Q4_1", "Q5_1"):
         assert grid.zero is not None
-        zero = grid.zero.repeat_interleave(repeats, dim=1).view(-1, 1).float() + offset
-        parts.append(_half(-zero * scale.float(), module))
+        if isinstance(grid.nested, SuperBlocks) and grid.nested.minimum is not None:
+            minimum = grid.nested.minimum.float()
+        else:
+            minimum = (grid.zero.float() + offset) * grid.scale.float()
+        parts.append(_half(-minimum.repeat_interleave(repeats, dim=1).view(-1, 1), module))
     if kind == "Q8_0":
         parts.append(values.to(torch.int8).view(torch.uint8))
     else:

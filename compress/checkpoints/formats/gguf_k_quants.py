@@ -25,7 +25,7 @@ def super_blocks(codes: Tensor, grid: Grid) -> Tensor:
     made_of, layout = grid.nested, grid.scheme.k_quant
     assert isinstance(made_of, SuperBlocks) and layout is not None
     q = (codes.to(torch.int16) - grid.scheme.lowest).view(-1, SUPER)
-    c = made_of.scales.reshape(len(q), -1).to(torch.int16)
+    c = made_of.integers.reshape(len(q), -1).to(torch.int16)
     d = made_of.scale.reshape(-1, 1).contiguous().view(torch.uint8)
     if made_of.minimum is None or made_of.minima is None:
         parts = {3: _q3, 6: _q6}[grid.scheme.bits](q, c, d)

@@ -54,6 +54,8 @@ class GptqLayout(Format):
             return "its weights are integers, its inputs are not"
         if scheme.k_quant:
             return "its scales are floating point, not integers of a K-quant"
+        if scheme.free_minima:
+            return "its zero points are integers"
         if scheme.bits not in BITS:
             return f"its loaders know {', '.join(map(str, BITS))} bits"
         if columns % WORD or rows % WORD:

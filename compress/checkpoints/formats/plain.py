@@ -31,6 +31,6 @@ class Plain(Format):
         def quantised(module: str, scheme: Scheme) -> list[Entry]:
             rows, columns = source.matrix_shape(module)
             own = (columns, rows) if source.is_transposed(module) else (rows, columns)
-            return [Entry(f"{module}.weight", dtype, own, lambda: servable_values(source, module))]
+            return [Entry(f"{module}.weight", dtype, own, lambda: servable_values(source, module, dtype))]
 
         return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, None)

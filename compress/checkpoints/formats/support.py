@@ -49,9 +49,9 @@ def _weights(*bits: int, symmetric: bool | None = True, served: bool = False) ->
     """Integer weights alone, of these widths; `served`: groups that Marlin takes."""
 
     def takes(scheme: Scheme) -> bool:
-        plain = scheme.grid == "int" and scheme.inputs is None and scheme.bits in bits and not scheme.k_quant
+        plain = scheme.grid == "int" and scheme.inputs is None and scheme.bits in bits
         suits = symmetric is None or scheme.symmetric == symmetric
-        return plain and suits and (not served or scheme.group_size in SERVED_GROUPS)
+        return plain and suits and not scheme.of_super_blocks and (not served or scheme.group_size in SERVED_GROUPS)
 
     return takes
 
@@ -70,6 +70,11 @@ def _llm_int8(scheme: Scheme) -> bool:
 
 def _none(scheme: Scheme) -> bool:
     return False
+
+
+def _blocks_of_32(scheme: Scheme) -> bool:
+    free = scheme.free_minima and scheme.bits <= 5
+    return free or _weights(2, 3, 4, 5, symmetric=None)(scheme) or _weights(6, 8)(scheme)
 
 
 def _k_quant(scheme: Scheme) -> bool:
@@ -207,7 +212,7 @@ SUPPORT: tuple[Row, ...] = (
     ),
     Row(
         *("llama.cpp", "gguf", "up to 5 bits; 6, 8 bits symmetric"),
-        lambda scheme: _weights(2, 3, 4, 5, symmetric=None)(scheme) or _weights(6, 8)(scheme),
+        _blocks_of_32,
         *(
             "multiples of 32",
             "yes",
@@ -219,14 +224,14 @@ SUPPORT: tuple[Row, ...] = (
     ),
     Row(
         *("transformers", "gguf", "the same"),
-        lambda scheme: _weights(2, 3, 4, 5, symmetric=None)(scheme) or _weights(6, 8)(scheme),
+        _blocks_of_32,
         *("multiples of 32", "yes", "columns divide by 32", "unpacks while loading"),
         f"{TESTS}test_gguf.py",
         lambda rows, columns: columns % 32 == 0,
     ),
     Row(
         *("vLLM", "gguf", "the same"),
-        lambda scheme: _weights(2, 3, 4, 5, symmetric=None)(scheme) or _weights(6, 8)(scheme),
+        _blocks_of_32,
         *("multiples of 32", "yes", "columns divide by 32"),
         "GPUs, with vllm-gguf-plugin: 0.32.0 itself has no such method, and the plugin (0.0.5) needs CUDA",
         METHODS,

@@ -8,7 +8,7 @@ sees it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from compress.checkpoints.formats import FORMATS
@@ -67,7 +67,8 @@ def _format(plan: Plan, shape: Shape) -> Format:
 
 
 def _a_scale_a_row(scheme: Scheme) -> Scheme:
-    return Scheme(scheme.bits, scheme.symmetric, None)
+    """What `_like_the_recipes` makes of it by naming the group size alone."""
+    return Scheme(scheme.bits, True, None) if scheme.k_quant else replace(scheme, group_size=None)
 
 
 def best_within(plan: Plan, limit: int) -> Uniform | None:

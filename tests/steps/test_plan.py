@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+
+import torch
+
+from compress.checkpoints.formats import FORMATS
 from compress.events import Quiet
+from compress.memory import predict
 from compress.recipe import load_recipe
 from compress.steps.plan import make_plan, plan_evaluation
+from compress.steps.quantised_alone import _like_the_recipes, best_within
+from compress.steps.shapes import Shape
 from tests.helpers import changed, write_recipe
+from tests.tiny import random_model
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 256, "vocab_size": 1024}
+BIASES = {"attention_bias": False, "mlp_bias": False}
 
 
 def test_judging_a_model_is_planned_without_the_text_it_was_made_with(glass_recipe, tmp_path):
@@ -18,3 +30,31 @@ def test_judging_a_model_is_planned_without_the_text_it_was_made_with(glass_reci
         found[f"run {own}"] = make_plan(recipe, None, Quiet()).peak_host_bytes
     assert found[0] == found[4096]
     assert found["run 0"] < found["run 4096"]
+
+
+def test_quantising_alone_is_compared_with_everything_that_gguf_holds(glass, glass_recipe, tmp_path):
+    """Bytes between schemes: each limit is filled with the best that fits, K-quants and free minima among them."""
+    random_model("llama", tmp_path / "model", torch.float16, **WIDE, **BIASES)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(glass / name, tmp_path / "model" / name)
+    stages = [{"kind": "round_to_nearest", "bits": 4, "group_size": 32}]
+    export = {"format": "gguf", "context": 32}
+    recipe = changed(glass_recipe, model={"path": str(tmp_path / "model")}, stages=stages, export=export)
+    plan = make_plan(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)), None, Quiet())
+    shape = Shape(plan.config)
+    found = {}
+    for bits in (2.7, 3.5, 4.55, 5.1, 6.6):
+        quantised = sum(rows * columns for rows, columns in shape.matrices.values())
+        whole = predict.stored_bytes(shape.tensors, shape.everything, {}, 2, FORMATS["gguf"])
+        best = best_within(plan, int(whole - quantised * (16 - bits) / 8))
+        assert best is not None and best.bytes <= whole
+        found[bits] = best.scheme.label
+        stage = _like_the_recipes(plan, best)
+        assert set(stage.schemes(shape.matrices).values()) == {best.scheme}
+    assert [label.split(" (")[0] for label in found.values()] == [
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "int4 asymmetric group 32, free minima",
+        "Q6_K",
+    ]

@@ -17,7 +17,11 @@ from compress.evaluation.tasks.spec import Task
 class EvaluationSpec(WindowSpec):
     """A named held-out text. `set` is the name in measurements; by default that of the text."""
 
-    set: str = Field(default="", pattern=r"^[A-Za-z0-9_-]*$", description="name in measurements; default: the text's")
+    set: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9_-]*$",
+        description="name in measurements; default: the text's, of one given inline its kind",
+    )
     windows: int = Field(default=32, gt=1, description="number of windows; at least 2, so that there is an interval")
 
     max_windows: int | None = Field(

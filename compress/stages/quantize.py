@@ -51,7 +51,7 @@ class Override(BaseModel):
     symmetric: bool | None = None
     group_size: GroupSize | None = None
     inputs: Literal["int8", "none"] | None = None
-    zero_points: Literal["integer", "free"] | None = None
+    zero_points: Literal["integer", "free"] | None = Field(default=None, description="free: asymmetric too")
     k_quant: bool | None = None
 
     _pattern = field_validator("match")(checked_pattern)
@@ -137,11 +137,11 @@ class QuantizeStage(Stage):
 
     @model_validator(mode="after")
     def _zero_points_of_something(self) -> QuantizeStage:
-        if (
-            self.zero_points == "free"
-            and self.symmetric
-            and all(each.symmetric is not False for each in self.overrides)
-        ):
+        for override in self.overrides:
+            if override.zero_points == "free" and override.symmetric:
+                raise ValueError(f"overrides, {override.match!r}: {NO_ZERO_POINTS}")
+        asymmetric = not self.symmetric or any(each.symmetric is False for each in self.overrides)
+        if self.zero_points == "free" and not asymmetric:
             raise ValueError(NO_ZERO_POINTS)
         return self
 
@@ -191,6 +191,8 @@ class QuantizeStage(Stage):
             if matches(override.match, module):
                 bits = override.bits or bits
                 symmetric = symmetric if override.symmetric is None else override.symmetric
+                if override.zero_points == "free" and override.symmetric is None:
+                    symmetric = False
                 size = override.group_size or size
                 inputs = override.inputs or inputs
                 zero_points = override.zero_points or zero_points
@@ -312,12 +314,17 @@ def groups_that_do_not_divide(
 
 
 def super_blocks_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes) -> list[str]:
-    """One sentence for each kind of linear whose columns do not divide into super-blocks, with an override to paste."""
+    """One sentence for each kind of linear whose columns do not divide into super-blocks, with an override to paste, or
+    for all where no columns do."""
     found: dict[tuple[str, int], list[str]] = {}
     for module, scheme in schemes.items():
         columns = shapes[module][1]
         if scheme.k_quant and not scheme.divides(columns):
             found.setdefault((module.rsplit(".", 1)[-1], columns), []).append(module)
+    asked = [module for module, scheme in schemes.items() if scheme.k_quant]
+    if asked and len(asked) == sum(map(len, found.values())):
+        widths = ", ".join(map(str, sorted({columns for _, columns in found})))
+        return [f"no input columns here ({widths}) divide by the {SUPER} of a K-quant; leave k_quant out"]
     sentences = []
     for (leaf, columns), modules in found.items():
         change = "ignore it"

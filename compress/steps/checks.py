@@ -8,10 +8,12 @@ from typing import Any
 from compress.architecture import Architecture, Dimensions
 from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
+from compress.checkpoints.formats.gguf import type_of
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
 from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import K_QUANTS
 from compress.recipe import Recipe
 from compress.stages import Awq, Gptq, Recover, SmoothQuant, Sparsify
 from compress.stages.quantize import QuantizeStage
@@ -108,6 +110,8 @@ def warnings_of(
         scheme.grid == "int" and not scheme.symmetric and not scheme.of_super_blocks for scheme in schemes.values()
     ):
         found.append("gguf keeps a minimum of any value: zero_points: free is less error in the same bytes")
+    if recipe.export.format == "gguf":
+        found += _bits_that_gguf_widens(schemes)
     has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
     if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
         found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")
@@ -175,6 +179,17 @@ def _codes_that_stay(recipe: Recipe) -> list[str]:
                     "more calibration windows or epochs, or train: scales+norms, behind quality: max in a recover "
                     "stage of its own"
                 )
+    return found
+
+
+def _bits_that_gguf_widens(schemes: Mapping[str, Scheme]) -> list[str]:
+    """Codes that are stored in a type with more bits than they have."""
+    found = []
+    for scheme in dict.fromkeys(schemes.values()):
+        kind = type_of(scheme)
+        if kind and not scheme.k_quant and int(kind[1]) > scheme.bits:
+            said = f"gguf keeps {scheme.label} as {kind}, in as many bytes as {kind[1]} bits"
+            found.append(said + "; k_quant: true does not" * (scheme.bits in K_QUANTS))
     return found
 
 

@@ -143,7 +143,7 @@ def _memory(plan: Plan, source: OpenedSource, evidence: Evidence, sampler: PeakS
         stored=PredictedMeasured(
             predicted=plan.stored_bytes if predicted else None,
             measured=evidence.compressed.values["weight_bytes"],
-            note="safetensors tensors",
+            note="tensors of the files",
         ),
         resident=PredictedMeasured(
             predicted=plan.resident_bytes if predicted else None,

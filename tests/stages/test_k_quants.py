@@ -149,6 +149,11 @@ def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settl
         (Gptq, {"overrides": [{"match": "*.q_proj", "group_size": 64, "k_quant": True}]}, "by its bits"),
         (Gptq, {"bits": "planned"}, "leaves k_quant to the mixed_precision stage"),
         (Gptq, {"bits": 4, "zero_points": "free"}, "by its bits"),
+        (
+            Gptq,
+            {"overrides": [{"match": "*_proj", "zero_points": "free", "symmetric": True}]},
+            "say nothing of symmetric",
+        ),
         (Vocabulary, {"bits": 8}, "no K-quant has 8 bits"),
         (Vocabulary, {"bits": 6, "group_size": 32}, "says symmetric, group_size and zero_points by its bits"),
     ],
@@ -170,6 +175,7 @@ def test_what_a_k_quant_leaves_no_choice_of_is_refused(stage, fields, said):
             "Q5_K (asymmetric group 32)",
         ),
         ([{"match": "*_proj", "bits": 8}, {"match": "*.mlp.*", "bits": 5}], "int5 symmetric group 64"),
+        ([{"match": "*.mlp.*", "zero_points": "free"}], "int4 asymmetric group 64, free minima"),
     ],
 )
 def test_overrides_leave_k_quants_and_come_back(model, overrides, label):
@@ -177,6 +183,30 @@ def test_overrides_leave_k_quants_and_come_back(model, overrides, label):
 
     assert stage.check(shapes_of(model), Checkpoint(model).architecture) == []
     assert stage.scheme_of("model.layers.0.mlp.up_proj").label == label
+
+
+def test_where_no_columns_divide_that_is_one_sentence(tmp_path):
+    random_model("llama", tmp_path / "model", torch.float16)
+
+    said = Gptq(bits=4, k_quant=True).check(shapes_of(tmp_path / "model"), Checkpoint(tmp_path / "model").architecture)
+
+    assert said == ["no input columns here (64, 96) divide by the 256 of a K-quant; leave k_quant out"]
+
+
+def test_scales_of_few_of_float16s_smallest_steps_are_an_event(tmp_path):
+    """Where even the integers of groups cannot make up for it: the linear is as good as gone."""
+    random_model("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-6
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    for fields in ({"bits": 4, "k_quant": True}, {"bits": 4, "symmetric": False, "zero_points": "free"}):
+        name = str(len(fields))
+        stage = RoundToNearest(**fields)
+        done, _ = apply_stage(stage, tmp_path / "model", tmp_path / name, stored=torch.bfloat16)
+        written = export(done, tmp_path / f"{name}-export", "gguf", torch.bfloat16, 10**9)
+
+        rounded = [event.where for event in written.events if event.kind == "scales_rounded"]
+        assert rounded == ["model.layers.1.mlp.down_proj"]
 
 
 def test_a_k_quant_of_bits_that_another_override_gave_is_refused(model):

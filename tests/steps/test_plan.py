@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
 import torch
 
 from compress.checkpoints.formats import FORMATS
@@ -58,3 +59,23 @@ def test_quantising_alone_is_compared_with_everything_that_gguf_holds(glass, gla
         "int4 asymmetric group 32, free minima",
         "Q6_K",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bits": 3}, "gguf keeps int3 symmetric group 32 as Q4_0, in as many bytes as 4 bits; k_quant: true does not"),
+        ({"bits": 6}, "gguf keeps int6 symmetric group 32 as Q8_0, in as many bytes as 8 bits; k_quant: true does not"),
+        ({"bits": 4, "symmetric": False}, "zero_points: free is less error in the same bytes"),
+        ({"bits": 4, "symmetric": False, "zero_points": "free"}, ""),
+        ({"bits": 4}, ""),
+    ],
+)
+def test_plan_says_what_gguf_makes_of_a_scheme(glass_recipe, tmp_path, fields, said):
+    stages = [{"kind": "round_to_nearest", "group_size": 32, "ignore": ["*.down_proj"], **fields}]
+    recipe = changed(glass_recipe, stages=stages, export={"format": "gguf", "context": 32})
+
+    plan = make_plan(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)), None, Quiet())
+
+    found = [warning for warning in plan.warnings if "gguf keeps" in warning]
+    assert len(found) == bool(said) and all(said in warning for warning in found)

@@ -9,7 +9,7 @@ Notation as in `grid` and `super_blocks`: d c is a group's scale, e m its minimu
    least squares at fixed codes and integers, in float16, kept where the super-block's error falls.
 
 llama.cpp's own quantisers do the like of 1 and 2, by an importance matrix where there is one. What they and step 3 give
-is in docs/benchmarks/k-quants.md.
+is in docs/benchmarks/gguf.md.
 """
 
 from __future__ import annotations

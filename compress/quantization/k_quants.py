@@ -19,7 +19,15 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from compress.quantization.grid import Grid, group_errors, minmax_grid, nearest_integers, search_grid, storable
+from compress.quantization.grid import (
+    GPU_WEIGHTS,
+    Grid,
+    group_errors,
+    minmax_grid,
+    nearest_integers,
+    search_grid,
+    storable,
+)
 from compress.quantization.scheme import Scheme
 from compress.quantization.super_blocks import SUPER, KQuant, SuperBlocks
 
@@ -29,8 +37,6 @@ ROUNDS = 2
 """Of step 3."""
 ROWS = 64
 """Taken together on a CPU, so that they stay in the cache."""
-GPU_WEIGHTS = 1 << 26
-"""Weights of the rows that a GPU takes together."""
 
 
 def k_quant_grid(weight: Tensor, importance: Tensor | None, scheme: Scheme, search: bool = True) -> Grid:

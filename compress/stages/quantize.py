@@ -23,6 +23,15 @@ BitsOrPlanned = Literal[2, 3, 4, 5, 6, 8, "planned"]
 GroupSize = int | Literal["channel"]
 SAID_BY_K_QUANTS = ("symmetric", "group_size", "inputs", "zero_points")
 """Fields that a K-quant leaves no choice of."""
+OF_ZERO_POINTS = (
+    "with symmetric: false; free, for format gguf alone: the least value of a group is any float16, no multiple of its "
+    "scale: less error in the same bytes (Q4_1, Q5_1)"
+)
+OF_K_QUANTS = (
+    "a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; columns divide "
+    "by 256"
+)
+"""What fields of the two names say, here and in `vocabulary`."""
 
 
 def matches(pattern: str, module: str) -> bool:
@@ -95,16 +104,8 @@ class QuantizeStage(Stage):
         description="int8: linears round their inputs as they run, a scale a token, and multiply integers (W8A8); goes "
         "with bits: 8, symmetric, group_size: channel",
     )
-    zero_points: Literal["integer", "free"] = Field(
-        default="integer",
-        description="with symmetric: false; free, for format gguf alone: the least value of a group is any float16, no "
-        "multiple of its scale: less error in the same bytes (Q4_1, Q5_1)",
-    )
-    k_quant: bool = Field(
-        default=False,
-        description="a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; "
-        "input columns divide by 256",
-    )
+    zero_points: Literal["integer", "free"] = Field(default="integer", description=OF_ZERO_POINTS)
+    k_quant: bool = Field(default=False, description=OF_K_QUANTS)
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
 

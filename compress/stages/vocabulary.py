@@ -24,6 +24,8 @@ from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import kept, module_record
 from compress.stages.quantize import (
     NO_ZERO_POINTS,
+    OF_K_QUANTS,
+    OF_ZERO_POINTS,
     BitsOrPlanned,
     GroupSize,
     checked_size,
@@ -46,16 +48,8 @@ class Vocabulary(Stage):
     )
     symmetric: bool = Field(default=True, description="one scale per group; otherwise scale and zero point")
     group_size: GroupSize = Field(default=64, description="columns of a row that share a scale, or 'channel'")
-    zero_points: Literal["integer", "free"] = Field(
-        default="integer",
-        description="with symmetric: false; free, for format gguf alone: the least value of a group is any float16, no "
-        "multiple of its scale: less error in the same bytes (Q4_1, Q5_1)",
-    )
-    k_quant: bool = Field(
-        default=False,
-        description="a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; "
-        "columns divide by 256",
-    )
+    zero_points: Literal["integer", "free"] = Field(default="integer", description=OF_ZERO_POINTS)
+    k_quant: bool = Field(default=False, description=OF_K_QUANTS)
     scales: Scales = Field(default="mse", description="how scales are chosen")
     parts: Literal["all", "embedding", "head"] = Field(
         default="all", description="which of the two; a tied head is the embedding, and only 'all' names it"

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from compress.quantization.columns import solve_columns
 from compress.quantization.gpu import judging
-from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
+from compress.quantization.grid import Grid, dequantize, quantize
+from compress.quantization.grid_search import minmax_grid, search_grid
 from compress.quantization.k_quants import k_quant_grid
 from compress.quantization.refine import Split, refined
 from compress.quantization.scheme import Scheme

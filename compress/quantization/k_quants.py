@@ -2,7 +2,8 @@
 
 Notation as in `grid` and `super_blocks`: d c is a group's scale, e m its minimum; h the importance of a column.
 
-1. Each group for itself: the search of `grid`, with free scales s and for asymmetric types free minima M, in float32.
+1. Each group for itself: the search of `grid_search`, with free scales s and for asymmetric types free minima M, in
+   float32.
 2. Each super-block: d and e such that the widest group takes the largest integer, or somewhat less, both signs of d
    where symmetric; c = s / d and m = M / e to the nearest. The best of a few is kept.
 3. In turns: every c and m one up or down, kept where the group's error falls; d and e of a super-block together by
@@ -19,15 +20,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from compress.quantization.grid import (
-    GPU_WEIGHTS,
-    Grid,
-    group_errors,
-    minmax_grid,
-    nearest_integers,
-    search_grid,
-    storable,
-)
+from compress.quantization.grid import Grid, storable
+from compress.quantization.grid_search import GPU_WEIGHTS, group_errors, minmax_grid, nearest_integers, search_grid
 from compress.quantization.scheme import Scheme
 from compress.quantization.super_blocks import SUPER, KQuant, SuperBlocks
 

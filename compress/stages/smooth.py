@@ -31,7 +31,8 @@ from compress.calibration.walk import Arrival, Stream, forward_of, run_block
 from compress.checkpoints.couplings import to_channels, to_columns, written
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.memory.measure import release
-from compress.quantization.grid import dequantize, minmax_grid, quantize
+from compress.quantization.grid import dequantize, quantize
+from compress.quantization.grid_search import minmax_grid
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome

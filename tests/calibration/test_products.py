@@ -22,7 +22,8 @@ def test_auto_is_bfloat16_where_the_cpu_has_units_for_it(monkeypatch, units, exp
 
 
 def test_gradients_of_a_quantised_linear_are_those_of_float32_but_for_bfloat16(tmp_path):
-    from compress.quantization.grid import quantize, search_grid
+    from compress.quantization.grid import quantize
+    from compress.quantization.grid_search import search_grid
     from compress.quantization.scheme import Scheme
 
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))

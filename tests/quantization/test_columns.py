@@ -20,7 +20,8 @@ from torch import Tensor
 from compress.quantization import gpu as gpu_module
 from compress.quantization.columns import ColumnGrid, TorchRounder, column_kernel, solve_columns
 from compress.quantization.gptq import choose_grid, factorise
-from compress.quantization.grid import Grid, dequantize, group_errors
+from compress.quantization.grid import Grid, dequantize
+from compress.quantization.grid_search import group_errors
 from compress.quantization.refine import descended, moments
 from compress.quantization.scheme import BITS, Scheme
 from tests.helpers import PROJECT, environment

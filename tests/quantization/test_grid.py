@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.quantization.grid import Grid, dequantize, minmax_grid, quantize, search_grid
+from compress.quantization.grid import Grid, dequantize, quantize
+from compress.quantization.grid_search import minmax_grid, search_grid
 from compress.quantization.scheme import BITS, Scheme, usable_group_sizes
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.quantization.gptq import choose_grid, factorise, relative_error, solve
-from compress.quantization.grid import Grid, dequantize, line, quantize, search_grid
+from compress.quantization.grid import Grid, dequantize, quantize
+from compress.quantization.grid_search import line, search_grid
 from compress.quantization.k_quants import _plane, k_quant_grid
 from compress.quantization.refine import Split, fitted_scales
 from compress.quantization.scheme import Scheme
@@ -89,7 +90,7 @@ def test_the_search_is_better_than_covering_and_close_to_scales_that_are_free(bi
 
     searched = _error(weight, k_quant_grid(weight, importance, scheme), importance)
 
-    assert searched < 0.85 * _error(weight, k_quant_grid(weight, importance, scheme, search=False), importance)
+    assert searched < 0.8 * _error(weight, k_quant_grid(weight, importance, scheme, search=False), importance)
     assert searched < 1.1 * _error(weight, free, importance)
 
 

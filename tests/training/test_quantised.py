@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.quantization.grid import dequantize, quantize, search_grid
+from compress.quantization.grid import dequantize, quantize
+from compress.quantization.grid_search import search_grid
 from compress.quantization.k_quants import k_quant_grid
 from compress.quantization.scheme import Scheme
 from compress.quantization.super_blocks import SuperBlocks

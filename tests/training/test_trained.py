@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.quantization.grid import Grid, dequantize, quantize, search_grid
+from compress.quantization.grid import Grid, dequantize, quantize
+from compress.quantization.grid_search import search_grid
 from compress.quantization.scheme import Scheme
 from compress.training.quantised import MovedCodes, QuantisedLinear
 from compress.training.trained import Adapter, Moved, Trainable, adapted, factors, rates

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from compress.allocation.units import Unit, units_of
 from compress.architecture import Architecture
@@ -21,12 +29,16 @@ from compress.stages.quantize import (
     checked_size,
     groups_that_do_not_divide,
     integer_inputs_that_do_not_fit,
+    leaves_out,
     matches,
     no_k_quant,
     patterns_that_match_nothing,
-    says_no_more,
     super_blocks_that_do_not_divide,
+    written,
 )
+
+SAID = ("symmetric", "group_size", "inputs")
+"""Fields of a candidate that a K-quant leaves no choice of."""
 
 
 class Candidate(BaseModel):
@@ -60,11 +72,15 @@ class Candidate(BaseModel):
             raise ValueError(
                 "bits: 16 leaves a linear as it is; group_size, symmetric, inputs and k_quant say nothing of it"
             )
-        if self.k_quant and others:
-            raise ValueError(says_no_more(("symmetric", "group_size", "inputs")))
+        if self.k_quant:
+            leaves_out(self, SAID)
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return written(self, write, SAID)
 
 
 class GroupOverride(BaseModel):

@@ -5,9 +5,17 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from compress.architecture import Architecture
 from compress.checkpoints.reader import Checkpoint
@@ -78,9 +86,23 @@ def checked_size(value: GroupSize | None) -> GroupSize | None:
     return value
 
 
+def leaves_out(model: BaseModel, said: tuple[str, ...]) -> None:
+    """Raises ValueError where a model with `k_quant: true` was given a field that it leaves no choice of, be it the
+    field's default: that is not what the type has."""
+    if {*said} & model.model_fields_set:
+        raise ValueError(says_no_more(said))
+
+
 def says_no_more(fields: tuple[str, ...]) -> str:
     """That a K-quant leaves no choice of them."""
     return f"k_quant: true says {', '.join(fields[:-1])} and {fields[-1]} by its bits; leave them out"
+
+
+def written(model: BaseModel, write: SerializerFunctionWrapHandler, said: tuple[str, ...]) -> dict[str, Any]:
+    """A model's fields as a resolved recipe has them: without `said` beside `k_quant: true`, whose defaults are not
+    what ran."""
+    data: dict[str, Any] = write(model)
+    return {name: value for name, value in data.items() if not (data.get("k_quant") and name in said)}
 
 
 def no_k_quant(bits: object) -> str:
@@ -124,8 +146,8 @@ class QuantizeStage(Stage):
 
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> QuantizeStage:
-        if self.k_quant and {*SAID_BY_K_QUANTS} & self.changed_fields:
-            raise ValueError(says_no_more(SAID_BY_K_QUANTS))
+        if self.k_quant:
+            leaves_out(self, SAID_BY_K_QUANTS)
         for override in self.overrides:
             bits = override.bits or 4
             if override.k_quant and any(getattr(override, name) is not None for name in SAID_BY_K_QUANTS):
@@ -145,6 +167,10 @@ class QuantizeStage(Stage):
         if self.zero_points == "free" and not asymmetric:
             raise ValueError(NO_ZERO_POINTS)
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return written(self, write, SAID_BY_K_QUANTS)
 
     @property
     def follows_plan(self) -> bool:

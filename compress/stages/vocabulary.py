@@ -8,10 +8,10 @@ fewer are for the gates to judge. A tied head is the embedding: one matrix, whic
 from __future__ import annotations
 
 import time
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from compress.architecture import Architecture
@@ -29,14 +29,17 @@ from compress.stages.quantize import (
     BitsOrPlanned,
     GroupSize,
     checked_size,
+    leaves_out,
     left_to_the_plan,
     no_k_quant,
-    says_no_more,
+    written,
 )
 
 ROWS = 1 << 14
 """Rounded at once."""
 Scales = Literal["minmax", "mse"]
+SAID = ("symmetric", "group_size", "zero_points")
+"""Fields that a K-quant leaves no choice of."""
 
 
 class Vocabulary(Stage):
@@ -66,14 +69,17 @@ class Vocabulary(Stage):
 
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> Vocabulary:
-        said = ("symmetric", "group_size", "zero_points")
-        if self.k_quant and {*said} & self.changed_fields:
-            raise ValueError(says_no_more(said))
+        if self.k_quant:
+            leaves_out(self, SAID)
         if self.zero_points == "free" and self.symmetric:
             raise ValueError(NO_ZERO_POINTS)
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return written(self, write, SAID)
 
     @property
     def follows_plan(self) -> bool:

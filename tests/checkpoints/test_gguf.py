@@ -60,7 +60,8 @@ WRITABLE = {
 def exported(tmp_path, fields, name="llama", **changes):
     changes = {**WRITABLE[name], **changes}
     random_model(name, tmp_path / "model", torch.float16, **changes)
-    done, _ = apply_stage(RoundToNearest(**{"group_size": 32, **fields}), tmp_path / "model", tmp_path / "stage")
+    grid = fields if "k_quant" in fields else {"group_size": 32, **fields}
+    done, _ = apply_stage(RoundToNearest(**grid), tmp_path / "model", tmp_path / "stage")
     written = export(done, tmp_path / "export" / "model", "gguf", torch.float16, 10**9)
     (tmp_path / "export" / "recipe.yaml").write_text("")
     return done, tmp_path / "export" / "model" / "model.gguf", written
@@ -112,7 +113,7 @@ def test_free_minima_are_in_the_file_as_they_were_found(tmp_path, kind, bits, gr
 
 @pytest.mark.parametrize(("kind", "bits"), K_QUANTS.items())
 def test_k_quants_are_read_as_our_values(tmp_path, kind, bits):
-    done, path, written = exported(tmp_path, {"bits": bits, "group_size": 64, "k_quant": True}, **WIDE)
+    done, path, written = exported(tmp_path, {"bits": bits, "k_quant": True}, **WIDE)
     found, format_ = tensors_of_file(path), FORMATS["gguf"]
 
     for theirs, ours in (("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj")):
@@ -133,7 +134,7 @@ def test_k_quants_beside_other_types_are_read_back_with_our_logits(tmp_path, bit
         {"match": "*_proj", "bits": 4, "group_size": 32},
         {"match": "*.down_proj", "bits": bits, "k_quant": True},
     )
-    fields = {"bits": bits, "group_size": 64, "k_quant": True, "overrides": overrides}
+    fields = {"bits": bits, "k_quant": True, "overrides": overrides}
     done, path, _ = exported(tmp_path, fields, hidden_size=64, intermediate_size=256)
     (tmp_path / "read").mkdir()
     previous = convert(path, tmp_path / "read", path.parent)
@@ -146,7 +147,7 @@ def test_k_quants_beside_other_types_are_read_back_with_our_logits(tmp_path, bit
 
 
 def test_queries_in_k_quants_are_reordered_with_their_integers(tmp_path):
-    done, path, _ = exported(tmp_path, {"bits": 4, "group_size": 64, "k_quant": True}, **WIDE)
+    done, path, _ = exported(tmp_path, {"bits": 4, "k_quant": True}, **WIDE)
     (tmp_path / "read").mkdir()
     convert(path, tmp_path / "read", path.parent)
     windows = random_windows(count=2)
@@ -157,7 +158,7 @@ def test_queries_in_k_quants_are_reordered_with_their_integers(tmp_path):
 
 
 def test_damaged_scales_of_super_blocks_are_found(tmp_path):
-    _, path, _ = exported(tmp_path, {"bits": 6, "group_size": 64, "k_quant": True}, **WIDE)
+    _, path, _ = exported(tmp_path, {"bits": 6, "k_quant": True}, **WIDE)
     tensor = tensors_of_file(path)["blk.0.ffn_up.weight"]
     content = bytearray(path.read_bytes())
     content[tensor.data_offset + 208 : tensor.data_offset + 210] = np.float16(np.inf).tobytes()

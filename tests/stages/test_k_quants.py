@@ -149,6 +149,10 @@ def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settl
         (Gptq, {"overrides": [{"match": "*.q_proj", "group_size": 64, "k_quant": True}]}, "by its bits"),
         (Gptq, {"bits": "planned"}, "leaves k_quant to the mixed_precision stage"),
         (Gptq, {"bits": 4, "zero_points": "free"}, "by its bits"),
+        (Gptq, {"bits": 4, "group_size": 64}, "by its bits"),
+        (Gptq, {"bits": 4, "symmetric": True}, "by its bits"),
+        (Gptq, {"bits": 3, "inputs": "none"}, "by its bits"),
+        (Vocabulary, {"bits": 6, "group_size": 64}, "by its bits"),
         (
             Gptq,
             {"overrides": [{"match": "*_proj", "zero_points": "free", "symmetric": True}]},
@@ -161,6 +165,21 @@ def test_columns_that_do_not_divide_are_one_sentence_with_an_override_that_settl
 def test_what_a_k_quant_leaves_no_choice_of_is_refused(stage, fields, said):
     with pytest.raises(ValidationError, match=said.replace("(", r"\(")):
         stage(k_quant=True, **fields)
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Gptq(bits=3, k_quant=True, overrides=[{"match": "*.mlp.*", "group_size": 32}]),
+        Vocabulary(bits=6, k_quant=True),
+        Sensitivity(runtime="llama.cpp", candidates=[{"bits": 3, "k_quant": True}, {"bits": 5, "symmetric": False}]),
+    ],
+)
+def test_a_resolved_recipe_says_nothing_of_what_the_type_says_and_reads_back(stage):
+    written = stage.model_dump(mode="json")
+    first = written["candidates"][0] if "candidates" in written else written
+    assert first["k_quant"] and not {"symmetric", "group_size", "inputs", "zero_points"} & {*first}
+    assert type(stage)(**written) == stage
 
 
 @pytest.mark.parametrize(
@@ -276,7 +295,9 @@ def test_free_minima_are_solved_trained_and_kept(model, tmp_path):
         assert FORMATS[name].refusal(done.schemes[module], 256, 256)
 
 
-@pytest.mark.parametrize("candidate", [{"bits": 8}, {"bits": 4, "group_size": 32}, {"bits": 16}])
+@pytest.mark.parametrize(
+    "candidate", [{"bits": 8}, {"bits": 4, "group_size": 32}, {"bits": 4, "symmetric": True}, {"bits": 16}]
+)
 def test_candidates_that_mean_nothing_are_refused(candidate):
     with pytest.raises(ValidationError, match=r"no K-quant has 8|by its bits|leaves a linear as it is"):
         Sensitivity(runtime="llama.cpp", candidates=[{**candidate, "k_quant": True}, 4])

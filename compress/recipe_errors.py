@@ -30,6 +30,9 @@ class Lines:
         for length in range(len(path), 0, -1):
             if path[:length] in self.overrides:
                 return f"--set {self.overrides[path[:length]]}: {name}"
+        made = [override for inner, override in self.overrides.items() if inner[: len(path)] == path]
+        if made and path not in self.by_path:
+            return f"--set {made[0]}: {name}"
         for length in range(len(path), -1, -1):
             if path[:length] in self.by_path:
                 return f"{self.file}:{self.by_path[path[:length]]}: {name}".rstrip(": ")
@@ -135,7 +138,9 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
     kind, value, context = problem["type"], problem.get("input"), problem.get("ctx") or {}
     if kind == "extra_forbidden":
         known = fields_at(schema, problem["loc"][:-1])
-        return f"unknown key.{nearest(str(path[-1]), known)} Known here: {', '.join(known)}"
+        others = _kinds_with(schema, problem["loc"])
+        hint = f" It is a field of {' and '.join(others)}." if others else nearest(str(path[-1]), known)
+        return f"unknown key.{hint} Known here: {', '.join(known)}"
     if kind == "missing":
         return "missing; every recipe needs it" if len(path) == 1 else "missing; it is required here"
     if kind == "union_tag_invalid":
@@ -179,6 +184,23 @@ def fields_at(schema: dict[str, Any], loc: Path) -> list[str]:
             node = _resolve(schema, step)
     names: list[str] = list(node.get("properties", {}))
     return names
+
+
+def _kinds_with(schema: dict[str, Any], loc: Path) -> list[str]:
+    """Other kinds of the same list that have the unknown key at the end of a pydantic location."""
+    if len(loc) < 2:
+        return []
+    *above, kind, key = loc
+    node = _resolve(schema, schema)
+    for part in above:
+        step = _step(schema, node, part)
+        if step is None:
+            return []
+        node = _resolve(schema, step)
+    kinds = node.get("discriminator", {}).get("mapping", {})
+    if kind not in kinds:
+        return []
+    return [name for name, place in kinds.items() if key in _resolve(schema, {"$ref": place}).get("properties", {})]
 
 
 def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:

@@ -161,6 +161,24 @@ def test_a_mistake_in_an_override_is_blamed_on_the_override(tmp_path):
     assert found == "--set stages.0.bits=7: stages[0].bits: found 7, expected 2, 3, 4, 5, 6, 8 or 'planned'"
 
 
+def test_a_key_that_an_override_made_up_on_its_way_is_blamed_on_it_too(tmp_path):
+    (found,) = mistakes(write(tmp_path, GOOD), "stage.0.bits=7")
+
+    assert found.startswith('--set stage.0.bits=7: stage: unknown key. Did you mean "stages"?')
+
+
+def test_a_field_of_another_kind_is_told_as_one(tmp_path):
+    data = yaml.safe_load(GOOD)
+    data["stages"] = [
+        {"kind": "mixed_precision", "budget": {"effective_bits": 4}, "gradient_windows": 3},
+        {"kind": "gptq", "bits": "planned"},
+    ]
+
+    (found,) = mistakes(write(tmp_path, yaml.safe_dump(data)))
+
+    assert "stages[0].gradient_windows: unknown key. It is a field of sensitivity. Known here: runtime," in found
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -18,7 +18,7 @@ except ImportError:
     from click import exceptions as usage  # type: ignore[no-redef]
 
 from compress import __version__, parallel
-from compress.cli import collect, desk, inspect, publish, recipes, report, run, site, transport
+from compress.cli import collect, desk, init, inspect, publish, recipes, report, run, site, transport
 from compress.cli import diff as comparing
 from compress.cli import eval as judging
 from compress.cli import export as exporting
@@ -59,7 +59,7 @@ app.command("plan")(run.plan)
 app.command("eval")(judging.eval_)
 app.command("frontier")(mapping.frontier)
 app.command("export")(exporting.export)
-app.command("init")(recipes.init)
+app.command("init")(init.init)
 app.command("validate")(recipes.validate)
 app.command("kinds")(recipes.kinds)
 app.command("schema")(recipes.schema)

@@ -197,8 +197,10 @@ def time_split(parts: Mapping[str, float]) -> str:
 
 def worst_table(stage: StageRecord, most: int = 8) -> Table:
     """The linears whose output changed most, the worst first."""
-    known = [module for module in stage.modules if module.error is not None and math.isfinite(module.error)]
-    worst = sorted(known, key=lambda module: -(module.error or 0.0))[:most]
+    known = [(module.error, module) for module in stage.modules if module.error is not None]
+    # Infinite and undefined errors are the worst there are.
+    known.sort(key=lambda each: -each[0] if math.isfinite(each[0]) else -math.inf)
+    worst = [module for _, module in known[:most]]
     rows = [
         (
             module.name,

@@ -9,6 +9,7 @@ from compress.architecture import Architecture, Dimensions
 from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.gguf import type_of
+from compress.checkpoints.formats.gguf_tokenizer import vocabulary_of
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText
 from compress.gates import NonInferiorityGate
@@ -111,7 +112,7 @@ def warnings_of(
     ):
         found.append("gguf keeps a minimum of any value: zero_points: free is less error in the same bytes")
     if recipe.export.format == "gguf":
-        found += _bits_that_gguf_widens(schemes)
+        found += _bits_that_gguf_widens(schemes) + _tokenizer_that_gguf_leaves_out(recipe, config)
     has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
     if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
         found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")
@@ -191,6 +192,15 @@ def _bits_that_gguf_widens(schemes: Mapping[str, Scheme]) -> list[str]:
             said = f"gguf keeps {scheme.label} as {kind}, in as many bytes as {kind[1]} bits"
             found.append(said + "; k_quant: true does not" * (scheme.bits in K_QUANTS))
     return found
+
+
+def _tokenizer_that_gguf_leaves_out(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:
+    """Why the file of a model in a folder will take token ids only. A model from elsewhere is not there yet."""
+    folder = recipe.model.path
+    if folder is None or not folder.is_dir():
+        return []
+    reason = vocabulary_of(folder, int(config["vocab_size"])).left_out
+    return [f"{reason}: llama.cpp ends when it is given text (event tokenizer_left_out)"] if reason else []
 
 
 def _zeros(recipe: Recipe) -> list[str]:

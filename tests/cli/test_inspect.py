@@ -140,9 +140,7 @@ def test_init_writes_stages_that_the_format_holds(here, tmp_path, glass, format_
     assert yaml.safe_load(path.read_text())["stages"] == stages
     planned = here("plan", path)
     assert planned.code == 0, planned.err
-    assert ("tokenizer_left_out" in planned.out) == (format_ == "gguf"), (
-        "glass splits text its own way"
-    )
+    assert ("tokenizer_left_out" in planned.out) == (format_ == "gguf"), "glass splits text its own way"
 
 
 def test_init_takes_k_quants_where_all_columns_divide(here, tmp_path):

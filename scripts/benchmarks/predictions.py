@@ -1,0 +1,138 @@
+"""How well `mixed_precision` predicts the divergence of mixtures it has not measured, and what `sensitivity` takes.
+
+    python scripts/benchmarks/predictions.py RECIPE.yaml --out RESULTS.json [--plans 30] [--low 3.25] [--high 6]
+
+RECIPE begins with a mixed_precision stage. Two sets of random mixtures are put together and measured on its tuning
+windows: at the recipe's budget, and at budgets drawn between --low and --high effective bits. A mixture is the
+cheapest within its bytes when each unit's cost is disturbed by a factor exp(N(0, 1)). Predictions are those of the
+stage: factors fitted to its own probes, which are none of these. Printed: Spearman's rank correlation, the spread of
+predicted over measured, R^2 of logarithms. --gptq also applies `gptq` as the recipe has it in 4 bits, for
+`sensitivity`'s time beside it, both with an empty cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+
+from compress.allocation.fit import by_kind
+from compress.checkpoints.working import WorkingCheckpoint
+from compress.console import StageProgress
+from compress.memory.measure import PeakSampler, large_tensors_from_system
+from compress.recipe import load_recipe
+from compress.stages import Gptq, MixedPrecision
+from compress.stages.base import StageContext
+from compress.stages.choices import Choice, Choices
+from compress.stages.choosing import SPREAD_OF_PROBES, UNIFORM_MEASURED, WithinBudget
+from compress.stages.presets import written_out
+from compress.steps.environment import choose_machine, provenance, versions
+from compress.steps.fold import fold
+from compress.steps.source import open_source
+from compress.steps.texts import read_texts
+
+SEED = 77
+
+
+def drawn(choices: Choices, generator: np.random.Generator, most: int) -> Choice:
+    """A random mixture in at most so many bytes."""
+    factors = np.exp(generator.normal(0, SPREAD_OF_PROBES, len(choices.costs)))
+    rows = [[factor * cost for cost in row] for factor, row in zip(factors, choices.costs, strict=True)]
+    return choices.cheapest(rows, most)
+
+
+def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> dict[str, Any]:
+    """Predicted and measured divergence of some mixtures, and how they agree."""
+    kinds = [unit.kind for unit in choices.units]
+    measured, predicted = [], []
+    for number, plan in enumerate(plans):
+        measured.append(choices.judge(plan).kl)
+        sums = by_kind(kinds, [row[k] for row, k in zip(choices.costs, plan, strict=True)])
+        predicted.append(sum(factors[kind] * cost for kind, cost in sums.items()))
+        print(f"{number + 1}: {choices.effective_bits(plan):.3f} bits, {measured[-1]:.4f}", flush=True)
+    logs = np.log(predicted) - np.log(measured)
+    total = np.square(np.log(measured) - np.log(measured).mean()).sum()
+    return {
+        "bits": [choices.effective_bits(plan) for plan in plans],
+        "predicted": predicted,
+        "measured": measured,
+        "rank_correlation": float(stats.spearmanr(predicted, measured).statistic),
+        "spread": float(logs.std()),
+        "r2": float(1 - np.square(logs).sum() / total),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", type=int, default=30)
+    parser.add_argument("--low", type=float, default=3.25)
+    parser.add_argument("--high", type=float, default=6.0)
+    parser.add_argument("--gptq", action="store_true")
+    arguments = parser.parse_args()
+    large_tensors_from_system()
+    recipe, progress = load_recipe(arguments.recipe), StageProgress()
+    source = open_source(recipe.model, progress)
+    machine = choose_machine(recipe.model.device, source.checkpoint.config)
+    texts = read_texts(recipe, source, machine, progress)
+    sensitivity, stage, *after = written_out(recipe.stages)
+    assert isinstance(stage, MixedPrecision), "the recipe has to begin with mixed_precision"
+    seconds: dict[str, float] = {}
+    with PeakSampler() as sampler:
+        applied = [sensitivity]
+        if arguments.gptq:
+            own = next(each for each in after if isinstance(each, Gptq))
+            applied = [own.model_copy(update={"bits": 4}), sensitivity]
+        for each in applied:
+            (folded,) = fold(
+                *((each,), source.checkpoint, source.digest, texts.calibration, recipe.seed, machine, torch.float16),
+                *(progress, sampler),
+            )
+            seconds[each.model_dump()["kind"]] = folded.record["seconds"]
+    context = StageContext(
+        origin=source.checkpoint,
+        source=folded.checkpoint,
+        output=WorkingCheckpoint(arguments.out.resolve().with_suffix(".work")),
+        windows=texts.calibration,
+        device=machine.device,
+        compute=machine.compute,
+        stored=torch.float16,
+        tokens_at_once=machine.tokens_at_once,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    run = WithinBudget(stage, context)
+    choices, limit = run.choices, run.limit
+    first = tuple(stage.solved(choices.costs, choices.bytes, choices.sizes))
+    probes = [run.disturbed(choices.costs, SPREAD_OF_PROBES, limit) for _ in range(stage.probes)]
+    fitted = choices.fit([*run.rivals()[-UNIFORM_MEASURED:], first, *probes])
+    generator = np.random.default_rng(SEED)
+    near = [drawn(choices, generator, limit) for _ in range(arguments.plans)]
+    budgets = generator.uniform(arguments.low, arguments.high, arguments.plans)
+    anywhere = [drawn(choices, generator, int(bits * choices.sizes.weights / 8)) for bits in budgets]
+    found = {
+        "factors": fitted.factors,
+        "r2_of_fit": fitted.r2,
+        "at the budget": judged(choices, fitted.factors, near),
+        "at random budgets": judged(choices, fitted.factors, anywhere),
+        "seconds": seconds,
+        "versions": versions(),
+        "machine": provenance()["processor"],
+    }
+    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    for name in ("at the budget", "at random budgets"):
+        each = found[name]
+        print(f"{name}: rank {each['rank_correlation']:.3f}, spread {100 * each['spread']:.1f} %, R2 {each['r2']:.3f}")
+    print({kind: round(each) for kind, each in seconds.items()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

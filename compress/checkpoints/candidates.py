@@ -42,7 +42,10 @@ def write_candidates(folder: Path, block: int, found: Mapping[str, list[tuple[Te
     for module, options in found.items():
         for number, option in enumerate(options):
             if option is not None:
-                tensors |= _kept(f"{module}#{number}", *option)
+                kept = _kept(f"{module}#{number}", *option)
+                # One option under two numbers; a file holds no tensor twice.
+                again = any(option is each for each in options[:number])
+                tensors |= {name: tensor.clone() for name, tensor in kept.items()} if again else kept
     _write(_path(folder, block), tensors)
 
 

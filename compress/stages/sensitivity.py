@@ -18,6 +18,7 @@ it finished.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar, Literal
 
@@ -267,6 +268,15 @@ class _Run:
         return stream.states, record
 
 
+@dataclass(frozen=True)
+class _Solved:
+    """A linear in one scheme: codes and grid (None where it is left as it is), cost in nats a token, relative error."""
+
+    found: tuple[Tensor, Grid] | None
+    cost: float
+    error: float
+
+
 class _Block:
     """Statistics and candidates of one block while its forward passes are held."""
 
@@ -312,33 +322,31 @@ class _Block:
         transposed = self.run.skeleton.architecture.transposed_linears
         stored = [self.block.get_submodule(name).get_parameter("weight").data.float() for name in names]
         weights = [weight.T.contiguous() if transposed else weight for weight in stored]
+        # An override may make one scheme of two candidates; that is solved once.
+        known: dict[tuple[int, Option], _Solved] = {(at, None): _Solved(None, 0.0, 0.0) for at in range(len(names))}
         for number in range(len(stage.candidates)):
             schemes = [stage.options(f"{self.prefix}.{name}")[number] for name in names]
             for scheme in dict.fromkeys(schemes):
-                which = [at for at, each in enumerate(schemes) if each == scheme]
-                if scheme is None:
-                    for at in which:
-                        self._keep(f"{self.prefix}.{names[at]}", weights[at], None, 0.0, None, 0.0)
+                which = [at for at, each in enumerate(schemes) if each == scheme and (at, each) not in known]
+                if scheme is None or not which:
                     continue
                 with clock.timed("solve"):
                     solutions = solve([weights[at] for at in which], single, factor, scheme, self.run.context.stored)
                     for at, solution in zip(which, solutions, strict=True):
-                        module = f"{self.prefix}.{names[at]}"
                         value = dequantize(solution.codes, solution.grid).float()
-                        sensitivity = self.run.sensitivities[module]
+                        sensitivity = self.run.sensitivities[f"{self.prefix}.{names[at]}"]
                         cost = rounding_cost(value - weights[at], single, sensitivity)
                         if scheme.inputs and of_rounding is not None:
                             cost += rounding_cost(value, of_rounding, sensitivity)
-                        found = solution.codes, solution.grid
-                        self._keep(module, weights[at], found, cost, scheme, solution.error)
+                        known[at, scheme] = _Solved((solution.codes, solution.grid), cost, solution.error)
+            for at, scheme in enumerate(schemes):
+                self._keep(f"{self.prefix}.{names[at]}", weights[at], known[at, scheme], scheme)
 
-    def _keep(
-        self, module: str, weight: Tensor, found: tuple[Tensor, Grid] | None, cost: float, scheme: Option, error: float
-    ) -> None:
-        self.found.setdefault(module, []).append(found)
+    def _keep(self, module: str, weight: Tensor, solved: _Solved, scheme: Option) -> None:
+        self.found.setdefault(module, []).append(solved.found)
         shape, itemsize = (weight.shape[0], weight.shape[1]), self.run.context.stored.itemsize
         size = self.run.stage.option_bytes(scheme, shape, itemsize)
-        self.records.setdefault(module, []).append(_record(scheme, cost, error, size))
+        self.records.setdefault(module, []).append(_record(scheme, solved.cost, solved.error, size))
 
 
 def _record(scheme: Option, cost: float, error: float, size: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from compress.errors import RecipeError
 from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
-from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary
+from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary, sensitivity
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context
 
 WINDOWS = random_windows(count=24)
@@ -380,6 +380,27 @@ def test_an_untied_head_is_checked_like_linears(tmp_path, runtime):
     assert check_of(tmp_path / "again", UNTIED, wide) == []
     undivided = Sensitivity(candidates=(4, {"bits": 8, "group_size": 60}), group_size=32, vocabulary=True)
     assert any("lm_head" in each and "do not divide" in each for each in check_of(tmp_path / "m", UNTIED, undivided))
+
+
+def test_candidates_that_an_override_makes_the_same_are_solved_once(model, tmp_path, monkeypatch):
+    fields = {**FIELDS, "candidates": (4, {"bits": 4, "group_size": 16}, 8), "alone_tokens": 0}
+    fields["overrides"] = ({"match": "*.o_proj", "group_size": 16},)
+    asked = []
+    plain = sensitivity.solve
+    monkeypatch.setattr(sensitivity, "solve", lambda *args: (asked.append(args[3].label), plain(*args))[1])
+
+    apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
+
+    # Four groups of linears in each of two blocks; o_proj has no other size than 16.
+    assert len(asked) == 2 * (4 * 3 - 1)
+    rows = candidates_in(tmp_path / "solved", 2)["model.layers.0.self_attn.o_proj"]
+    assert rows[0] == rows[1] != rows[2]
+    schemes = {
+        name: [Scheme.from_json(row["scheme"]) for row in rows]
+        for name, rows in candidates_in(tmp_path / "solved", 2).items()
+    }
+    first, second = (Assigned(tmp_path / "solved", schemes, dict.fromkeys(schemes, number)) for number in (0, 1))
+    assert torch.equal(first.dense("model.layers.0.self_attn.o_proj"), second.dense("model.layers.0.self_attn.o_proj"))
 
 
 def test_linears_may_stay_in_16_bits(model, tmp_path):

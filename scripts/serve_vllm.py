@@ -106,20 +106,23 @@ def _lines(path: str) -> list[str]:
 
 
 def by_transformers(folder: Path, prompts: list[list[int]], dtype: str = "auto") -> dict[str, Any]:
-    """The same by transformers, from the same files."""
+    """The same by transformers, from the same files; on a CPU `auto` is float32, in which its products are fast."""
     import torch
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "float32" if device == "cpu" and dtype == "auto" else dtype
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     chosen, best = [], []
     with torch.no_grad():
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            if number % 25 == 0:
+                print(f"transformers, {dtype}: {number} of {len(prompts)} prompts", file=sys.stderr, flush=True)
             ids = torch.tensor([prompt], device=device)
             scores = model(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             chosen.append(scores.gather(1, ids[0, 1:, None])[:, 0].tolist())
             best.append(scores.argmax(-1).tolist())
-    return {"logprobs": chosen, "best": best, "device": device}
+    return {"logprobs": chosen, "best": best, "read_in": dtype}
 
 
 def compare(served: dict[str, Any], read: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +213,8 @@ def main() -> int:
         sides[side_name] = json.loads(part.read_text())
         part.unlink()
     served = {key: value for key, value in sides["vllm"].items() if key not in ("logprobs", "best")}
-    result = {"artifact": str(artifact), **compare(sides["vllm"], sides["transformers"]), **served}
+    compared = compare(sides["vllm"], sides["transformers"])
+    result = {"artifact": str(artifact), **compared, **served, "transformers_read_in": sides["transformers"]["read_in"]}
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     return 0

@@ -19,13 +19,13 @@ CHUNK = 1 << 22
 HASHED_AT_ONCE = 8
 """Files; more would only make a disk seek."""
 _REMEDIES: dict[int, str] = {
-    errno.ENOSPC: "the disk is full; free some space or choose a store on another disk",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose a store on another disk",
-    errno.EROFS: "the file system is read-only; choose a store that can be written",
-    errno.EACCES: "writing is not permitted; change the permissions or choose another store",
-    errno.EPERM: "writing is not permitted; change the permissions or choose another store",
-    errno.ENOLCK: "the file system has no locks to give; choose a store on a local disk",
-    errno.EOPNOTSUPP: "the file system cannot lock files; choose a store on a local disk",
+    errno.ENOSPC: "the disk is full; free some space or choose {what} on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose {what} on another disk",
+    errno.EROFS: "the file system is read-only; choose {what} that can be written",
+    errno.EACCES: "writing is not permitted; change the permissions or choose {what} elsewhere",
+    errno.EPERM: "writing is not permitted; change the permissions or choose {what} elsewhere",
+    errno.ENOLCK: "the file system has no locks to give; choose {what} on a local disk",
+    errno.EOPNOTSUPP: "the file system cannot lock files; choose {what} on a local disk",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -93,12 +93,17 @@ def disk_errors(place: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None or not (error.errno in _FULL or _concerns(error.filename, place)):
             raise
-        raise ResourceError(f"{error.filename or place}: {remedy}") from error
+        raise ResourceError(f"{error.filename or place}: {remedy.format(what=_what(place))}") from error
     except Exception as error:
         # safetensors writes through Rust and raises an error of its own that is no OSError.
         if "os error 28" not in str(error):
             raise
-        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC]}") from error
+        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC].format(what=_what(place))}") from error
+
+
+def _what(place: Path) -> str:
+    """What can be chosen to lie elsewhere."""
+    return "a COMPRESS_CACHE" if place.is_relative_to(cache_folder()) else "a store"
 
 
 def _concerns(filename: object, place: Path) -> bool:

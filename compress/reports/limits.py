@@ -6,9 +6,11 @@ Every sentence follows from facts of this report; where a fact is missing, nothi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from compress.reports.report import Report
+from compress.reports.standing import NOTHING, Standing
 
 _RUNTIMES = ("vllm", "sglang", "tensorrt", "tgi", "llama.cpp")
 _FEW_TOKENS = 10_000
@@ -16,10 +18,10 @@ _FEW_TOKENS = 10_000
 this text, not how far the text stands for others."""
 
 
-def limits(report: Report) -> list[str]:
-    """All of them, the gravest first."""
-    parts = (_verdict, _texts, _contexts, _abilities, _served, _where, _memory, _judged, _source)
-    return [sentence for part in parts for sentence in part(report)]
+def limits(report: Report, standing: Standing = NOTHING) -> list[str]:
+    """All of them, the gravest first. `standing`: what has happened since, such as being served."""
+    parts = (_verdict, _texts, _contexts, _abilities, partial(_served, standing=standing), _where, _memory, _judged)
+    return [sentence for part in (*parts, _source) for sentence in part(report)]
 
 
 def _verdict(report: Report) -> Iterator[str]:
@@ -105,16 +107,17 @@ def _abilities(report: Report) -> Iterator[str]:
     yield "Safety and bias of the answers were not measured; compression can change both."
 
 
-def _served(report: Report) -> Iterator[str]:
+def _served(report: Report, standing: Standing) -> Iterator[str]:
     timed = any(name.startswith("latency.") for name in report.measurements.compressed)
-    yield (
-        "Speed was measured in transformers only, which unpacks weights; other runtimes have other kernels."
-        if timed
-        else "Speed, that is latency and throughput, was not measured."
-    )
+    if standing.served is not None:
+        yield f"Latency under load was not measured; the tokens a second of {standing.served.runtime} are of one try."
+    elif timed:
+        yield "Speed was measured in transformers only, which unpacks weights; other runtimes have other kernels."
+    else:
+        yield "Speed, that is latency and throughput, was not measured."
     if report.round_trip is None:
         yield "The exported files were not reloaded through their public loader."
-    elif not any(runtime in report.round_trip.loader.lower() for runtime in _RUNTIMES):
+    elif standing.served is None and not any(runtime in report.round_trip.loader.lower() for runtime in _RUNTIMES):
         yield f"No serving runtime such as vLLM has loaded the files; what did is {report.round_trip.loader}."
 
 

@@ -74,7 +74,7 @@ def render_markdown(report: Report, standing: Standing = NOTHING) -> str:
         parts.append(f"The first {MOST_EVENTS} of {len(report.events):,} events; events.jsonl holds all.")
     trip = round_trip_table(report)
     parts += _section("Round trip", [trip] if trip else [])
-    parts += _origin(report)
+    parts += _origin(report, standing)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -111,13 +111,13 @@ def _making(report: Report) -> list[str]:
     return parts + _titled([worst_table(stage) for stage in report.stages if stage.modules], none="")
 
 
-def _origin(report: Report) -> list[str]:
+def _origin(report: Report, standing: Standing) -> list[str]:
     """What went in and where it was made; then what was not tested, and the recipe."""
     rest, recipe = split_recipe(report.provenance)
     parts = ["## Provenance", _facts_text({"artifact": report.artifact.model_dump(), **rest})]
     parts += ["### Calibration", _facts_text(report.calibration)]
     parts += ["### Evaluation", *(_facts_text(item) for item in report.evaluation)]
-    parts += ["## Limits", "\n".join(f"- {escape(limit)}" for limit in limits(report))]
+    parts += ["## Limits", "\n".join(f"- {escape(limit)}" for limit in limits(report, standing))]
     return parts + (["## Recipe", fence(recipe, "yaml")] if recipe else [])
 
 

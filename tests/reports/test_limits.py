@@ -8,6 +8,7 @@ import pytest
 
 from compress.reports.limits import limits
 from compress.reports.report import Measurements, RoundTrip
+from compress.reports.standing import Served, Standing
 
 from .example import example_report, measurements, memory, provenance, task
 
@@ -72,6 +73,16 @@ def test_a_sentence_is_said_where_its_fact_holds_and_only_there(
         without_it = {"memory": memory().model_copy(update={"kv_cache": cache})}
     assert sentence in said(**with_it)
     assert sentence not in said(**without_it)
+
+
+def test_what_was_served_since_is_not_told_as_missing() -> None:
+    report = example_report(round_trip=trip("transformers"))
+    served = Served("vLLM 0.32.0", "H100", 200, 0.002, 0.02, 0.999, 1.0, 900.0)
+
+    before, after = (" ".join(limits(report, Standing(served=each))) for each in (None, served))
+
+    assert "No serving runtime such as vLLM" in before and "No serving runtime" not in after
+    assert "throughput, was not measured" in before and "the tokens a second of vLLM 0.32.0 are of one try" in after
 
 
 def test_memory_reported_for_longer_contexts_than_were_read_is_named_with_what_the_model_declares() -> None:

@@ -28,6 +28,8 @@ _REMEDIES: dict[int, str] = {
     errno.EOPNOTSUPP: "the file system cannot lock files; choose {what} on a local disk",
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+A_CACHE = "a COMPRESS_CACHE"
+"""What a remedy names where the cache has no room."""
 
 
 def cache_folder() -> Path:
@@ -82,8 +84,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn disk errors about `place`, its parents or what is below it into a ResourceError with path and remedy.
+def disk_errors(place: Path, what: str = "a store") -> Iterator[None]:
+    """Turn disk errors about `place`, its parents or what is below it into a ResourceError with path and remedy: to
+    choose `what` elsewhere.
 
     Other errors pass, such as a file elsewhere that the block may not read. A full disk is always translated.
     """
@@ -93,17 +96,12 @@ def disk_errors(place: Path) -> Iterator[None]:
         remedy = _REMEDIES.get(error.errno or 0)
         if remedy is None or not (error.errno in _FULL or _concerns(error.filename, place)):
             raise
-        raise ResourceError(f"{error.filename or place}: {remedy.format(what=_what(place))}") from error
+        raise ResourceError(f"{error.filename or place}: {remedy.format(what=what)}") from error
     except Exception as error:
         # safetensors writes through Rust and raises an error of its own that is no OSError.
         if "os error 28" not in str(error):
             raise
-        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC].format(what=_what(place))}") from error
-
-
-def _what(place: Path) -> str:
-    """What can be chosen to lie elsewhere."""
-    return "a COMPRESS_CACHE" if place.is_relative_to(cache_folder()) else "a store"
+        raise ResourceError(f"{place}: {_REMEDIES[errno.ENOSPC].format(what=what)}") from error
 
 
 def _concerns(filename: object, place: Path) -> bool:

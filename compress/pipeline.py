@@ -24,7 +24,7 @@ from compress.checkpoints.sources import cache_folder
 from compress.errors import ExitCode
 from compress.evaluation.tasks.compare import write_items
 from compress.events import Event, Progress
-from compress.files import disk_errors
+from compress.files import A_CACHE, disk_errors
 from compress.memory.measure import PeakSampler, large_tensors_from_system, settled
 from compress.recipe import Recipe
 from compress.reports.card import model_card
@@ -79,7 +79,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
     large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
     recipe, store = planned.recipe, Store(store_folder)
-    with settled(), PeakSampler() as sampler, disk_errors(cache_folder()):
+    with settled(), PeakSampler() as sampler, disk_errors(cache_folder(), A_CACHE):
         check_writable(store_folder, planned.stored_bytes)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
@@ -156,7 +156,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
     """
     large_tensors_from_system()
     started, clock = datetime.now(UTC), _Clock()
-    with settled(), PeakSampler() as sampler, disk_errors(cache_folder()):
+    with settled(), PeakSampler() as sampler, disk_errors(cache_folder(), A_CACHE):
         planned = plan_evaluation(recipe, asked.model.spec, progress)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)

@@ -30,9 +30,11 @@ class Lines:
         for length in range(len(path), 0, -1):
             if path[:length] in self.overrides:
                 return f"--set {self.overrides[path[:length]]}: {name}"
-        made = [override for inner, override in self.overrides.items() if inner[: len(path)] == path]
+        made = [f"--set {override}" for inner, override in self.overrides.items() if inner[: len(path)] == path]
         if made and path not in self.by_path:
-            return f"--set {made[0]}: {name}"
+            return f"{made[0]}: {name}"
+        # A mistake of the whole, which what was set inside may have made.
+        name += f" (with {', '.join(made)})" if made else ""
         for length in range(len(path), -1, -1):
             if path[:length] in self.by_path:
                 return f"{self.file}:{self.by_path[path[:length]]}: {name}".rstrip(": ")
@@ -139,7 +141,7 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
     if kind == "extra_forbidden":
         known = fields_at(schema, problem["loc"][:-1])
         others = _kinds_with(schema, problem["loc"])
-        hint = f" It is a field of {' and '.join(others)}." if others else nearest(str(path[-1]), known)
+        hint = f" It is a field of {', '.join(others)}." if others else nearest(str(path[-1]), known)
         return f"unknown key.{hint} Known here: {', '.join(known)}"
     if kind == "missing":
         return "missing; every recipe needs it" if len(path) == 1 else "missing; it is required here"

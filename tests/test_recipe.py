@@ -167,6 +167,15 @@ def test_a_key_that_an_override_made_up_on_its_way_is_blamed_on_it_too(tmp_path)
     assert found.startswith('--set stage.0.bits=7: stage: unknown key. Did you mean "stages"?')
 
 
+def test_a_stage_of_a_resolved_recipe_can_be_set_to_k_quants(tmp_path):
+    path = tmp_path / "resolved.yaml"
+    path.write_text(load_recipe(write(tmp_path, GOOD)).dump())
+
+    assert load_recipe(path, ("stages.0.k_quant=true",)).stages[0].k_quant
+    (found,) = mistakes(path, "stages.0.k_quant=true", "stages.0.group_size=64")
+    assert ": stages[0] (with --set stages.0.k_quant=true, --set stages.0.group_size=64): k_quant: true says" in found
+
+
 def test_a_field_of_another_kind_is_told_as_one(tmp_path):
     data = yaml.safe_load(GOOD)
     data["stages"] = [

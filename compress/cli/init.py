@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +41,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="File to write.", metavar="RECIPE")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Hub id, folder or .gguf file.")] = "HuggingFaceTB/SmolLM2-135M-Instruct",
     name: Annotated[str, typer.Option(help="Name of the artifact; by default from the model.")] = "",
-    calibration: Annotated[str, typer.Option(help="Calibration text.")] = "python-help",
+    calibration: Annotated[str, typer.Option(help="Calibration text.", show_default="python-help")] = "",
     evaluation: Annotated[str, typer.Option(help="Held-out text.")] = "python-docstrings",
     group_size: Annotated[
         str, typer.Option(help="Columns that share a scale, or channel.", show_default="64; gguf: 32, or K-quants")
@@ -53,8 +55,9 @@ def init(
 
     if format_ not in FORMATS:
         raise RecipeError(f"--format {format_}: unknown.{nearest(format_, FORMATS)} Formats: {', '.join(FORMATS)}")
-    if group_size and format_ == "bitsandbytes":
-        raise RecipeError("--group-size: bitsandbytes has blocks of 64 weights; leave it out")
+    _check_size(group_size, format_)
+    if calibration and format_ == "bitsandbytes":
+        raise RecipeError("--calibration: rounding by bitsandbytes reads no text; leave it out")
     if path.exists():
         raise RecipeError(f"{path} exists already; choose another name.")
     if not path.parent.is_dir():
@@ -65,14 +68,13 @@ def init(
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")
     longest = _context(local)
     window = min(512, longest)
-    # Rounding by bitsandbytes reads no text.
-    calibrated = "" if format_ == "bitsandbytes" else CALIBRATION.format(text=calibration, window=window)
+    calibrated = CALIBRATION.format(text=calibration or "python-help", window=window)
     text = TEMPLATE.format(
         path=path,
         name=name or f"{safe or 'model'}-{'nf4' if format_ == 'bitsandbytes' else 'int4'}",
         model=key,
-        calibration=calibrated,
-        stages="\n".join(f"  - {{{stage}}}" for stage in _stages(_linear_shapes(local), format_, group_size)),
+        calibration="" if format_ == "bitsandbytes" else calibrated,
+        stages="\n".join(f"  - {{{stage}}}" for stage in _stages(_linears_of(local), format_, group_size)),
         format=format_,
         evaluation=evaluation,
         window=window,
@@ -81,6 +83,18 @@ def init(
     path.write_text(text, encoding="utf-8")
     console.print_line(f"wrote {path}; next: compress plan {path}")
     return 0
+
+
+def _check_size(group_size: str, format_: str) -> None:
+    """Raises RecipeError for a group size that is none, or none of the format's."""
+    if not group_size:
+        return
+    if format_ == "bitsandbytes":
+        raise RecipeError("--group-size: bitsandbytes has blocks of 64 weights; leave it out")
+    if group_size != "channel" and not (re.fullmatch("[0-9]{1,9}", group_size) and int(group_size) > 1):
+        raise RecipeError(f"--group-size {group_size}: give a number of columns, such as 64, or channel")
+    if format_ == "gguf" and group_size != "channel" and int(group_size) % 32:
+        raise RecipeError(f"--group-size {group_size}: gguf has blocks of 32 columns; give a multiple, or channel")
 
 
 def _context(folder: Path) -> int:
@@ -94,55 +108,88 @@ def _context(folder: Path) -> int:
         return 4096
 
 
-Shapes = dict[str, tuple[int, int]]
-SERVED_SIZES = (32, 128)
-"""Group sizes that serving runtimes take, to fall back on; after them a scale a row."""
+OTHER_SIZES = {"compressed-tensors": ("32", "128", "channel"), "plain": ("32", "128", "channel"), "gguf": ("32",)}
+"""Group sizes to fall back on, by format, for linears that do not divide into those of the rest."""
 
 
-def _stages(shapes: Shapes, format_: str, group_size: str) -> list[str]:
-    """Stages of 4 bits as the format has them, each without its braces. `shapes`: of a block's linears, by name in the
-    block; empty where nothing tells."""
+@dataclass(frozen=True)
+class _Linears:
+    """Shapes (rows, columns) of a block's linears by their names in it, those that runtimes fuse, the embedding's."""
+
+    shapes: dict[str, tuple[int, int]]
+    fused: tuple[tuple[str, ...], ...]
+    embedding: tuple[int, int]
+
+    def pattern(self, name: str) -> str:
+        """What matches a linear in every block and no other."""
+        leaf = name.rsplit(".", 1)[-1]
+        alone = [each.rsplit(".", 1)[-1] for each in self.shapes].count(leaf) == 1
+        return f'"*.{leaf if alone else name}"'
+
+    def sizes(self, format_: str, tried: list[str]) -> dict[str, str | None]:
+        """For each linear the first of the group sizes that the format holds it in, the same where runtimes fuse them;
+        None where it holds it in none."""
+        together = {name: group for group in self.fused for name in group}
+        return {
+            name: _first_held(format_, tried, [self.shapes[each] for each in together.get(name, (name,))])
+            for name in self.shapes
+        }
+
+
+def _first_held(format_: str, tried: list[str], shapes: list[tuple[int, int]]) -> str | None:
+    """The first of the group sizes in which a format holds matrices of all shapes, in 4 bits as `_stages` has them."""
+    from compress.checkpoints.formats import FORMATS
+    from compress.quantization.scheme import Scheme
+
+    for size in tried:
+        if format_ == "bitsandbytes":
+            scheme = Scheme(4, group_size=int(size), grid="nf4", nested=True)
+        else:
+            gguf = format_ == "gguf"
+            scheme = Scheme(4, not gguf, None if size == "channel" else int(size), free_minima=gguf)
+        if all(
+            scheme.divides(columns) and not FORMATS[format_].refusal(scheme, rows, columns) for rows, columns in shapes
+        ):
+            return size
+    return None
+
+
+def _stages(linears: _Linears | None, format_: str, group_size: str) -> list[str]:
+    """Stages of 4 bits as the format has them, each without its braces. `linears`: None where nothing tells."""
     if format_ == "bitsandbytes":
-        return ["kind: bitsandbytes, type: nf4" + _left_out(shapes, format_, 64)]
+        return ["kind: bitsandbytes, type: nf4" + _exceptions(linears, format_, ["64"])]
     size = group_size or ("32" if format_ == "gguf" else "64")
-    number = int(size) if size.isdigit() and int(size) > 0 else 1
-    if format_ in ("compressed-tensors", "plain"):
-        return [f"kind: gptq, bits: 4, group_size: {size}{_other_sizes(shapes, number)}"]
-    if format_ == "gptq":
-        return [f"kind: gptq, bits: 4, group_size: {size}{_left_out(shapes, format_, number)}"]
-    if shapes and not group_size and all(columns % 256 == 0 for _, columns in shapes.values()):
+    tried = [size, *(each for each in OTHER_SIZES.get(format_, ()) if each != size)]
+    exceptions = _exceptions(linears, format_, tried)
+    if format_ != "gguf":
+        return [f"kind: gptq, bits: 4, group_size: {size}{exceptions}"]
+    columns = [shape[1] for shape in (*linears.shapes.values(), linears.embedding)] if linears else []
+    if columns and not group_size and all(width % 256 == 0 for width in columns):
         return ["kind: vocabulary, bits: 6, k_quant: true", "kind: gptq, bits: 4, k_quant: true"]
-    grid = f"symmetric: false, zero_points: free{_left_out(shapes, format_, number)}"
-    return [f"kind: vocabulary, bits: 8, group_size: {size}", f"kind: gptq, bits: 4, group_size: {size}, {grid}"]
+    held = _first_held(format_, tried, [linears.embedding]) if linears else size
+    stages = [f"kind: vocabulary, bits: 8, group_size: {held}"] if held else []
+    return [*stages, f"kind: gptq, bits: 4, group_size: {size}, symmetric: false, zero_points: free{exceptions}"]
 
 
-def _other_sizes(shapes: Shapes, group_size: int) -> str:
-    """Overrides with another group size for linears whose columns do not divide, as it is written behind a stage."""
-    found = {
-        leaf: next((str(size) for size in SERVED_SIZES if columns % size == 0), "channel")
-        for leaf, (_, columns) in shapes.items()
-        if columns % group_size
-    }
-    each = ", ".join(f'{{match: "*.{leaf}", group_size: {size}}}' for leaf, size in found.items())
-    return f", overrides: [{each}]" if each else ""
+def _exceptions(linears: _Linears | None, format_: str, tried: list[str]) -> str:
+    """Other group sizes, and linears that the format cannot hold, as they are written behind a stage."""
+    found = {} if linears is None else linears.sizes(format_, tried)
+    if linears is None or set(found.values()) <= {tried[0]}:
+        return ""
+    others = [
+        f"{{match: {linears.pattern(name)}, group_size: {size}}}"
+        for name, size in found.items()
+        if size and size != tried[0]
+    ]
+    left = [linears.pattern(name) for name, size in found.items() if size is None]
+    said = f", overrides: [{', '.join(others)}]" if others else ""
+    return said + (f", ignore: [{', '.join(left)}]" if left else "")
 
 
-def _left_out(shapes: Shapes, format_: str, group_size: int) -> str:
-    """Linears that the format cannot hold in such groups, as it is written behind a stage."""
-
-    def held(rows: int, columns: int) -> bool:
-        # GPTQ's loaders have kernels for multiples of 32 only (checkpoints.formats.gptq).
-        return columns % group_size == 0 and (format_ != "gptq" or rows % 32 == columns % 32 == 0)
-
-    names = [f'"*.{leaf}"' for leaf, shape in shapes.items() if not held(*shape)]
-    return f", ignore: [{', '.join(names)}]" if names else ""
-
-
-def _linear_shapes(folder: Path) -> Shapes:
-    """Shapes (rows, columns) of a block's linears of a model in a folder, by the last part of their names; none where
-    nothing tells."""
+def _linears_of(folder: Path) -> _Linears | None:
+    """What a model in a folder has; None where nothing tells."""
     if not (folder / "config.json").is_file():
-        return {}
+        return None
     import torch
 
     from compress.checkpoints.reader import Checkpoint
@@ -150,7 +197,11 @@ def _linear_shapes(folder: Path) -> Shapes:
     from compress.errors import CompressError
 
     try:
-        shapes = Skeleton(Checkpoint(folder).config, torch.device("cpu"), torch.float32).linear_shapes()
+        skeleton = Skeleton(Checkpoint(folder).config, torch.device("cpu"), torch.float32)
+        shapes, architecture = skeleton.linear_shapes(), skeleton.architecture
+        first = f"{architecture.block_name(0)}."
+        inside = {name.removeprefix(first): shape for name, shape in shapes.items() if name.startswith(first)}
+        embedding = tuple(skeleton.parameter_shapes()[f"{architecture.embedding}.weight"])
     except (CompressError, OSError, ValueError, KeyError):
-        return {}
-    return {name.rsplit(".", 1)[-1]: shape for name, shape in shapes.items()}
+        return None
+    return _Linears(inside, architecture.fused, (embedding[0], embedding[1]))

@@ -51,7 +51,7 @@ def report(
         console.print_text(_drawn(read, standing, "json") if json else text)
     if out is None:
         return 0
-    with disk_errors(out):
+    with disk_errors(out, "a place"):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, text)
     if not json:
@@ -61,13 +61,15 @@ def report(
 
 def _drawn(read: Report, standing: Standing, chosen: str) -> str:
     from compress.reports.html import render_html
+    from compress.reports.limits import limits
     from compress.reports.markdown import render_markdown
 
     if chosen == "html":
         return render_html(read, standing)
     if chosen == "md":
         return render_markdown(read, standing)
-    document = {**read.model_dump(mode="json", by_alias=True), "standing": standing.to_json()}
+    dumped = read.model_dump(mode="json", by_alias=True)
+    document = {**dumped, "limits": limits(read, standing), "standing": standing.to_json()}
     return json_.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 

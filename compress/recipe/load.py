@@ -18,7 +18,7 @@ from compress.recipe.bounds import with_bounds
 from compress.recipe.checks import cross_check
 from compress.recipe.model import Recipe
 from compress.recipe_errors import Lines, describe, parse_yaml
-from compress.stages.presets import forget_quality, written_out
+from compress.stages.presets import forget_grid, forget_quality, written_out
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = False) -> Recipe:
@@ -71,6 +71,8 @@ def _override(data: Any, override: str, lines: Lines) -> None:
                 place[index] = yaml.safe_load(text)
                 if index == "quality":
                     forget_quality(place)
+                if index == "k_quant":
+                    forget_grid(place)
             except yaml.YAMLError as error:
                 raise RecipeError(f"--set {override}: the value is not YAML ({error}).") from error
             lines.mark_override(tuple(int(key) if key.isdigit() else key for key in keys), override)

@@ -10,6 +10,7 @@ from typing import Any
 from compress.stages.base import Stage
 from compress.stages.gptq import PRESETS, Gptq
 from compress.stages.mixed_precision import MixedPrecision
+from compress.stages.quantize import SAID_BY_K_QUANTS
 from compress.stages.recover import Recover
 from compress.stages.sensitivity import Sensitivity
 
@@ -29,6 +30,13 @@ def forget_quality(stage: dict[str, Any]) -> None:
     win over it, and only the label would change."""
     for field in {field for preset in PRESETS.values() for field in preset}:
         stage.pop(field, None)
+
+
+def forget_grid(stage: dict[str, Any]) -> None:
+    """Drop the fields that a K-quant leaves no choice of from a stage that becomes one: a resolved recipe has them."""
+    if stage.get("k_quant"):
+        for field in SAID_BY_K_QUANTS:
+            stage.pop(field, None)
 
 
 def written_out(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:

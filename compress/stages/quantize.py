@@ -36,8 +36,8 @@ OF_ZERO_POINTS = (
     "scale: less error in the same bytes (Q4_1, Q5_1)"
 )
 OF_K_QUANTS = (
-    "a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; columns divide "
-    "by 256"
+    "a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry (given all the "
+    "same, they are those of linears that overrides take out of K-quants); columns divide by 256"
 )
 """What fields of the two names say, here and in `vocabulary`."""
 
@@ -146,7 +146,7 @@ class QuantizeStage(Stage):
 
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> QuantizeStage:
-        if self.k_quant:
+        if self.k_quant and not self._some_leave_k_quants:
             leaves_out(self, SAID_BY_K_QUANTS)
         for override in self.overrides:
             bits = override.bits or 4
@@ -168,9 +168,14 @@ class QuantizeStage(Stage):
             raise ValueError(NO_ZERO_POINTS)
         return self
 
+    @property
+    def _some_leave_k_quants(self) -> bool:
+        """Whether overrides take linears out of K-quants: what the stage says of grids is then theirs."""
+        return any(not each.k_quant and (each.k_quant is False or each.leaves_k_quants) for each in self.overrides)
+
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return written(self, write, SAID_BY_K_QUANTS)
+        return written(self, write, () if self._some_leave_k_quants else SAID_BY_K_QUANTS)
 
     @property
     def follows_plan(self) -> bool:

@@ -20,7 +20,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
-from compress.files import digest_of_json, disk_errors
+from compress.files import A_CACHE, digest_of_json, disk_errors
 from compress.memory.measure import PeakSampler
 from compress.stages import Stage, StageContext
 from compress.steps.environment import Machine, code_digest, versions
@@ -111,7 +111,7 @@ def _apply(
     sampler: PeakSampler,
 ) -> Folded:
     folder = stage_folder(key)
-    with disk_errors(cache_folder()):
+    with disk_errors(cache_folder(), A_CACHE):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # A second run of the same recipe waits here and then reuses what the first one made.
         with FileLock(str(folder) + ".lock"):

@@ -20,7 +20,7 @@ from compress.checkpoints.sources import cache_folder
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.errors import RecipeError
 from compress.events import Progress
-from compress.files import disk_errors
+from compress.files import A_CACHE, disk_errors
 from compress.memory.measure import PeakSampler
 from compress.recipe import Recipe
 from compress.stages.base import StageContext
@@ -114,7 +114,7 @@ def frontier(
 def _choices(recipe: Recipe, planned: Plan, at: int, stage: MixedPrecision, progress: Progress) -> Choices:
     """Everything up to the candidates, as a run does it."""
     machine = planned.machine
-    with PeakSampler() as sampler, disk_errors(cache_folder()):
+    with PeakSampler() as sampler, disk_errors(cache_folder(), A_CACHE):
         source = open_source(recipe.model, progress)
         windows = read_calibration(recipe, source, machine, progress)
         before = recipe.stages[:at]

@@ -19,7 +19,7 @@ from compress.calibration.window_specs import WindowSpec
 from compress.calibration.windows import Windows
 from compress.checkpoints.sources import cache_folder
 from compress.events import Event, Progress
-from compress.files import digest_of_json, disk_errors
+from compress.files import A_CACHE, digest_of_json, disk_errors
 from compress.steps.environment import Machine, code_digest
 from compress.steps.source import OpenedSource
 from compress.training import saved
@@ -28,7 +28,7 @@ from compress.training import saved
 def sampled_windows(spec: WindowSpec, source: OpenedSource, seed: int, machine: Machine, progress: Progress) -> Windows:
     """Windows of a self-generated text, sampled now or found as they were."""
     path = _path(spec, source, seed, machine)
-    with disk_errors(cache_folder()):
+    with disk_errors(cache_folder(), A_CACHE):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             found, events = _found(path)

@@ -80,7 +80,7 @@ def write_site(shelves: list[Shelf], title: str, out: Path) -> dict[str, Any]:
     """
     document = {"schema": 1, "made_by": MADE_BY, "title": title, "models": listing(shelves)}
     fresh, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    with disk_errors(out):
+    with disk_errors(out, "a place"):
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
         try:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> 
         "predicted": predicted,
         "measured": measured,
         "rank_correlation": float(stats.spearmanr(predicted, measured).statistic),
+        "bias": float(logs.mean()),
         "spread": float(logs.std()),
         "r2": float(1 - np.square(logs).sum() / total),
     }
@@ -96,10 +98,13 @@ def main() -> int:
                 *(progress, sampler),
             )
             seconds[each.model_dump()["kind"]] = folded.record["seconds"]
+    # What a run before measured there may have been of other text.
+    work = arguments.out.resolve().with_suffix(".work")
+    shutil.rmtree(work, ignore_errors=True)
     context = StageContext(
         origin=source.checkpoint,
         source=folded.checkpoint,
-        output=WorkingCheckpoint(arguments.out.resolve().with_suffix(".work")),
+        output=WorkingCheckpoint(work),
         windows=texts.calibration,
         device=machine.device,
         compute=machine.compute,
@@ -115,7 +120,10 @@ def main() -> int:
     fitted = choices.fit([*run.rivals()[-UNIFORM_MEASURED:], first, *probes])
     generator = np.random.default_rng(SEED)
     near = [drawn(choices, generator, limit) for _ in range(arguments.plans)]
-    budgets = generator.uniform(arguments.low, arguments.high, arguments.plans)
+    least = 8 * sum(min(row) for row in choices.bytes) / choices.sizes.weights
+    if arguments.low < least:
+        print(f"--low is {least:.3f}, the bits of the smallest mixture", flush=True)
+    budgets = generator.uniform(max(arguments.low, 1.001 * least), arguments.high, arguments.plans)
     anywhere = [drawn(choices, generator, int(bits * choices.sizes.weights / 8)) for bits in budgets]
     found = {
         "factors": fitted.factors,
@@ -129,7 +137,8 @@ def main() -> int:
     arguments.out.write_text(json.dumps(found, indent=2) + "\n")
     for name in ("at the budget", "at random budgets"):
         each = found[name]
-        print(f"{name}: rank {each['rank_correlation']:.3f}, spread {100 * each['spread']:.1f} %, R2 {each['r2']:.3f}")
+        off = f"off by {100 * each['bias']:+.1f} % on average, spread {100 * each['spread']:.1f} %"
+        print(f"{name}: rank {each['rank_correlation']:.3f}, {off}, R2 {each['r2']:.3f}")
     print({kind: round(each) for kind, each in seconds.items()})
     return 0
 

@@ -215,11 +215,12 @@ def rows_of(name: str, folder: Path, dtypes: tuple[str, ...], count: int, tokens
 def keep(out: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into the .json, in place of older ones of the same artifacts and processor, and write the page anew."""
     path = out.with_suffix(".json")
-    before = json.loads(path.read_text())["results"] if path.is_file() else []
+    before = json.loads(path.read_text()) if path.is_file() else {"machines": {}, "results": []}
     again = {_key(row) for row in rows}
-    machine = {"cores": os.cpu_count(), "platform": platform.platform()}
-    kept = [row for row in before if _key(row) not in again]
-    result = {"machine": machine, "versions": _versions(VLLM), "results": kept + rows}
+    machine = {"cores": os.cpu_count(), "platform": platform.platform(), "versions": _versions(VLLM)}
+    kept = [row for row in before["results"] if _key(row) not in again]
+    machines = before["machines"] | {row["device"]: machine for row in rows}
+    result = {"machines": machines, "results": kept + rows}
     path.write_text(json.dumps(result, indent=2) + "\n")
     out.with_suffix(".md").write_text(page(result))
 
@@ -228,24 +229,27 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return row["artifact"], row["dtype"], row["device"]
 
 
-def _cpu(row: dict[str, Any]) -> str:
+def _cpu(device: str) -> str:
     """'Intel Xeon' of 'CPU Intel(R) Xeon(R) Processor'."""
-    words = row["device"].replace("(R)", "").split()
+    words = device.replace("(R)", "").split()
     return " ".join(word for word in words if word not in ("CPU", "Processor"))
 
 
 def page(result: dict[str, Any]) -> str:
     """docs/benchmarks/serving.md."""
     served_ = [row for row in result["results"] if "refused" not in row]
-    machine, versions = result["machine"], result["versions"]
-    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    machines = [
+        f"- {_cpu(device)}: {of['cores']} cores, {of['platform']}; "
+        + ", ".join(f"{name} {version}" for name, version in of["versions"].items())
+        for device, of in result["machines"].items()
+    ]
     text = [
         "# Our artifacts in vLLM, on a CPU",
         "",
         "<!-- written by scripts/loaders/serving.py (make serve-vllm) from serving.json; what they mean is in",
         "docs/guide/serving.md -->",
         "",
-        f"{machine['cores']} cores, {machine['platform']}; {said}.",
+        *machines,
         "",
         "Differences are between vLLM's log-probabilities of the prompts' tokens and those of our own reading of the",
         "same files in float32, in nats. Memory is the peak of the serving process's resident memory, of which vLLM's",
@@ -258,14 +262,14 @@ def page(result: dict[str, Any]) -> str:
     for row in served_:
         each = row["tokens"] // row["prompts"] + 1
         text.append(
-            f"| {row['artifact']} | {row['dtype']} | {_cpu(row)} | {row['prompts']} x {each} | "
+            f"| {row['artifact']} | {row['dtype']} | {_cpu(row['device'])} | {row['prompts']} x {each} | "
             f"{row['mean_abs_logprob_difference']:.1e} | {row['largest_logprob_difference']:.1e} | "
             f"{100 * row['same_most_likely_token']:.2f} % | × {row['perplexity_ratio']:.5f} | "
             f"{row['output_tokens_per_second']:,.0f} | {row['peak_resident_bytes'] / 2**30:.2f} GiB |"
         )
     text += ["", "## Refused", "", "| artifact | dtype | CPU | what vLLM said |", "| --- | --- | --- | --- |"]
     text += [
-        f"| {row['artifact']} | {row['dtype']} | {_cpu(row)} | {row['refused'].replace('|', ' ')} |"
+        f"| {row['artifact']} | {row['dtype']} | {_cpu(row['device'])} | {row['refused'].replace('|', ' ')} |"
         for row in result["results"]
         if "refused" in row
     ]

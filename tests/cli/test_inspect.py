@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from compress.checkpoints.formats import FORMATS
+from compress.cli import init
 from compress.steps import costs
 from tests.artifacts.conftest import overwrite
 from tests.helpers import run_cli
@@ -143,15 +145,72 @@ def test_init_writes_stages_that_the_format_holds(here, tmp_path, glass, format_
     assert ("tokenizer_left_out" in planned.out) == (format_ == "gguf"), "glass splits text its own way"
 
 
-def test_init_takes_k_quants_where_all_columns_divide(here, tmp_path):
-    random_model("llama", tmp_path / "model", hidden_size=256, intermediate_size=512)
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+NARROW_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 256}
+NARROW_HEADS["hidden_size"] = 128
+ODD = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 224}
+SMALL = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 16}
+A_ROW = [{"match": f"*.{name}", "group_size": "channel"} for name in ("c_attn", "attn.c_proj", "c_fc")]
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "stages"),
+    [
+        ("llama", WIDE, ["gguf"], [{"k_quant": True}, {"k_quant": True}]),
+        (
+            "llama",
+            WIDE,
+            ["gguf", "--group-size", "64"],
+            [{"group_size": 64}, {"group_size": 64, "zero_points": "free"}],
+        ),
+        ("llama", NARROW_HEADS, ["gptq"], [{"ignore": ["*.q_proj", "*.k_proj", "*.v_proj"]}]),
+        ("llama", ODD, ["gguf", "--group-size", "64"], [{"group_size": 32}, {"group_size": 64}]),
+        ("llama", ODD, ["gguf", "--group-size", "channel"], [{"group_size": "channel"}, {"group_size": "channel"}]),
+        ("llama", SMALL, ["gguf"], [{"kind": "gptq"}]),
+        ("gpt2", {"n_embd": 80, "n_inner": 320, "n_head": 4}, ["plain"], [{"overrides": A_ROW}]),
+    ],
+)
+def test_what_init_writes_for_a_folder_passes_plan(here, tmp_path, name, sizes, options, stages):
+    random_model(name, tmp_path / "model", **sizes)
     path = tmp_path / "new.yaml"
 
-    assert here("init", path, "--model", tmp_path / "model", "--format", "gguf").code == 0
-    assert [stage["k_quant"] for stage in yaml.safe_load(path.read_text())["stages"]] == [True, True]
-    assert here("init", tmp_path / "other.yaml", "--format", "ggf").err.startswith(
-        "error: --format ggf: unknown. Did you"
-    )
+    assert here("init", path, "--model", tmp_path / "model", "--format", *options).code == 0
+    written = yaml.safe_load(path.read_text())["stages"]
+    assert len(written) == len(stages)
+    for found, expected in zip(written, stages, strict=True):
+        assert {key: found.get(key) for key in expected} == expected
+    planned = here("plan", path)
+    assert planned.code == 0, planned.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--format", "ggf"], 'unknown. Did you mean "gguf"?'),
+        (["--format", "gguf", "--group-size", "48"], "gguf has blocks of 32 columns"),
+        (["--group-size", "²"], "give a number of columns"),
+        (["--group-size", "64x"], "give a number of columns"),
+        (["--group-size", "1"], "give a number of columns"),
+        (["--format", "bitsandbytes", "--group-size", "64"], "leave it out"),
+        (["--format", "bitsandbytes", "--calibration", "python-help"], "reads no text"),
+    ],
+)
+def test_init_refuses_what_no_recipe_could_say(here, tmp_path, options, said):
+    ended = here("init", tmp_path / "new.yaml", *options)
+
+    assert ended.code == 2 and said in ended.err and not (tmp_path / "new.yaml").exists()
+
+
+def test_init_knows_every_format():
+    assert {*init.FORMATS} == {*FORMATS}
+
+
+def test_plan_leaves_a_damaged_tokenizer_to_the_run(here, tmp_path, glass):
+    copy = Path(shutil.copytree(glass, tmp_path / "model"))
+    (copy / "tokenizer.json").write_text("{")
+    assert here("init", tmp_path / "new.yaml", "--model", copy, "--format", "gguf").code == 0
+
+    assert here("plan", tmp_path / "new.yaml").code == 0
 
 
 def test_plan_json_predicts_bytes_memory_and_time(here, recipe, tmp_path):

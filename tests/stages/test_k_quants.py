@@ -170,7 +170,7 @@ def test_what_a_k_quant_leaves_no_choice_of_is_refused(stage, fields, said):
 @pytest.mark.parametrize(
     "stage",
     [
-        Gptq(bits=3, k_quant=True, overrides=[{"match": "*.mlp.*", "group_size": 32}]),
+        Gptq(bits=3, k_quant=True, overrides=[{"match": "*.mlp.*", "bits": 5}]),
         Vocabulary(bits=6, k_quant=True),
         Sensitivity(runtime="llama.cpp", candidates=[{"bits": 3, "k_quant": True}, {"bits": 5, "symmetric": False}]),
     ],
@@ -180,6 +180,19 @@ def test_a_resolved_recipe_says_nothing_of_what_the_type_says_and_reads_back(sta
     first = written["candidates"][0] if "candidates" in written else written
     assert first["k_quant"] and not {"symmetric", "group_size", "inputs", "zero_points"} & {*first}
     assert type(stage)(**written) == stage
+
+
+def test_what_a_stage_says_of_grids_beside_k_quants_is_of_linears_that_leave_them(model):
+    overrides = [{"match": "*.down_proj", "bits": 8}]
+    stage = Gptq(bits=4, k_quant=True, group_size=32, overrides=overrides)
+    written = stage.model_dump(mode="json")
+
+    assert stage.scheme_of("model.layers.0.mlp.down_proj").label == "int8 symmetric group 32"
+    assert stage.scheme_of("model.layers.0.mlp.up_proj").label.startswith("Q4_K")
+    assert written["group_size"] == 32 and Gptq(**written) == stage
+    assert Gptq(bits=4, k_quant=True, overrides=overrides).model_dump()["group_size"] == 64, "what did run is told"
+    with pytest.raises(ValidationError, match="by its bits"):
+        Gptq(bits=4, k_quant=True, group_size=32, overrides=[{"match": "*.down_proj", "bits": 6}])
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@
     path       a local folder, or a single .gguf file
     package    a file inside an installed Python package (a .gguf, or a folder with config.json)
 
-A .gguf is dequantised once into float32 safetensors and kept in the cache under the file's sha256. `rescale` then
-moves the weights off their old quantisation grid without changing the function; see `rescale`.
+A .gguf is dequantised once into float32 safetensors and kept in the cache under the file's sha256; so is a folder with
+quantised linears, in its own 16 bits, for stages work on weights and what they leave alone must not keep codes of
+another scheme. `rescale` then moves the weights off their old quantisation grid without changing the function; see
+`rescale`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ from compress.events import Progress
 from compress.files import cache_folder as cache_folder
 from compress.files import digest_of_json, sha256_of, write_json
 
+SHARD_BYTES = 5 * 10**9
+"""Of a file in the cache."""
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -133,6 +138,7 @@ def resolve(spec: ModelSpec, base: Path, progress: Progress) -> Source:
         source = _from_gguf(location, spec, progress)
     else:
         raise RecipeError(f"model: {location} is neither a folder nor a .gguf file.")
+    source = _dequantised(source, progress)
     return _rescaled(source, spec.rescale, progress) if spec.rescale else source
 
 
@@ -196,6 +202,28 @@ def converted_gguf(path: Path, digest: str, progress: Progress) -> Path:
             write_json(staged / "source.json", {"previous_quantization": previous})
             advance("")
     return folder
+
+
+def _dequantised(source: Source, progress: Progress) -> Source:
+    """The values of a folder with quantised linears as a plain one in the cache; any other source as it is."""
+    from compress.checkpoints.export import export, stored_dtype
+    from compress.checkpoints.reader import Checkpoint
+
+    checkpoint = Checkpoint(source.folder)
+    if not checkpoint.schemes:
+        return source
+    digest = checkpoint.digest()
+    dtype = stored_dtype(checkpoint.config, "auto", checkpoint.architecture.float16_safe)
+
+    def build(staged: Path) -> None:
+        with progress.task("dequantising the source (once)", 1) as advance:
+            export(checkpoint, staged, "plain", dtype, SHARD_BYTES)
+            advance("")
+
+    labels = Counter(scheme.label for scheme in checkpoint.schemes.values())
+    said = ", ".join(f"{label} x{count}" for label, count in labels.most_common())
+    folder = cached_source(f"dense-{digest[:24]}", build)
+    return Source(folder, {**source.facts, "quantised_digest": digest, "previous_quantization": said})
 
 
 def _rescaled(source: Source, how: Rescale, progress: Progress) -> Source:

@@ -113,6 +113,12 @@ def warnings_of(
         found.append("gguf keeps a minimum of any value: zero_points: free is less error in the same bytes")
     if recipe.export.format == "gguf":
         found += _bits_that_gguf_widens(schemes) + _tokenizer_that_gguf_leaves_out(recipe, config)
+    section = config.get("quantization_config") or {}
+    if recipe.stages and section.get("quant_method") and section.get("config_groups", True):
+        found.append(
+            "the source's weights were quantised before: their values are taken, and what is measured against them "
+            "flatters methods on their old grid; `rescale` under model moves them off it"
+        )
     has_scales = bool((config.get("quantization_config") or {}).get("kv_cache_scheme"))
     if has_scales and recipe.stages and not any(stage.kv_bytes for stage in recipe.stages):
         found.append("the source's scales of an fp8 KV cache are left behind; a kv_cache stage makes new ones")

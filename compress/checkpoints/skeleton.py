@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.architecture import Architecture, architecture_of, logit_softcap
 from compress.checkpoints.reader import Checkpoint
+from compress.errors import CompressError, UnhealthySourceError
 from compress.quantization.inputs import IntegerLinear, run_as_before, run_as_loaded, run_on_integers
 from compress.quantization.kv_cache import RoundedCache, SeenCache
 
@@ -53,6 +54,20 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+@contextmanager
+def _told_as_a_config_s_mistake() -> Iterator[None]:
+    """What transformers raises of a config with values that no model has, as a sentence."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise UnhealthySourceError(
+            f"config.json: transformers makes no model of it ({type(error).__name__}: {first}); fetch it again"
+        ) from error
+
+
 class Skeleton:
     """A causal language model on the meta device. `device` and `dtype` are where and in what parts compute."""
 
@@ -63,7 +78,8 @@ class Skeleton:
         self.config_json = config
         """As in config.json; `config` is what transformers makes of it."""
         clean = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
-        self.config = AutoConfig.for_model(config["model_type"], **copy.deepcopy(clean))
+        with _told_as_a_config_s_mistake():
+            self.config = AutoConfig.for_model(config["model_type"], **copy.deepcopy(clean))
         self.config.use_cache = False
         self.architecture: Architecture = architecture_of(self.config)
         self.device, self.dtype = device, dtype
@@ -71,13 +87,15 @@ class Skeleton:
         """What the block that is loaded is given as its KV cache."""
         self.as_loaded = False
         """Whether linears with integer inputs compute as transformers does, and not as the kernels that serve them."""
-        with init_empty_weights(include_buffers=False):
+        with _told_as_a_config_s_mistake(), init_empty_weights(include_buffers=False):
             # transformers chooses the attention: fused where it can, eager for Gemma 2, whose soft caps no kernel has.
             self.model: nn.Module = AutoModelForCausalLM.from_config(self.config)
         self.model.eval()
         self._body: nn.Module = self.model.get_submodule(self.architecture.prefix)
         blocks = self.model.get_submodule(self.architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
+        if not len(blocks):
+            raise UnhealthySourceError("config.json: a model with no decoder blocks; fetch the config again")
         self._blocks = blocks
         self._move_outer_buffers()
         self._calls: dict[tuple[int, int], list[Call]] = {}

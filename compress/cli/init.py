@@ -63,9 +63,15 @@ def init(
     if not path.parent.is_dir():
         raise RecipeError(f"{path}: the folder {path.parent} does not exist.")
     local = Path(model).expanduser()
-    key = f"path: {local.resolve()}" if local.exists() or model.endswith(".gguf") else f"hub: {model}"
+    if not local.exists() and model.startswith(("/", ".", "~")):
+        raise RecipeError(f"--model {model}: no such file or folder.")
+    key = f"path: {_quoted(local.resolve())}" if local.exists() or model.endswith(".gguf") else f"hub: {_quoted(model)}"
     stem = Path(model).name.lower().removesuffix(".gguf")
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")
+    linears = _linears_of(local)
+    stages, left = _stages(linears, format_, group_size)
+    if linears is not None and len(left) == len(linears.shapes):
+        raise RecipeError(f"--format {format_}: it holds none of this model's linears; choose another, or --group-size")
     longest = _context(local)
     window = min(512, longest)
     calibrated = CALIBRATION.format(text=calibration or "python-help", window=window)
@@ -74,15 +80,24 @@ def init(
         name=name or f"{safe or 'model'}-{'nf4' if format_ == 'bitsandbytes' else 'int4'}",
         model=key,
         calibration="" if format_ == "bitsandbytes" else calibrated,
-        stages="\n".join(f"  - {{{stage}}}" for stage in _stages(_linears_of(local), format_, group_size)),
+        stages="\n".join(f"  - {{{stage}}}" for stage in stages),
         format=format_,
         evaluation=evaluation,
         window=window,
         context=min(4096, longest),
     )
     path.write_text(text, encoding="utf-8")
+    if left:
+        console.note(f"left in 16 bits, since {format_} cannot hold them: {', '.join(left)}")
     console.print_line(f"wrote {path}; next: compress plan {path}")
     return 0
+
+
+def _quoted(value: object) -> str:
+    """As YAML reads it back: plain where it can be."""
+    import yaml
+
+    return yaml.safe_dump(str(value), width=10**6).splitlines()[0]
 
 
 def _check_size(group_size: str, format_: str) -> None:
@@ -154,28 +169,34 @@ def _first_held(format_: str, tried: list[str], shapes: list[tuple[int, int]]) -
     return None
 
 
-def _stages(linears: _Linears | None, format_: str, group_size: str) -> list[str]:
-    """Stages of 4 bits as the format has them, each without its braces. `linears`: None where nothing tells."""
+def _stages(linears: _Linears | None, format_: str, group_size: str) -> tuple[list[str], list[str]]:
+    """Stages of 4 bits as the format has them, each without its braces, and what they leave out. `linears`: None where
+    nothing tells."""
     if format_ == "bitsandbytes":
-        return ["kind: bitsandbytes, type: nf4" + _exceptions(linears, format_, ["64"])]
+        said, left = _exceptions(linears, format_, ["64"])
+        return ["kind: bitsandbytes, type: nf4" + said], left
     size = group_size or ("32" if format_ == "gguf" else "64")
+    if format_ == "gptq" and not group_size and linears:
+        # One size for the whole model: that which leaves the fewest out.
+        size = min(("64", "32"), key=lambda each: [*linears.sizes(format_, [each]).values()].count(None))
     tried = [size, *(each for each in OTHER_SIZES.get(format_, ()) if each != size)]
-    exceptions = _exceptions(linears, format_, tried)
+    exceptions, left = _exceptions(linears, format_, tried)
     if format_ != "gguf":
-        return [f"kind: gptq, bits: 4, group_size: {size}{exceptions}"]
+        return [f"kind: gptq, bits: 4, group_size: {size}{exceptions}"], left
     columns = [shape[1] for shape in (*linears.shapes.values(), linears.embedding)] if linears else []
     if columns and not group_size and all(width % 256 == 0 for width in columns):
-        return ["kind: vocabulary, bits: 6, k_quant: true", "kind: gptq, bits: 4, k_quant: true"]
+        return ["kind: vocabulary, bits: 6, k_quant: true", "kind: gptq, bits: 4, k_quant: true"], []
     held = _first_held(format_, tried, [linears.embedding]) if linears else size
     stages = [f"kind: vocabulary, bits: 8, group_size: {held}"] if held else []
-    return [*stages, f"kind: gptq, bits: 4, group_size: {size}, symmetric: false, zero_points: free{exceptions}"]
+    grid = f"group_size: {size}, symmetric: false, zero_points: free"
+    return [*stages, f"kind: gptq, bits: 4, {grid}{exceptions}"], left
 
 
-def _exceptions(linears: _Linears | None, format_: str, tried: list[str]) -> str:
-    """Other group sizes, and linears that the format cannot hold, as they are written behind a stage."""
+def _exceptions(linears: _Linears | None, format_: str, tried: list[str]) -> tuple[str, list[str]]:
+    """Other group sizes, and linears that the format cannot hold, as they are written behind a stage; those linears."""
     found = {} if linears is None else linears.sizes(format_, tried)
     if linears is None or set(found.values()) <= {tried[0]}:
-        return ""
+        return "", []
     others = [
         f"{{match: {linears.pattern(name)}, group_size: {size}}}"
         for name, size in found.items()
@@ -183,7 +204,7 @@ def _exceptions(linears: _Linears | None, format_: str, tried: list[str]) -> str
     ]
     left = [linears.pattern(name) for name, size in found.items() if size is None]
     said = f", overrides: [{', '.join(others)}]" if others else ""
-    return said + (f", ignore: [{', '.join(left)}]" if left else "")
+    return said + (f", ignore: [{', '.join(left)}]" if left else ""), left
 
 
 def _linears_of(folder: Path) -> _Linears | None:
@@ -202,6 +223,6 @@ def _linears_of(folder: Path) -> _Linears | None:
         first = f"{architecture.block_name(0)}."
         inside = {name.removeprefix(first): shape for name, shape in shapes.items() if name.startswith(first)}
         embedding = tuple(skeleton.parameter_shapes()[f"{architecture.embedding}.weight"])
-    except (CompressError, OSError, ValueError, KeyError):
-        return None
+    except (CompressError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # `plan` tells what is wrong with it
     return _Linears(inside, architecture.fused, (embedding[0], embedding[1]))

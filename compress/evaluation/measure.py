@@ -204,7 +204,7 @@ def _divergence(name: str, tokens: TokenScores, candidate: Measured) -> None:
     nothing = torch.zeros_like(tokens.divergence)
     candidate.paired[f"{name}.mean_kl"] = _windows(nothing, tokens.divergence, tokens.counts)
     candidate.intervals[f"{name}.mean_kl"] = (max(0.0, interval[0]), interval[1])
-    candidate.intervals[f"{name}.top1_agreement"] = agreement_interval
+    candidate.intervals[f"{name}.top1_agreement"] = (max(0.0, agreement_interval[0]), min(1.0, agreement_interval[1]))
 
 
 def _windows(source: Tensor, compressed: Tensor, counts: Tensor) -> Paired:

@@ -67,11 +67,15 @@ def _gate_mistake(recipe: Recipe, gate: Any, measure: str, known: list[str]) -> 
         and (relative or not _has_interval(measure))
     ):
         return f"{measure} has no interval; leave out use_interval, or judge perplexity, mean_kl or top1_agreement"
+    if recipe.export.format == "gguf" and (measure in _OF_A_ROUND_TRIP or measure.startswith("round_trip.")):
+        return f"no public loader keeps a .gguf file packed, so there is no round trip, and no {measure}"
     if measure == "effective_bits" and not FORMATS[recipe.export.format].packs:
         return f"format {recipe.export.format} packs nothing, so there are no effective_bits"
     return None
 
 
+_OF_A_ROUND_TRIP = ("resident_bytes", "kv_cache_bytes")
+"""Measured while the export is reloaded publicly, beside `round_trip.*` itself."""
 _PAIRED = {("divergence", "mean_kl"), ("task", "accuracy"), ("task", "accuracy_norm")}
 
 

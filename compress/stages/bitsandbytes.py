@@ -20,7 +20,13 @@ from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import quantise_each
-from compress.stages.quantize import checked_pattern, groups_that_do_not_divide, matches, patterns_that_match_nothing
+from compress.stages.quantize import (
+    NOTHING_LEFT,
+    checked_pattern,
+    groups_that_do_not_divide,
+    matches,
+    patterns_that_match_nothing,
+)
 
 
 class BitsAndBytesStage(Stage):
@@ -55,6 +61,7 @@ class BitsAndBytesStage(Stage):
         require()
         return [
             *patterns_that_match_nothing(self.ignore, [], shapes),
+            *([] if self.schemes(shapes) or not shapes else [NOTHING_LEFT]),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture, multiples_of=0),
         ]
 

@@ -110,6 +110,7 @@ def no_k_quant(bits: object) -> str:
     return f"no K-quant has {bits} bits; they have {', '.join(map(str, K_QUANTS))}. Leave k_quant out, or give it false"
 
 
+NOTHING_LEFT = "ignore: every linear is ignored, so nothing is quantised"
 NO_ZERO_POINTS = "zero_points say nothing of symmetric codes; give symmetric: false"
 
 
@@ -246,6 +247,7 @@ class QuantizeStage(Stage):
             return []
         return [
             *patterns_that_match_nothing(self.ignore, [override.match for override in self.overrides], shapes),
+            *([] if self.schemes(shapes) or not shapes else [NOTHING_LEFT]),
             *groups_that_do_not_divide(self.schemes(shapes), shapes, architecture),
             *super_blocks_that_do_not_divide(self.schemes(shapes), shapes),
             *self._no_such_k_quants(shapes),

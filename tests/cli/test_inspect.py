@@ -201,6 +201,50 @@ def test_init_refuses_what_no_recipe_could_say(here, tmp_path, options, said):
     assert ended.code == 2 and said in ended.err and not (tmp_path / "new.yaml").exists()
 
 
+def test_init_tells_what_it_left_out_and_refuses_where_that_is_all(here, tmp_path, glass):
+    ended = here("init", tmp_path / "new.yaml", "--model", glass, "--format", "gguf")
+    assert 'left in 16 bits, since gguf cannot hold them: "*.down_proj"' in ended.err
+
+    random_model("llama", tmp_path / "model", **{**SMALL, "intermediate_size": 48})
+    ended = here("init", tmp_path / "other.yaml", "--model", tmp_path / "model", "--format", "gptq")
+    assert ended.code == 2 and "holds none of this model's linears" in ended.err
+
+
+def test_init_writes_paths_that_yaml_reads_back(here, tmp_path, glass):
+    place = tmp_path / "a #b: c"
+    shutil.copytree(glass, place)
+
+    assert here("init", tmp_path / "new.yaml", "--model", place).code == 0
+    assert yaml.safe_load((tmp_path / "new.yaml").read_text())["model"] == {"path": str(place)}
+    missing = here("init", tmp_path / "other.yaml", "--model", "./nowhere")
+    assert missing.code == 2 and "no such file or folder" in missing.err
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"hidden_size": "big"}, {"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"hidden_act": "foo"}],
+    ids=lambda edit: next(iter(edit)),
+)
+def test_a_config_that_no_model_has_is_told_as_one(here, tmp_path, glass, edit):
+    copy = Path(shutil.copytree(glass, tmp_path / "model"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, **edit}))
+
+    assert here("init", tmp_path / "new.yaml", "--model", copy).code == 0
+    planned = here("plan", tmp_path / "new.yaml")
+    assert planned.code == 5 and "config.json" in planned.err and "internal error" not in planned.err
+
+
+def test_plan_refuses_gates_that_no_run_could_judge_and_stages_that_leave_everything(here, tmp_path, glass):
+    path = tmp_path / "new.yaml"
+    assert here("init", path, "--model", glass, "--format", "gguf").code == 0
+    for measure in ("resident_bytes", "kv_cache_bytes", "round_trip.mean_kl"):
+        gate = f"gates.0={{kind: threshold, measure: {measure}, max: 5}}"
+        assert f"there is no round trip, and no {measure}" in here("plan", path, "--set", gate).err
+    nothing = here("plan", path, "--set", "stages.1.ignore=['*']")
+    assert nothing.code == 2 and "every linear is ignored, so nothing is quantised" in nothing.err
+
+
 def test_init_knows_every_format():
     assert {*init.FORMATS} == {*FORMATS}
 

@@ -285,6 +285,18 @@ def test_values_outside_the_range_of_what_they_are_written_in_are_refused(tmp_pa
         export(done, tmp_path / "plain", "plain", torch.float16, 10**9)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_weights_outside_what_a_super_block_holds_are_refused_as_other_types_refuse_them(tmp_path, bits):
+    random_model("llama", tmp_path / "model", torch.bfloat16, **WIDE)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = 1e30
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    done, _ = apply_stage(RoundToNearest(bits=bits, k_quant=True), tmp_path / "model", tmp_path / "stage")
+
+    with pytest.raises(RecipeError, match="outside the float16 that gguf keeps them in"):
+        export(done, tmp_path / "export", "gguf", torch.float16, 10**9)
+
+
 @pytest.mark.parametrize("stage", [Gptq, RoundToNearest, Vocabulary])
 def test_symmetric_codes_have_no_zero_points_to_free(stage):
     with pytest.raises(ValidationError, match="zero_points say nothing of symmetric codes"):

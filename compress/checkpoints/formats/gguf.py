@@ -211,6 +211,10 @@ def _blocks(source: Checkpoint, names: Names, module: str, rounded: dict[str, fl
         if error > (COARSE if scheme.k_quant else ROUNDING):
             rounded[module] = error
         if scheme.k_quant:
+            assert isinstance(grid.nested, SuperBlocks)
+            for part in (grid.nested.scale, grid.nested.minimum):
+                if part is not None:
+                    _in_range(part, module)
             return super_blocks(codes[order], grid.at(order)).numpy()
         return blocks(codes[order], grid.at(order), kind, module).numpy()
 
@@ -254,14 +258,18 @@ def blocks(codes: Tensor, grid: Grid, kind: str, module: str) -> Tensor:
 
 def _half(values: Tensor, module: str) -> Tensor:
     """float16 bytes (n, 2) of values (n, 1)."""
+    return _in_range(values, module).view(torch.uint8)
+
+
+def _in_range(values: Tensor, module: str) -> Tensor:
+    """In float16. At the very end of its range a scale was held back there, and the weight with it: refused."""
     halved = values.to(torch.float16)
-    # At the very end of the range a scale was held back there, and the weight with it.
     if bool((halved.abs() >= torch.finfo(torch.float16).max).any()) and bool(torch.isfinite(values).all()):
         raise RecipeError(
             f"export.format: {module} has scales up to {float(values.abs().max()):.3g} or more, outside the float16 "
             "that gguf keeps them in. Use format: compressed-tensors with export.dtype: bfloat16."
         )
-    return halved.view(torch.uint8)
+    return halved
 
 
 def _write_file(path: Path, keys: list[tuple[str, Any, str]], vocabulary: Vocabulary, tensors: list[Stored]) -> None:

@@ -161,12 +161,13 @@ def _sentence(problem: Any, path: Path, data: Any, schema: dict[str, Any]) -> st
     if kind == "literal_error":
         found = f"found {value!r}, expected {context['expected']}"
         options = [name.strip(" '") for name in str(context["expected"]).replace(" or ", ", ").split(",")]
-        return found + (nearest(value, options) if isinstance(value, str) else "")
+        near = nearest(value, options) if isinstance(value, str) else ""
+        return f"{found}.{near}" if near else found
     if kind == "string_pattern_mismatch" and path[-1:] == ("name",):
         return f"found {value!r}; use lower-case letters, digits, '.', '_' and '-', at most 64, no folder separators"
     if kind == "value_error":
         return str(context.get("error", problem["msg"]))
-    message = str(problem["msg"])
+    message = str(problem["msg"]).replace("a valid tuple", "a list")
     return f"{message[0].lower()}{message[1:]}" + (f", found {value!r}" if not isinstance(value, dict | list) else "")
 
 

@@ -78,7 +78,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(tmp_path):
         "vocabulary, kv_cache",
         "r.yaml:11: stages[2]: give its `kind`; `compress kinds` lists them",
         "r.yaml:12: export.format: found 'compresed-tensors', expected 'compressed-tensors', 'gptq', "
-        "'bitsandbytes', 'gguf' or 'plain' "
+        "'bitsandbytes', 'gguf' or 'plain'. "
         'Did you mean "compressed-tensors"?',
         "r.yaml:14: evaluation[0].data: text sampled from the model cannot judge the model; name a held-out text",
         "r.yaml:16: gates[0]: give max, min or both: a gate without a bound judges nothing",

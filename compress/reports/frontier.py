@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from compress.reports.html import pages
 from compress.reports.tables import Table
-from compress.reports.words import number, showable, size
+from compress.reports.words import everywhere, number, showable, size
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 380, 70, 20, 16, 44
 
@@ -18,7 +18,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 380, 70, 20, 16, 44
 def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         (
-            f"{point['scheme']} everywhere" if point["scheme"] else "mixture",
+            everywhere(point["scheme"]) if point["scheme"] else "mixture",
             f"{point['effective_bits']:.3f}",
             size(point["linear_bytes"]),
             size(point["weight_bytes"]),

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from compress.reports import maps, pruning, scaling
 from compress.reports.report import Report, StageRecord
 from compress.reports.tables import Table
-from compress.reports.words import number, size
+from compress.reports.words import everywhere, number, size
 
 OWN = ("units", "uniform")
 """Facts that are shown here rather than listed."""
@@ -97,7 +97,7 @@ def bought_table(facts: Mapping[str, Any]) -> Table:
     ]
     bits = facts["effective_bits"] / facts["linear_bytes"]
     rows += [
-        (f"{each['scheme']} everywhere", size(each["bytes"]), f"{bits * each['bytes']:.3f}", number(each["kl"]))
+        (everywhere(each["scheme"]), size(each["bytes"]), f"{bits * each['bytes']:.3f}", number(each["kl"]))
         for each in sorted(facts["uniform"], key=lambda each: -each["bytes"])
     ]
     what = "Linears and vocabulary" if _outside(facts) else "Linears"

@@ -52,6 +52,13 @@ def size(count: float | None) -> str:
     return f"{mebibytes:.1f} MiB" if abs(mebibytes) >= 10 else f"{mebibytes:.2f} MiB"
 
 
+def everywhere(label: str) -> str:
+    """A uniform choice in words, of `Choices.label`: 'Q4_K everywhere', or with what embedding and head have beside it,
+    'Q4_K in all linears; lm_head Q6_K'."""
+    linears, semicolon, outside = label.partition("; ")
+    return f"{linears} in all linears; {outside}" if semicolon else f"{linears} everywhere"
+
+
 def number(value: float | None) -> str:
     """Four digits that matter, with thousands separated."""
     if value is None:

@@ -71,7 +71,12 @@ class Budget(BaseModel):
     """One of effective_bits, weight_bytes, ratio, serving_bytes; the other fields belong to serving_bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    effective_bits: float | None = Field(default=None, gt=0, le=32, description="bits per weight with scales")
+    effective_bits: float | None = Field(
+        default=None,
+        gt=0,
+        le=32,
+        description="bits per weight, with scales: of linears, and of the vocabulary where that is chosen for",
+    )
     weight_bytes: int | None = Field(default=None, gt=0, description="bytes of all tensors of the export")
     ratio: float | None = Field(default=None, gt=0, le=1, description="of the source's tensor bytes")
     serving_bytes: int | None = Field(default=None, gt=0, description="memory of one replica while it serves")

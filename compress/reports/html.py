@@ -152,7 +152,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         share = f"{100 * after['weight_bytes'] / source:.0f} % of {words.size(source)}" if source else ""
         tiles.append(("Weights", words.size(after["weight_bytes"]), share))
     if "effective_bits" in after:
-        tiles.append(("Bits per quantized weight", f"{after['effective_bits']:.2f}", "scales included"))
+        tiles.append(("Bits per weight of quantized linears", f"{after['effective_bits']:.2f}", "scales included"))
     divergences = [name for name in after if name.startswith("divergence.") and name.endswith(".mean_kl")]
     if divergences:
         name = max(divergences, key=lambda name: after[name])

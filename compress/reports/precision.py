@@ -33,11 +33,11 @@ def listed(stage: StageRecord) -> dict[str, Any]:
 
 def sentence(facts: Mapping[str, Any]) -> str:
     """What was asked, what came of it, and what it was compared with."""
-    what = "linears and vocabulary take" if _outside(facts) else "linears take"
+    what, whose = ("linears and vocabulary take", " of both") if _outside(facts) else ("linears take", "")
     text = (
         f"Asked for {_asked(facts)}; the {what} {facts['linear_bytes']:,} of {facts['limit_bytes']:,} bytes, "
-        f"{facts['effective_bits']:.3f} bits per weight. On {facts['tuning_tokens']:,} tuning tokens the plan's mean "
-        f"KL to the model before it is {number(facts['kl'])} nats"
+        f"{facts['effective_bits']:.3f} bits per weight{whose}. On {facts['tuning_tokens']:,} tuning tokens the "
+        f"plan's mean KL to the model before it is {number(facts['kl'])} nats"
     )
     isolated = "As solved in isolation: behind compressed inputs, as they ship, divergences are usually lower."
     if facts.get("stop") == "first_pass":

@@ -14,7 +14,7 @@ MISSING = "–"
 MOST_EVENTS = 200
 MEASURES: dict[str, str] = {
     "weight_bytes": "Weights",
-    "effective_bits": "Effective bits per quantized weight",
+    "effective_bits": "Effective bits per weight of quantized linears",
     "perplexity": "Perplexity",
     "mean_kl": "KL divergence, mean (nats per token)",
     "median_kl": "KL divergence, median",

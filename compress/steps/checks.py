@@ -8,7 +8,7 @@ from typing import Any
 from compress.architecture import Architecture, Dimensions
 from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
-from compress.checkpoints.formats.gguf import type_of
+from compress.checkpoints.formats.gguf import BLOCK, type_of
 from compress.checkpoints.formats.gguf_tokenizer import vocabulary_of
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
 from compress.evaluation.specs import OnText
@@ -112,7 +112,8 @@ def warnings_of(
     ):
         found.append("gguf keeps a minimum of any value: zero_points: free is less error in the same bytes")
     if recipe.export.format == "gguf":
-        found += _bits_that_gguf_widens(schemes) + _tokenizer_that_gguf_leaves_out(recipe, config)
+        found += _bits_that_gguf_widens(schemes) + _groups_that_gguf_splits(schemes, shapes)
+        found += _tokenizer_that_gguf_leaves_out(recipe, config)
     section = config.get("quantization_config") or {}
     if recipe.stages and section.get("quant_method") and section.get("config_groups", True):
         found.append(
@@ -198,6 +199,22 @@ def _bits_that_gguf_widens(schemes: Mapping[str, Scheme]) -> list[str]:
             said = f"gguf keeps {scheme.label} as {kind}, in as many bytes as {kind[1]} bits"
             found.append(said + "; k_quant: true does not" * (scheme.bits in K_QUANTS))
     return found
+
+
+def _groups_that_gguf_splits(schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Scales of more columns than a block has, which is stored with one each."""
+    wide = [
+        module
+        for module, scheme in schemes.items()
+        if type_of(scheme) and not scheme.k_quant and scheme.width(shapes[module][1]) > BLOCK
+    ]
+    if not wide:
+        return []
+    more = f" and {len(wide) - 1} more" if len(wide) > 1 else ""
+    return [
+        f"gguf stores a scale for each {BLOCK} columns whatever the group size: group_size {BLOCK} is less error in "
+        f"the same bytes ({wide[0]}{more})"
+    ]
 
 
 def _tokenizer_that_gguf_leaves_out(recipe: Recipe, config: Mapping[str, Any]) -> list[str]:

@@ -241,6 +241,9 @@ def test_plan_refuses_gates_that_no_run_could_judge_and_stages_that_leave_everyt
     for measure in ("resident_bytes", "kv_cache_bytes", "round_trip.mean_kl"):
         gate = f"gates.0={{kind: threshold, measure: {measure}, max: 5}}"
         assert f"there is no round trip, and no {measure}" in here("plan", path, "--set", gate).err
+    assert "gguf stores a scale for each 32 columns" not in here("plan", path).out
+    wide = here("plan", path, "--set", "stages.1.group_size=64", "--json")
+    assert any("group_size 32 is less error" in each for each in json.loads(wide.out)["warnings"])
     nothing = here("plan", path, "--set", "stages.1.ignore=['*']")
     assert nothing.code == 2 and "every linear is ignored, so nothing is quantised" in nothing.err
 

@@ -30,9 +30,11 @@ class Lines:
         for length in range(len(path), 0, -1):
             if path[:length] in self.overrides:
                 return f"--set {self.overrides[path[:length]]}: {name}"
+        for length in range(len(path), 0, -1):
+            above = [override for inner, override in self.overrides.items() if inner[:length] == path[:length]]
+            if above and path[:length] not in self.by_path:
+                return f"--set {above[0]}: {name}"
         made = [f"--set {override}" for inner, override in self.overrides.items() if inner[: len(path)] == path]
-        if made and path not in self.by_path:
-            return f"{made[0]}: {name}"
         # A mistake of the whole, which what was set inside may have made.
         name += f" (with {', '.join(made)})" if made else ""
         for length in range(len(path), -1, -1):

@@ -167,6 +167,14 @@ def test_a_key_that_an_override_made_up_on_its_way_is_blamed_on_it_too(tmp_path)
     assert found.startswith('--set stage.0.bits=7: stage: unknown key. Did you mean "stages"?')
 
 
+def test_what_is_missing_beside_a_key_that_an_override_made_up_is_blamed_on_it(tmp_path):
+    text = GOOD.replace("calibration: {data: python-help, windows: 8}\n", "")
+
+    found = mistakes(write(tmp_path, text), "calibration.windows=8")
+
+    assert "--set calibration.windows=8: calibration.data: missing; it is required here" in found
+
+
 def test_a_stage_of_a_resolved_recipe_can_be_set_to_k_quants(tmp_path):
     path = tmp_path / "resolved.yaml"
     path.write_text(load_recipe(write(tmp_path, GOOD)).dump())

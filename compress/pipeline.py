@@ -160,7 +160,7 @@ def evaluate(recipe: Recipe, asked: Asked, out: Path | None, progress: Progress)
         planned = plan_evaluation(recipe, asked.model.spec, progress)
         with clock.step("source"), sampler.phase("source"):
             source = open_source(recipe.model, progress)
-            reference = open_source(asked.against.spec, progress) if asked.against else source
+            reference = open_source(asked.against.spec, progress, as_it_is=True) if asked.against else source
             candidate = open_candidate(asked.model, reference.tokenizer, progress)
             texts = read_texts(candidate.calibrated(recipe), reference, planned.machine, progress)
             check_comparable(recipe, candidate, reference, texts)

@@ -5,7 +5,7 @@
     package    a file inside an installed Python package (a .gguf, or a folder with config.json)
 
 A .gguf is dequantised once into float32 safetensors and kept in the cache under the file's sha256; so is a folder with
-quantised linears, in its own 16 bits, for stages work on weights and what they leave alone must not keep codes of
+quantised linears, in its own 16 bits, where stages are to work on it: what they leave alone must not keep codes of
 another scheme. `rescale` then moves the weights off their old quantisation grid without changing the function; see
 `rescale`.
 """
@@ -127,8 +127,11 @@ def read_config(spec: ModelSpec, base: Path, progress: Progress) -> dict[str, An
     return value
 
 
-def resolve(spec: ModelSpec, base: Path, progress: Progress) -> Source:
-    """Fetch or convert the source where needed and return its folder. `base` is what relative paths start from."""
+def resolve(spec: ModelSpec, base: Path, progress: Progress, *, values: bool = False) -> Source:
+    """Fetch or convert the source where needed and return its folder. `base` is what relative paths start from.
+
+    values: of a folder with quantised linears, one with what they are worth; else the folder as it is.
+    """
     location = locate(spec, base)
     if location is None:
         source = _from_hub(spec)
@@ -138,7 +141,7 @@ def resolve(spec: ModelSpec, base: Path, progress: Progress) -> Source:
         source = _from_gguf(location, spec, progress)
     else:
         raise RecipeError(f"model: {location} is neither a folder nor a .gguf file.")
-    source = _dequantised(source, progress)
+    source = _dequantised(source, progress) if values or spec.rescale else source
     return _rescaled(source, spec.rescale, progress) if spec.rescale else source
 
 

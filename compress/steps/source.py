@@ -32,9 +32,12 @@ class OpenedSource:
     events: tuple[Event, ...]
 
 
-def open_source(spec: ModelSpec, progress: Progress) -> OpenedSource:
-    """Fetch or convert, open, check that all weights are there and finite. Raises UnhealthySourceError naming them."""
-    source = resolve(spec, Path.cwd(), progress)
+def open_source(spec: ModelSpec, progress: Progress, *, as_it_is: bool = False) -> OpenedSource:
+    """Fetch or convert, open, check that all weights are there and finite. Raises UnhealthySourceError naming them.
+
+    as_it_is: leave quantised linears quantised, of a release that others are compared with.
+    """
+    source = resolve(spec, Path.cwd(), progress, values=not as_it_is)
     checkpoint = Checkpoint(source.folder)
     check_complete(checkpoint)
     stop = threading.Event()

@@ -89,6 +89,12 @@ def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> 
     return [f"export.format: {sentence}. {can}" for sentence in found]
 
 
+def quantised_before(config: Mapping[str, Any]) -> bool:
+    """Whether a folder's config says that linears are quantised, not only caches."""
+    section = config.get("quantization_config") or {}
+    return bool(section.get("quant_method")) and bool(section.get("config_groups", True))
+
+
 def warnings_of(
     recipe: Recipe,
     config: Mapping[str, Any],
@@ -114,8 +120,7 @@ def warnings_of(
     if recipe.export.format == "gguf":
         found += _bits_that_gguf_widens(schemes) + _groups_that_gguf_splits(schemes, shapes)
         found += _tokenizer_that_gguf_leaves_out(recipe, config)
-    section = config.get("quantization_config") or {}
-    if recipe.stages and section.get("quant_method") and section.get("config_groups", True):
+    if recipe.stages and quantised_before(config):
         found.append(
             "the source's weights were quantised before: their values are taken, and what is measured against them "
             "flatters methods on their old grid; `rescale` under model moves them off it"

@@ -23,7 +23,7 @@ from compress.memory import predict
 from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
-from compress.steps.checks import format_mistakes, mistakes_of, warnings_of, weak_gates
+from compress.steps.checks import format_mistakes, mistakes_of, quantised_before, warnings_of, weak_gates
 from compress.steps.costs import dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.device import DevicePeaks, device_peaks
 from compress.steps.environment import Machine, choose_machine
@@ -154,6 +154,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     disk = sum(predict.training_disk_bytes(load_of(training.trained)) for training, load_of in trainings)
     disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
     disk += format_.reading_bytes(last.parameters)
+    disk += parameters * stored.itemsize if quantised_before(config) else 0  # its values, beside it in the cache
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
     warned = warnings_of(recipe, config, schemes, last.everything, architecture, dimensions)

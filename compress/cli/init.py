@@ -53,18 +53,11 @@ def init(
     """Write a recipe to start from. Never overwrites a file."""
     from compress import console
 
-    if format_ not in FORMATS:
-        raise RecipeError(f"--format {format_}: unknown.{nearest(format_, FORMATS)} Formats: {', '.join(FORMATS)}")
+    local = Path(model).expanduser()
+    _check(path, model, format_)
     _check_size(group_size, format_)
     if calibration and format_ == "bitsandbytes":
         raise RecipeError("--calibration: rounding by bitsandbytes reads no text; leave it out")
-    if path.exists():
-        raise RecipeError(f"{path} exists already; choose another name.")
-    if not path.parent.is_dir():
-        raise RecipeError(f"{path}: the folder {path.parent} does not exist.")
-    local = Path(model).expanduser()
-    if not local.exists() and model.startswith(("/", ".", "~")):
-        raise RecipeError(f"--model {model}: no such file or folder.")
     key = f"path: {_quoted(local.resolve())}" if local.exists() or model.endswith(".gguf") else f"hub: {_quoted(model)}"
     stem = Path(model).name.lower().removesuffix(".gguf")
     safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")
@@ -91,6 +84,18 @@ def init(
         console.note(f"left in 16 bits, since {format_} cannot hold them: {', '.join(left)}")
     console.print_line(f"wrote {path}; next: compress plan {path}")
     return 0
+
+
+def _check(path: Path, model: str, format_: str) -> None:
+    """Raises RecipeError for a file that cannot be written anew, a model that is not there, an unknown format."""
+    if format_ not in FORMATS:
+        raise RecipeError(f"--format {format_}: unknown.{nearest(format_, FORMATS)} Formats: {', '.join(FORMATS)}")
+    if path.exists():
+        raise RecipeError(f"{path} exists already; choose another name.")
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path}: the folder {path.parent} does not exist.")
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
+        raise RecipeError(f"--model {model}: no such file or folder.")
 
 
 def _quoted(value: object) -> str:

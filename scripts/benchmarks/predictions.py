@@ -41,13 +41,6 @@ from compress.steps.texts import read_texts
 SEED = 77
 
 
-def drawn(choices: Choices, generator: np.random.Generator, most: int) -> Choice:
-    """A random mixture in at most so many bytes."""
-    factors = np.exp(generator.normal(0, SPREAD_OF_PROBES, len(choices.costs)))
-    rows = [[factor * cost for cost in row] for factor, row in zip(factors, choices.costs, strict=True)]
-    return choices.cheapest(rows, most)
-
-
 def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> dict[str, Any]:
     """Predicted and measured divergence of some mixtures, and how they agree."""
     kinds = [unit.kind for unit in choices.units]
@@ -118,13 +111,17 @@ def main() -> int:
     first = tuple(stage.solved(choices.costs, choices.bytes, choices.sizes))
     probes = [run.disturbed(choices.costs, SPREAD_OF_PROBES, limit) for _ in range(stage.probes)]
     fitted = choices.fit([*run.rivals()[-UNIFORM_MEASURED:], first, *probes])
-    generator = np.random.default_rng(SEED)
-    near = [drawn(choices, generator, limit) for _ in range(arguments.plans)]
+    run.generator = generator = np.random.default_rng(SEED)
+
+    def drawn(most: int) -> Choice:
+        return run.disturbed(choices.costs, SPREAD_OF_PROBES, most)
+
+    near = [drawn(limit) for _ in range(arguments.plans)]
     least = 8 * sum(min(row) for row in choices.bytes) / choices.sizes.weights
     if arguments.low < least:
         print(f"--low is {least:.3f}, the bits of the smallest mixture", flush=True)
     budgets = generator.uniform(max(arguments.low, 1.001 * least), arguments.high, arguments.plans)
-    anywhere = [drawn(choices, generator, int(bits * choices.sizes.weights / 8)) for bits in budgets]
+    anywhere = [drawn(int(bits * choices.sizes.weights / 8)) for bits in budgets]
     found = {
         "factors": fitted.factors,
         "r2_of_fit": fitted.r2,

@@ -59,7 +59,7 @@ def _told_as_a_config_s_mistake() -> Iterator[None]:
     """What transformers raises of a config with values that no model has, as a sentence."""
     try:
         yield
-    except CompressError:
+    except (CompressError, MemoryError, ImportError):
         raise
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"

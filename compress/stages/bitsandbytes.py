@@ -20,7 +20,7 @@ from compress.quantization.grid import Grid, dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome
 from compress.stages.data_free import quantise_each
-from compress.stages.quantize import (
+from compress.stages.scheme_checks import (
     NOTHING_LEFT,
     checked_pattern,
     groups_that_do_not_divide,

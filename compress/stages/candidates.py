@@ -25,16 +25,18 @@ from compress.quantization.super_blocks import K_QUANTS
 from compress.stages.base import Shapes, Stage
 from compress.stages.quantize import (
     GroupSize,
-    checked_pattern,
+    as_resolved,
     checked_size,
+    no_k_quant,
+    refuse_beside_k_quant,
+)
+from compress.stages.scheme_checks import (
+    checked_pattern,
     groups_that_do_not_divide,
     integer_inputs_that_do_not_fit,
-    leaves_out,
     matches,
-    no_k_quant,
     patterns_that_match_nothing,
     super_blocks_that_do_not_divide,
-    written,
 )
 
 SAID = ("symmetric", "group_size", "inputs")
@@ -73,14 +75,14 @@ class Candidate(BaseModel):
                 "bits: 16 leaves a linear as it is; group_size, symmetric, inputs and k_quant say nothing of it"
             )
         if self.k_quant:
-            leaves_out(self, SAID)
+            refuse_beside_k_quant(self, SAID)
         if self.k_quant and self.bits not in K_QUANTS:
             raise ValueError(no_k_quant(self.bits))
         return self
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return written(self, write, SAID)
+        return as_resolved(self, write, SAID)
 
 
 class GroupOverride(BaseModel):

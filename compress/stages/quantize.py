@@ -1,9 +1,7 @@
-"""What all weight-quantising stages share: which modules get which scheme, and the checks on that choice."""
+"""What all weight-quantising stages share: which modules get which scheme. `scheme_checks` has the checks on that."""
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable
 from typing import Any, Literal, Self
 
@@ -19,12 +17,20 @@ from pydantic import (
 
 from compress.architecture import Architecture
 from compress.checkpoints.reader import Checkpoint
-from compress.errors import nearest
 from compress.events import Event
-from compress.quantization.scheme import Scheme, usable_group_sizes
-from compress.quantization.super_blocks import K_QUANTS, SUPER
+from compress.quantization.scheme import Scheme
+from compress.quantization.super_blocks import K_QUANTS
 from compress.stages.base import Shapes, Stage
 from compress.stages.data_free import kept
+from compress.stages.scheme_checks import (
+    NOTHING_LEFT,
+    checked_pattern,
+    groups_that_do_not_divide,
+    integer_inputs_that_do_not_fit,
+    matches,
+    patterns_that_match_nothing,
+    super_blocks_that_do_not_divide,
+)
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 BitsOrPlanned = Literal[2, 3, 4, 5, 6, 8, "planned"]
@@ -36,26 +42,10 @@ OF_ZERO_POINTS = (
     "scale: less error in the same bytes (Q4_1, Q5_1)"
 )
 OF_K_QUANTS = (
-    "a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry (given all the "
-    "same, they are those of linears that overrides take out of K-quants); columns divide by 256"
+    "a K-quant of llama.cpp, for format gguf: Q2_K to Q6_K by bits, which say group size and symmetry; columns divide "
+    "by 256"
 )
 """What fields of the two names say, here and in `vocabulary`."""
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether a module name matches: a glob ('*.down_proj', 'model.layers.0.*'), or 're:' and a regular expression."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], module) is not None
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
-
-
-def checked_pattern(pattern: str) -> str:
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-    return pattern
 
 
 class Override(BaseModel):
@@ -86,7 +76,7 @@ def checked_size(value: GroupSize | None) -> GroupSize | None:
     return value
 
 
-def leaves_out(model: BaseModel, said: tuple[str, ...]) -> None:
+def refuse_beside_k_quant(model: BaseModel, said: tuple[str, ...]) -> None:
     """Raises ValueError where a model with `k_quant: true` was given a field that it leaves no choice of, be it the
     field's default: that is not what the type has."""
     if {*said} & model.model_fields_set:
@@ -98,7 +88,7 @@ def says_no_more(fields: tuple[str, ...]) -> str:
     return f"k_quant: true says {', '.join(fields[:-1])} and {fields[-1]} by its bits; leave them out"
 
 
-def written(model: BaseModel, write: SerializerFunctionWrapHandler, said: tuple[str, ...]) -> dict[str, Any]:
+def as_resolved(model: BaseModel, write: SerializerFunctionWrapHandler, said: tuple[str, ...]) -> dict[str, Any]:
     """A model's fields as a resolved recipe has them: without `said` beside `k_quant: true`, whose defaults are not
     what ran."""
     data: dict[str, Any] = write(model)
@@ -110,7 +100,6 @@ def no_k_quant(bits: object) -> str:
     return f"no K-quant has {bits} bits; they have {', '.join(map(str, K_QUANTS))}. Leave k_quant out, or give it false"
 
 
-NOTHING_LEFT = "ignore: every linear is ignored, so nothing is quantised"
 NO_ZERO_POINTS = "zero_points say nothing of symmetric codes; give symmetric: false"
 
 
@@ -128,7 +117,10 @@ class QuantizeStage(Stage):
         "with bits: 8, symmetric, group_size: channel",
     )
     zero_points: Literal["integer", "free"] = Field(default="integer", description=OF_ZERO_POINTS)
-    k_quant: bool = Field(default=False, description=OF_K_QUANTS)
+    k_quant: bool = Field(
+        default=False,
+        description=f"{OF_K_QUANTS}; beside overrides that leave K-quants, what is said of both is theirs",
+    )
     ignore: tuple[str, ...] = Field(default=(), description="modules left as they are: globs, or re: expressions")
     overrides: tuple[Override, ...] = Field(default=(), description="other schemes by pattern; the last match wins")
 
@@ -148,7 +140,7 @@ class QuantizeStage(Stage):
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> QuantizeStage:
         if self.k_quant and not self._some_leave_k_quants:
-            leaves_out(self, SAID_BY_K_QUANTS)
+            refuse_beside_k_quant(self, SAID_BY_K_QUANTS)
         for override in self.overrides:
             bits = override.bits or 4
             if override.k_quant and any(getattr(override, name) is not None for name in SAID_BY_K_QUANTS):
@@ -176,7 +168,7 @@ class QuantizeStage(Stage):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return written(self, write, () if self._some_leave_k_quants else SAID_BY_K_QUANTS)
+        return as_resolved(self, write, () if self._some_leave_k_quants else SAID_BY_K_QUANTS)
 
     @property
     def follows_plan(self) -> bool:
@@ -295,81 +287,3 @@ def left_to_the_plan(stage: Stage, *fields: str) -> None:
     changed = sorted(set(fields) & stage.changed_fields)
     if changed:
         raise ValueError(f"bits: planned leaves {', '.join(changed)} to the mixed_precision stage; give it there")
-
-
-def patterns_that_match_nothing(ignored: Iterable[str], overridden: Iterable[str], shapes: Shapes) -> list[str]:
-    """One sentence for each pattern of `ignore` and `overrides` that no linear has, with the nearest name."""
-    patterns = [("ignore", pattern) for pattern in ignored] + [("overrides", pattern) for pattern in overridden]
-    leaves = sorted({module.rsplit(".", 1)[-1] for module in shapes})
-    return [
-        f"{field}: pattern {pattern!r} matches no linear.{nearest(pattern.lstrip('*.'), leaves)} "
-        f"Linears are named like {next(iter(shapes))}."
-        for field, pattern in patterns
-        if not any(matches(pattern, module) for module in shapes)
-    ]
-
-
-def integer_inputs_that_do_not_fit(schemes: dict[str, Scheme]) -> list[str]:
-    """One sentence for each scheme that asks for integer inputs beside weights that no kernel multiplies them with."""
-    found: dict[Scheme, list[str]] = {}
-    for module, scheme in schemes.items():
-        if scheme.inputs and (scheme.bits, scheme.symmetric, scheme.group_size) != (8, True, None):
-            found.setdefault(scheme, []).append(module)
-    return [
-        f"{modules[0]}: {scheme.label}: int8 inputs go with bits: 8, symmetric: true, group_size: channel; give those, "
-        "or leave inputs out"
-        for scheme, modules in found.items()
-    ]
-
-
-def groups_that_do_not_divide(
-    schemes: dict[str, Scheme], shapes: Shapes, architecture: Architecture, multiples_of: int = 1
-) -> list[str]:
-    """One sentence for each (kind of linear, width, group size), naming the first module and how many more.
-
-    `multiples_of`: what a group must be one of beside, and a whole row too; 0 where modules have no sizes of their own.
-    """
-    found: dict[tuple[str, int, int], list[str]] = {}
-    for module, scheme in schemes.items():
-        columns = shapes[module][1]
-        if scheme.k_quant:
-            continue
-        if not scheme.divides(columns):
-            key = (module.rsplit(".", 1)[-1], columns, scheme.width(columns))
-            found.setdefault(key, []).append(module)
-    sentences = []
-    for (leaf, columns, size), modules in found.items():
-        offered = [*map(str, usable_group_sizes(columns, size, multiples_of))] if multiples_of else []
-        offered += ["channel"] * bool(multiples_of and columns % multiples_of == 0)
-        change = f"use group_size {_either(offered)} for {leaf} (overrides), or ignore it" if offered else "ignore it"
-        more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
-        sentences.append(f"{modules[0]}{more}: {columns} input columns do not divide into groups of {size}; {change}")
-    return sentences
-
-
-def super_blocks_that_do_not_divide(schemes: dict[str, Scheme], shapes: Shapes) -> list[str]:
-    """One sentence for each kind of linear whose columns do not divide into super-blocks, with an override to paste, or
-    for all where no columns do."""
-    found: dict[tuple[str, int], list[str]] = {}
-    for module, scheme in schemes.items():
-        columns = shapes[module][1]
-        if scheme.k_quant and not scheme.divides(columns):
-            found.setdefault((module.rsplit(".", 1)[-1], columns), []).append(module)
-    asked = [module for module, scheme in schemes.items() if scheme.k_quant]
-    if asked and len(asked) == sum(map(len, found.values())):
-        widths = ", ".join(map(str, sorted({columns for _, columns in found})))
-        return [f"no input columns here ({widths}) divide by the {SUPER} of a K-quant; leave k_quant out"]
-    sentences = []
-    for (leaf, columns), modules in found.items():
-        change = "ignore it"
-        if columns % 32 == 0:
-            change = f"give it another grid: overrides: [{{match: '*.{leaf}', group_size: 32}}]"
-        more = f" (and {len(modules) - 1} more like it)" if len(modules) > 1 else ""
-        sentences.append(
-            f"{modules[0]}{more}: {columns} input columns do not divide by the {SUPER} of a K-quant; {change}"
-        )
-    return sentences
-
-
-def _either(words: list[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

@@ -18,19 +18,16 @@ it finished.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from compress.architecture import InputGroup
-from compress.calibration.fisher import output_sensitivities, rounding_cost
-from compress.calibration.statistics import InputStatistics
-from compress.calibration.walk import Arrival, Stream, forward_of, run_block
+from compress.calibration.fisher import output_sensitivities
+from compress.calibration.walk import Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
     alone_records,
@@ -45,19 +42,15 @@ from compress.checkpoints.candidates import (
 from compress.checkpoints.skeleton import Skeleton
 from compress.events import Event
 from compress.files import atomic_path
-from compress.memory.measure import release, trim
-from compress.quantization.gptq import factorise, solve
-from compress.quantization.grid import Grid, dequantize
-from compress.quantization.inputs import rounded_inputs
+from compress.memory.measure import release
 from compress.quantization.scheme import Option, Scheme, label_of
 from compress.stages.alone import Tried, divergences_alone, factor, few_tokens, held_back
 from compress.stages.base import Shapes, StageContext, StageOutcome, restore
 from compress.stages.candidates import CandidateStage
+from compress.stages.sensitivity_block import BlockWork, record_of
 from compress.stages.tuning import TuningText
 from compress.stages.vocabulary import rounded_rows
 from compress.training.clock import Clock
-
-DAMPING = 0.01
 
 
 class Sensitivity(CandidateStage):
@@ -107,10 +100,10 @@ class Sensitivity(CandidateStage):
         return sum(found) * 17 // 16  # Scales are small beside codes.
 
     def apply(self, context: StageContext) -> StageOutcome:
-        return _Run(self, context).blocks()
+        return SensitivityRun(self, context).blocks()
 
 
-class _Run:
+class SensitivityRun:
     """One application of the stage."""
 
     def __init__(self, stage: Sensitivity, context: StageContext) -> None:
@@ -230,7 +223,7 @@ class _Run:
                         write_outer_candidate(self.output.folder, module, number, codes, grid)
                         cost = self._measured(module, options, number)
                     size = stage.option_bytes(scheme, (weight.shape[0], weight.shape[1]), stored.itemsize)
-                    records[module].append(_record(scheme, cost, error, size))
+                    records[module].append(record_of(scheme, cost, error, size))
                     advance(f"{module}: {label_of(scheme)}")
         return records
 
@@ -253,7 +246,7 @@ class _Run:
             if record is not None:
                 with self.clock.timed("forward"):
                     return [forward(block, number, hidden) for number, hidden in enumerate(states)], record
-            work = _Block(self, prefix, block)
+            work = BlockWork(self, prefix, block)
             stream = Stream(block, states)
             with self.clock.remaining("forward"):
                 run_block(stream, arch.groups, forward, work.on_input, work.on_group)
@@ -266,89 +259,3 @@ class _Run:
             write_candidates(self.output.folder, index, work.found)
             self.output.write_block(self.context.source, index, {}, record)
         return stream.states, record
-
-
-@dataclass(frozen=True)
-class _Solved:
-    """A linear in one scheme: codes and grid (None where it is left as it is), cost in nats a token, relative error."""
-
-    found: tuple[Tensor, Grid] | None
-    cost: float
-    error: float
-
-
-class _Block:
-    """Statistics and candidates of one block while its forward passes are held."""
-
-    def __init__(self, run: _Run, prefix: str, block: nn.Module) -> None:
-        self.run, self.prefix, self.block = run, prefix, block
-        self.found: dict[str, list[tuple[Tensor, Grid] | None]] = {}
-        self.records: dict[str, list[dict[str, Any]]] = {}
-        self.events: list[Event] = []
-        self._statistics: InputStatistics | None = None
-        self._roundings: InputStatistics | None = None
-        """Of what becomes of inputs where candidates make integers of them: rounded less unrounded."""
-        self._rounds = any(each.inputs != "none" for each in run.stage.candidates)
-
-    def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
-        with self.run.clock.timed("hessian"):
-            if self._statistics is None:
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-            mask = self.run.batches[number].mask
-            self._statistics.add(here.inputs, mask)
-            if self._rounds:
-                if self._roundings is None:
-                    self._roundings = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-                self._roundings.add(rounded_inputs(here.inputs) - here.inputs, mask)
-
-    def on_group(self, group: InputGroup) -> None:
-        assert self._statistics is not None
-        statistics, self._statistics = self._statistics, None
-        roundings, self._roundings = self._roundings, None
-        stage, clock = self.run.stage, self.run.clock
-        names = [name for name in group.linears if stage.options(f"{self.prefix}.{name}")]
-        if not names:
-            return
-        trim()
-        with clock.timed("factorise"):
-            hessian, _ = statistics.hessian()
-            factor = factorise(hessian, DAMPING)
-            single = hessian.float()
-            of_rounding = None if roundings is None else roundings.hessian()[0].float()
-        if factor is None:
-            where = f"{self.prefix}.{'+'.join(names)}"
-            message = "candidates rounded to nearest: no damping on the ladder made the Hessian definite"
-            self.events.append(Event("rounding_fallback", where, message))
-        transposed = self.run.skeleton.architecture.transposed_linears
-        stored = [self.block.get_submodule(name).get_parameter("weight").data.float() for name in names]
-        weights = [weight.T.contiguous() if transposed else weight for weight in stored]
-        # An override may make one scheme of two candidates; that is solved once.
-        known: dict[tuple[int, Option], _Solved] = {(at, None): _Solved(None, 0.0, 0.0) for at in range(len(names))}
-        for number in range(len(stage.candidates)):
-            schemes = [stage.options(f"{self.prefix}.{name}")[number] for name in names]
-            for scheme in dict.fromkeys(schemes):
-                which = [at for at, each in enumerate(schemes) if each == scheme and (at, each) not in known]
-                if scheme is None or not which:
-                    continue
-                with clock.timed("solve"):
-                    solutions = solve([weights[at] for at in which], single, factor, scheme, self.run.context.stored)
-                    for at, solution in zip(which, solutions, strict=True):
-                        value = dequantize(solution.codes, solution.grid).float()
-                        sensitivity = self.run.sensitivities[f"{self.prefix}.{names[at]}"]
-                        cost = rounding_cost(value - weights[at], single, sensitivity)
-                        if scheme.inputs and of_rounding is not None:
-                            cost += rounding_cost(value, of_rounding, sensitivity)
-                        known[at, scheme] = _Solved((solution.codes, solution.grid), cost, solution.error)
-            for at, scheme in enumerate(schemes):
-                self._keep(f"{self.prefix}.{names[at]}", weights[at], known[at, scheme], scheme)
-
-    def _keep(self, module: str, weight: Tensor, solved: _Solved, scheme: Option) -> None:
-        self.found.setdefault(module, []).append(solved.found)
-        shape, itemsize = (weight.shape[0], weight.shape[1]), self.run.context.stored.itemsize
-        size = self.run.stage.option_bytes(scheme, shape, itemsize)
-        self.records.setdefault(module, []).append(_record(scheme, solved.cost, solved.error, size))
-
-
-def _record(scheme: Option, cost: float, error: float, size: int) -> dict[str, Any]:
-    """What is known of a candidate: its cost in nats a token, its relative error, its bytes."""
-    return {"scheme": scheme and scheme.to_json(), "cost": cost, "error": error, "bytes": size}

@@ -23,7 +23,7 @@ from compress.memory.measure import release, trim
 from compress.pruning.sparse import Pattern, sparsegpt, upper_factor, wanda
 from compress.quantization.scheme import Scheme
 from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
-from compress.stages.quantize import matches, patterns_that_match_nothing
+from compress.stages.scheme_checks import matches, patterns_that_match_nothing
 from compress.training.clock import Clock
 
 

@@ -28,11 +28,11 @@ from compress.stages.quantize import (
     OF_ZERO_POINTS,
     BitsOrPlanned,
     GroupSize,
+    as_resolved,
     checked_size,
-    leaves_out,
     left_to_the_plan,
     no_k_quant,
-    written,
+    refuse_beside_k_quant,
 )
 
 ROWS = 1 << 14
@@ -70,7 +70,7 @@ class Vocabulary(Stage):
     @model_validator(mode="after")
     def _a_k_quant_decides(self) -> Vocabulary:
         if self.k_quant:
-            leaves_out(self, SAID)
+            refuse_beside_k_quant(self, SAID)
         if self.zero_points == "free" and self.symmetric:
             raise ValueError(NO_ZERO_POINTS)
         if self.k_quant and self.bits not in K_QUANTS:
@@ -79,7 +79,7 @@ class Vocabulary(Stage):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return written(self, write, SAID)
+        return as_resolved(self, write, SAID)
 
     @property
     def follows_plan(self) -> bool:

@@ -20,7 +20,7 @@ from compress.errors import RecipeError
 from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
-from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary, sensitivity
+from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary, sensitivity_block
 from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context
 
 WINDOWS = random_windows(count=24)
@@ -386,8 +386,8 @@ def test_candidates_that_an_override_makes_the_same_are_solved_once(model, tmp_p
     fields = {**FIELDS, "candidates": (4, {"bits": 4, "group_size": 16}, 8), "alone_tokens": 0}
     fields["overrides"] = ({"match": "*.o_proj", "group_size": 16},)
     asked = []
-    plain = sensitivity.solve
-    monkeypatch.setattr(sensitivity, "solve", lambda *args: (asked.append(args[3].label), plain(*args))[1])
+    plain = sensitivity_block.solve
+    monkeypatch.setattr(sensitivity_block, "solve", lambda *args: (asked.append(args[3].label), plain(*args))[1])
 
     apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
 

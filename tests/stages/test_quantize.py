@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from compress.architecture import architecture_of
 from compress.stages import RoundToNearest
-from compress.stages.quantize import matches
+from compress.stages.scheme_checks import matches
 
 LLAMA = architecture_of({"model_type": "llama"})
 SHAPES = {

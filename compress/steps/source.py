@@ -45,7 +45,7 @@ def open_source(spec: ModelSpec, progress: Progress, *, as_it_is: bool = False) 
         # Hashing reads the same files, and keeps other cores busy. Nobody waits for it once something is wrong.
         digest = beside.submit(checkpoint.digest, stop)
         try:
-            _check_finite(checkpoint, progress)
+            _check_finite(checkpoint, spec.label, progress)
         except BaseException:
             stop.set()
             raise
@@ -84,7 +84,9 @@ def check_complete(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
+def _check_finite(checkpoint: Checkpoint, place: str, progress: Progress) -> None:
+    """`place`: the model as the recipe names it; what is read may be a copy of its values in the cache."""
+
     def looked_at(name: str) -> str | None:
         tensor = checkpoint.read(name)
         if not tensor.is_floating_point() or all_finite(tensor):
@@ -106,7 +108,7 @@ def _check_finite(checkpoint: Checkpoint, progress: Progress) -> None:
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UnhealthySourceError(
-            f"{checkpoint.folder}: NaN or infinite weights in {', '.join(bad[:5])}{more}. The source is damaged; fetch "
+            f"{place}: NaN or infinite weights in {', '.join(bad[:5])}{more}. The source is damaged; fetch "
             "it again, or repair it before compressing."
         )
 

@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from compress.checkpoints.export import export
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import ModelSpec
+from compress.errors import UnhealthySourceError
 from compress.events import Quiet
 from compress.stages import BitsAndBytesStage, RoundToNearest
 from compress.steps.source import open_source
@@ -49,6 +51,17 @@ def test_a_quantised_folder_is_opened_as_its_values(quantised, tmp_path, monkeyp
         assert torch.equal(plain.read(f"{module}.weight"), packed.dense(module).to(torch.float16))
     assert [event.kind for event in opened.events] == ["source_was_quantized"]
     assert "x16" in opened.events[0].message
+
+
+def test_a_damaged_one_is_told_by_the_name_that_the_recipe_gives_it(quantised, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    tensors = load_file(quantised / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].clone()
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, quantised / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(UnhealthySourceError, match=f"^{quantised}: NaN or infinite weights in model.norm.weight"):
+        open_source(ModelSpec(path=quantised, device="cpu"), Quiet())
 
 
 def test_what_a_stage_leaves_alone_keeps_its_values_in_the_export(quantised, tmp_path, monkeypatch):

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.calibration.walk import forward_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Head, Skeleton
+from compress.quantization.inputs import run_as_before
 
 KEPT_BYTES = 256 * 2**20
 """Bytes of hidden states kept for the backward pass: decides how many batches go through it together."""
@@ -34,16 +38,25 @@ def batches_together(skeleton: Skeleton, batches: list[Batch]) -> int:
 
 
 def walk_backward(
-    skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], seeds: list[int], watch: Watch
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    batches: list[Batch],
+    seeds: list[int],
+    watch: Watch,
+    products: torch.dtype | None = None,
+    after_block: Callable[[int], None] = lambda index: None,
+    waiting: Path | None = None,
 ) -> None:
-    """Forward through all blocks, then backward block by block. `seeds`: of each batch's labels."""
+    """Forward through all blocks, then backward block by block. `seeds`: of each batch's labels; `products`: what
+    linears multiply in, where that is not what the skeleton computes in; `after_block`: called when all batches have
+    gone back through a block; `waiting`: a folder where the states entering each block wait, in place of memory."""
     arch = skeleton.architecture
-    entering: list[list[Tensor]] = []
+    entering: list[list[Tensor] | Path] = []
     with torch.no_grad():
         states = skeleton.embed(checkpoint, batches)
         for index in range(skeleton.block_count):
-            entering.append(states)
-            forward = forward_of(skeleton, batches, index)
+            entering.append(states if waiting is None else _put(waiting / f"entering-{index:05d}", states))
+            forward = forward_of(skeleton, batches, index, products)
             with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
                 states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
     with skeleton.head(checkpoint) as head:
@@ -53,15 +66,32 @@ def walk_backward(
         ]
     del states
     for index in reversed(range(skeleton.block_count)):
-        forward = forward_of(skeleton, batches, index)
+        forward = forward_of(skeleton, batches, index, products)
         with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
-            for number, hidden in enumerate(entering.pop()):
+            # Integers have no gradient: linears that compute with them do so with their weights' values here.
+            run_as_before(block)
+            before = entering.pop()
+            for number, hidden in enumerate(_taken(before, skeleton.device) if isinstance(before, Path) else before):
                 with watch(index, number, block), torch.enable_grad():
                     leaf = hidden.detach().requires_grad_(True)
                     output = forward(block, number, leaf)
                     torch.autograd.backward(output, gradients[number])
                 assert leaf.grad is not None
                 gradients[number] = leaf.grad
+        after_block(index)
+
+
+def _put(path: Path, states: list[Tensor]) -> Path:
+    save_file({f"{number:06d}": hidden.contiguous() for number, hidden in enumerate(states)}, path)
+    return path
+
+
+def _taken(path: Path, device: torch.device) -> Iterator[Tensor]:
+    """One batch's states after the other; the file goes when all have been taken."""
+    with safe_open(path, "pt") as file:
+        for key in sorted(file.keys()):
+            yield file.get_tensor(key).to(device)
+    path.unlink()
 
 
 @contextmanager
@@ -96,7 +126,10 @@ def _loss_gradient(head: Head, hidden: Tensor, seed: int, mask: Tensor | None) -
         for start in range(0, len(rows), TOKENS_AT_ONCE):
             part = rows[start : start + TOKENS_AT_ONCE].requires_grad_(True)
             logits = head.differentiable_logits(part)
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+            likely = logits.detach().softmax(-1)
+            # Where a model overflows any label will do: the gradient is not finite, and those who get it say so.
+            likely = torch.where(torch.isfinite(likely).all(-1, keepdim=True), likely, 1.0)
+            labels = torch.multinomial(likely, 1, generator=generator).squeeze(1)
             torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             assert part.grad is not None
             parts.append(part.grad)

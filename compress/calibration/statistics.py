@@ -52,7 +52,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return (left.T @ right).float()
 
 
-class _Sum:
+class Sum:
     """Sum of left^T right over batches, float64 (rows, columns), and the number of tokens in it.
 
     With `upper_only` nothing left of a strip's diagonal is computed; it stays zero.
@@ -83,11 +83,11 @@ class InputStatistics:
         """`shifts`: what D and R are multiplied in, if not what H is; a CPU may take bfloat16. They are regularised and
         taken in part, and a batch's rounding is averaged over all batches."""
         self.columns, self._device, self._shifts = columns, device, shifts
-        self._alone: _Sum | None = None
-        self._paired: _Sum | None = None
-        self._cross: _Sum | None = None
-        self._residual: _Sum | None = None
-        self._held_out: _Sum | None = None
+        self._alone: Sum | None = None
+        self._paired: Sum | None = None
+        self._cross: Sum | None = None
+        self._residual: Sum | None = None
+        self._held_out: Sum | None = None
 
     @property
     def tokens(self) -> int:
@@ -129,8 +129,8 @@ class InputStatistics:
             self._residual = self._residual or self._empty(error.shape[1])
             self._residual.add(error.to(beside.dtype), beside)
 
-    def _empty(self, rows: int, upper_only: bool = False) -> _Sum:
-        return _Sum(rows, self.columns, self._device, upper_only)
+    def _empty(self, rows: int, upper_only: bool = False) -> Sum:
+        return Sum(rows, self.columns, self._device, upper_only)
 
     def reduce(self) -> None:
         """Make every sum that of all processes' batches. All call this together; with one process it does nothing.
@@ -166,7 +166,7 @@ class InputStatistics:
         self._alone.tokens += paired.tokens
         count = max(1, paired.tokens)
         return Mismatch(
-            _mirrored(paired.whole.div_(count)),
+            mirrored(paired.whole.div_(count)),
             cross.whole.div_(count),
             None if residual is None else residual.whole.div_(count),
             count,
@@ -183,10 +183,10 @@ class InputStatistics:
         split = None
         if held_out is not None:
             if alone.tokens and held_out.tokens:
-                split = Split(*(_mirrored((each.whole / each.tokens).float()) for each in (alone, held_out)))
+                split = Split(*(mirrored((each.whole / each.tokens).float()) for each in (alone, held_out)))
             alone.whole += held_out.whole
             alone.tokens += held_out.tokens
-        return _mirrored(alone.whole.div_(max(1, alone.tokens))), split
+        return mirrored(alone.whole.div_(max(1, alone.tokens))), split
 
 
 def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
@@ -195,7 +195,7 @@ def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tens
     return (rows * token_rows(weights.unsqueeze(-1), mask).to(rows.device)).to(rows.dtype)
 
 
-def _mirrored(upper: Tensor) -> Tensor:
+def mirrored(upper: Tensor) -> Tensor:
     """A symmetric matrix from its upper triangle, in the same memory."""
     for row in range(0, len(upper), STRIP):
         stop = min(row + STRIP, len(upper))

@@ -156,6 +156,15 @@ def _matrices(load: WalkLoad) -> int:
     return max(2 * square * 8 + square * 4, 3 * square * 8 + oblong * 8) + shift + held_out
 
 
+def backward_peak_bytes(load: WalkLoad, moments: int) -> int:
+    """Peak anonymous host memory of a backward pass that sums up `moments` bytes a block: those, the states of all its
+    windows and their gradients, the source's evaluation states, a block or the head, logits of a chunk and theirs."""
+    kept = load.evaluation_tokens * load.hidden * 4
+    part = max(load.block_parameters, load.vocabulary * load.hidden) * load.compute_bytes
+    states = 3 * load.calibration_tokens * load.hidden * load.compute_bytes
+    return INTERPRETER + moments + states + kept + part + 4 * 64 * load.vocabulary * 4
+
+
 def evaluation_peak_bytes(load: WalkLoad) -> int:
     """Peak anonymous host memory of measuring: final states of both models, both heads, logits of a chunk."""
     states = 3 * load.evaluation_tokens * load.hidden * 4

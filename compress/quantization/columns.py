@@ -15,14 +15,15 @@ errors and take them as one product; with two levels (blocks of 64 inside spans 
 for all of it, so that the product that moves most memory sums over 512 columns at once. Everything runs on the
 transpose (columns, rows), where a column is contiguous.
 
-Rounding the columns of a block is done by torch, some twelve small operations a column, or on a GPU by one Triton
-kernel a block (`quantization.triton_columns`).
+Rounding the columns of a block is done by torch, some twelve small operations a column, or by one call of compiled code
+a block: on a GPU Triton's (`quantization.triton_columns`), on a CPU numba's (`quantization.numba_columns`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, Protocol
 
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor
 from compress.quantization.gpu import add_product, gpu_kernels
 from compress.quantization.grid import Grid
 
-Kernel = Literal["torch", "triton"]
+Kernel = Literal["torch", "numba", "triton"]
 SPAN = 512
 """Columns whose errors reach those behind them in one product, with two levels."""
 
@@ -79,8 +80,20 @@ class BlockRounder(Protocol):
 
 
 def column_kernel(device: torch.device) -> Kernel:
-    """What rounds columns on `device`: Triton on a GPU where it is installed, torch elsewhere."""
+    """What rounds columns on `device`: Triton on a GPU, numba on a CPU, torch where that one is not installed."""
+    if device.type == "cpu":
+        return "numba" if has_numba() else "torch"
     return "triton" if gpu_kernels(device) else "torch"
+
+
+@cache
+def has_numba() -> bool:
+    """Whether numba is installed and imports: it may not know the newest numpy."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def solve_columns(
@@ -118,7 +131,7 @@ def blocks_of(
     """
     columns = len(work)
     # Torch spends its time inside blocks: a second level saves it less than a tenth (3072 x 1536 on one core).
-    span = block if kernel == "torch" else max(block, SPAN // block * block)
+    span = max(block, SPAN // block * block) if kernel == "triton" else block
     written = torch.empty_like(work[: min(span, columns)])
     for first in range(0, columns, span):
         last = min(first + span, columns)
@@ -135,6 +148,10 @@ def blocks_of(
 def _rounder(kernel: Kernel) -> type[BlockRounder]:
     if kernel == "torch":
         return TorchRounder
+    if kernel == "numba":
+        from compress.quantization.numba_columns import NumbaRounder
+
+        return NumbaRounder
     from compress.quantization.triton_columns import TritonRounder
 
     return TritonRounder

@@ -7,10 +7,9 @@ What differs from the first paper, and why:
 
 - **Static activation order.** Columns are taken by descending diag H, so the most excited are rounded first while all
   others can still compensate; scales stay with their original contiguous groups, so no index is needed at inference.
-- **Factorisation.** With J the reversal, L = chol(J H J) and M = J L J is upper triangular with H = M M^T; then
-  U = M^-1 is the factor GPTQ needs (H^-1 = U^T U), at half the work of inverting H first. In float64.
-- **Damping ladder.** H + lambda mean(diag H) I, lambda times 1, 3, 10, 30; the one used is recorded. If all fail the
-  matrix is rounded to nearest, and that is an event.
+- **Factorisation** in float64 at half the work of inverting H first, with a ladder of dampings (`factor`). If all fail
+  the matrix is rounded to nearest, and that is an event.
+- **Feedback along rows too**, where it is known how outputs matter together (`row_feedback`).
 - **Pivots as importance.** After feedback the cost of an error in column j is M_jj^2 = 1 / U_jj^2, not H_jj. The grid
   search is weighted by it.
 - **Dead columns** (H_jj = 0) are rounded, not zeroed: the data seen later may excite them.
@@ -18,40 +17,25 @@ What differs from the first paper, and why:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compress.quantization.columns import solve_columns
+from compress.quantization.factor import Factor
 from compress.quantization.gpu import judging
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.grid_search import minmax_grid, search_grid
 from compress.quantization.k_quants import k_quant_grid
-from compress.quantization.refine import Split, refined
+from compress.quantization.refine import Split, Swept, refined
+from compress.quantization.row_feedback import Band, Rounded, below_each_other, rounded_with_feedback
 from compress.quantization.scheme import Scheme
-from compress.quantization.target_shift import cholesky_
-from compress.quantization.triangular import STEP, block_inverses
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
-DAMPING_LADDER = (1.0, 3.0, 10.0, 30.0)
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What one input's Hessian gives every linear that reads the input."""
-
-    order: Tensor
-    """(columns,) int64: columns by descending diag H."""
-    upper: Tensor
-    """U (columns, columns) float32 in that order; H_damped^-1 = U^T U."""
-    pivots: Tensor
-    """1 / U_jj^2 (columns,) float32, in the original column order."""
-    damping: float
-    """lambda used, as a fraction of mean(diag H)."""
-    dead: int
-    """Number of columns with H_jj = 0."""
 
 
 @dataclass(frozen=True)
@@ -68,57 +52,9 @@ class Solution:
     """True where solving came out worse than rounding to the same grid, and the rounded codes were kept."""
     refined: bool = False
     """True where codes and scales were refined, because tokens not used for it agreed."""
-
-
-Candidate = tuple[Tensor, Grid]
-"""Codes (rows, columns) int8 and their grid."""
-
-
-def factorise(hessian: Tensor, damping: float) -> Factor | None:
-    """Factor of a Hessian (columns, columns) float64, or None if no damping on the ladder makes it definite.
-
-    Dead columns get a unit diagonal, which leaves them and everybody else alone. At any time at most one more float64
-    matrix of the Hessian's size is alive, and U.
-    """
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        return None
-    dead = diagonal <= 0
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    backward = order.flip(0)
-    mean = float(diagonal.mean()) or 1.0
-    for multiple in DAMPING_LADDER:
-        strength = damping * multiple
-        damped = hessian[backward.unsqueeze(1), backward]
-        damped.diagonal().add_(dead[backward].to(damped.dtype) * mean + strength * mean)
-        lower = cholesky_(damped)
-        if lower is not None:
-            pivots = torch.empty_like(diagonal)
-            pivots[backward] = lower.diagonal().square()
-            return Factor(order, _flipped_inverse(lower), pivots.float(), strength, int(dead.sum()))
-        del damped
-    return None
-
-
-def _flipped_inverse(lower: Tensor, step: int = STEP) -> Tensor:
-    """U = J L^-1 J float32, which is (J L J)^-1, for a lower triangular L (n, n) float64.
-
-    `step` columns at a time, by substitution in blocks of `step` rows (`triangular`). What lies above them is zero in
-    L^-1, so they take the corner of L below: a third of the arithmetic of solving for all rows, and no copy of L.
-    """
-    size = len(lower)
-    upper = torch.zeros(lower.shape, dtype=torch.float32, device=lower.device)
-    inverses = block_inverses(lower, step)
-    for start in range(0, size, step):
-        stop = min(start + step, size)
-        panel = torch.eye(size - start, stop - start, dtype=lower.dtype, device=lower.device)
-        for first in range(start, size, step):
-            last = min(first + step, size)
-            solved = panel[first - start : last - start]
-            solved.copy_(inverses[first // step] @ solved if first > start else inverses[first // step])
-            panel[last - start :].addmm_(lower[last:, first:last], solved, alpha=-1)
-        upper[: size - start, size - stop : size - start] = panel.flip(0, 1)
-    return upper
+    left_alone: bool = False
+    """True where feedback along rows made it worse than rounding by its own inputs, and rows were solved each for
+    itself."""
 
 
 def solve(
@@ -130,35 +66,85 @@ def solve(
     scales: ScaleSearch = "weighted",
     split: Split | None = None,
     block: int = 64,
+    outputs: list[list[Band]] | None = None,
 ) -> list[Solution]:
-    """Codes for linears that read the same input, solved as one matrix stacked by rows (rows are independent).
+    """Codes for linears that read the same input, solved as one matrix stacked by rows.
 
     weights: (rows_i, columns) float32 each; hessian (columns, columns) float64; `stored` is the dtype scales are kept
     in. Never worse than rounding, in the H norm: where it is, the rounded codes are returned. With a `split`
     of the Hessian, codes and scales are refined with one part where the other says that it helps (`refine`).
+
+    Rows are independent, unless `outputs` says how the outputs of each linear matter together: bands of its rows, by
+    which what is left of a row's error goes on to later rows (`row_feedback`).
     """
     if factor is None:
         fallback: ScaleSearch = "mse" if scales == "weighted" else scales
         return [rounded(weight, hessian, scheme, stored, fallback) for weight in weights]
+    rounding = _Rounding(factor, scheme, stored, scales, split, block)
     stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-    grid = choose_grid(stacked, factor.pivots, scheme, stored, scales)
-    codes = solve_columns(stacked, factor.order, factor.upper, grid, block)
-    refit: Candidate | None = None
-    if split is not None:
-        refit = refined(stacked, codes, grid, _damped(split.fitted, factor.damping))
+    sizes = [len(weight) for weight in weights]
+    if outputs is None:
+        found = rounding(stacked, sizes)
+    else:
+        found = rounded_with_feedback(stacked, below_each_other(outputs, sizes), rounding)
     solutions, start = [], 0
     for weight in weights:
-        stop = start + weight.shape[0]
-        found = codes[start:stop], grid.rows(start, stop)
-        accepted = False
-        if split is not None and refit is not None:
-            other = refit[0][start:stop], refit[1].rows(start, stop)
-            losses = [energy(dequantize(*each).float() - weight, split.held_out) for each in (found, other)]
-            accepted = losses[1] < losses[0]
-            found = other if accepted else found
-        solutions.append(_judged(weight, *found, hessian, factor.damping, accepted))
-        start = stop
+        rows = slice(start, start + len(weight))
+        refined_any = bool(found.refined[rows].any())
+        grid = found.grid.rows(rows.start, rows.stop)
+        solution = _judged(weight, found.codes[rows], grid, hessian, factor.damping, refined_any)
+        if solution.kept_rounding and outputs is not None:
+            alone = rounding(weight, [len(weight)])
+            solution = _judged(weight, alone.codes, alone.grid, hessian, factor.damping, bool(alone.refined.any()))
+            solution = replace(solution, left_alone=True)
+        solutions.append(solution)
+        start = rows.stop
     return solutions
+
+
+class _Rounding:
+    """Rounds rows of linears that read the same input: scales, columns, and refinements where they are judged."""
+
+    def __init__(
+        self,
+        factor: Factor,
+        scheme: Scheme,
+        stored: torch.dtype,
+        scales: ScaleSearch,
+        split: Split | None,
+        block: int,
+    ) -> None:
+        self.factor, self.scheme, self.stored, self.scales, self.block = factor, scheme, stored, scales, block
+        self.split = split
+        self.swept = None if split is None else Swept.of(_damped(split.fitted, factor.damping))
+
+    def __call__(self, target: Tensor, sizes: Sequence[int]) -> Rounded:
+        """`sizes`: rows of each matrix in `target` (rows, columns); a refinement is accepted for each or left out."""
+        factor = self.factor
+        grid = choose_grid(target, factor.pivots, self.scheme, self.stored, self.scales)
+        codes = solve_columns(target, factor.order, factor.upper, grid, self.block)
+        if self.split is None or self.swept is None:
+            return Rounded(codes, grid, torch.zeros(len(target), dtype=torch.bool, device=target.device))
+        other, refitted = refined(target, codes, grid, self.swept)
+        before, after = (
+            row_energies(dequantize(*each).float() - target, self.split.held_out)
+            for each in ((codes, grid), (other, refitted))
+        )
+        pairs = zip(torch.split(before, list(sizes)), torch.split(after, list(sizes)), strict=True)
+        better = [bool(new.sum() < old.sum()) for old, new in pairs]
+        accepted = torch.tensor(better, device=target.device).repeat_interleave(
+            torch.tensor(sizes, device=target.device)
+        )
+        if all(better):
+            return Rounded(other, refitted, accepted)
+        if not any(better):
+            return Rounded(codes, grid, accepted)
+        starts = [0, *accumulate(sizes)]
+        parts = [
+            (refitted if kept else grid).rows(start, stop)
+            for kept, start, stop in zip(better, starts, starts[1:], strict=False)
+        ]
+        return Rounded(torch.where(accepted.unsqueeze(1), other, codes), Grid.cat(parts), accepted)
 
 
 def _damped(hessian: Tensor, damping: float) -> Tensor:
@@ -216,6 +202,11 @@ def relative_error(weight: Tensor, value: Tensor, hessian: Tensor | None, whole:
 
 def energy(rows: Tensor, hessian: Tensor) -> float:
     """tr(A H A^T) of A (rows, columns) float32, at least 0."""
+    return max(float(row_energies(rows, hessian).sum()), 0.0)
+
+
+def row_energies(rows: Tensor, hessian: Tensor) -> Tensor:
+    """a H a^T of each row a of A (rows, columns) float32: float64 (rows,)."""
     with judging(rows.device):
         product = rows @ hessian.float()
-    return max(float(product.mul_(rows).sum(dtype=torch.float64)), 0.0)
+    return product.mul_(rows).sum(1, dtype=torch.float64)

@@ -21,8 +21,11 @@ LARGEST = 448.0
 
 def rounded(states: Tensor, scale: Tensor) -> Tensor:
     """Keys or values (windows, heads, tokens, head_dim) as a cache gives them back; scale (1,) or (heads, 1, 1)."""
-    scaled = (states.float() / scale).clamp_(-LARGEST, LARGEST)
-    return (scaled.to(torch.float8_e4m3fn).float() * scale).to(states.dtype)
+    with torch.no_grad():
+        scaled = (states.float() / scale).clamp_(-LARGEST, LARGEST)
+        values = (scaled.to(torch.float8_e4m3fn).float() * scale).to(states.dtype)
+    # Gradients pass as if nothing were rounded: 8 bits are too few for them.
+    return states + (values - states).detach() if states.requires_grad else values
 
 
 def scale_of(largest: Tensor, per_head: bool, stored: torch.dtype) -> Tensor:

@@ -48,15 +48,30 @@ class Split:
     """And judged by this one."""
 
 
-def refined(target: Tensor, codes: Tensor, grid: Grid, hessian: Tensor, rounds: int = 1) -> tuple[Tensor, Grid]:
+@dataclass(frozen=True)
+class Swept:
+    """H (columns, columns) float32, positive definite (damped), and the same in the order that a sweep takes."""
+
+    hessian: Tensor
+    order: Tensor
+    """(columns,) int64: by descending diag H."""
+    ordered: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> Swept:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return cls(hessian, order, hessian[order][:, order])
+
+
+def refined(target: Tensor, codes: Tensor, grid: Grid, swept: Swept, rounds: int = 1) -> tuple[Tensor, Grid]:
     """Codes int8 (rows, columns) and grid with no more error tr[(V - W*) H (V - W*)^T] than the given ones.
 
-    target W* (rows, columns) float32; hessian (columns, columns) float32, positive definite (damped).
+    target W* (rows, columns) float32.
     """
-    fit = _fit(target, codes, grid, hessian)
+    fit = _fit(target, codes, grid, swept.hessian)
     for number in range(rounds):
-        codes = descended(target, codes, fit.grid, hessian, fit.residual)
-        fit = _fit(target, codes, fit.grid, hessian, fine=number < rounds - 1)
+        codes = descended(target, codes, fit.grid, swept, fit.residual)
+        fit = _fit(target, codes, fit.grid, swept.hessian, fine=number < rounds - 1)
     return codes, fit.grid
 
 
@@ -157,7 +172,7 @@ def descended(
     target: Tensor,
     codes: Tensor,
     grid: Grid,
-    hessian: Tensor,
+    swept: Swept,
     residual: Tensor | None = None,
     block: int = BLOCK,
     kernel: Kernel | None = None,
@@ -168,15 +183,14 @@ def descended(
     names for the device.
     """
     kernel = kernel or column_kernel(target.device)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = swept.order
     sweeper = _sweeper(kernel)(ColumnGrid.of(grid, order))
-    ordered = hessian[order][:, order]
     value = dequantize(codes, grid).float().T[order].contiguous()
     if residual is None:
-        residual = fine_product(dequantize(codes, grid).float() - target, hessian)
+        residual = fine_product(dequantize(codes, grid).float() - target, swept.hessian)
     left = residual.T[order].contiguous()
     result = codes.T[order].contiguous()
-    for here, corner, moved in blocks_of(left, ordered, block, kernel, 1):
+    for here, corner, moved in blocks_of(left, swept.ordered, block, kernel, 1):
         sweeper.sweep_block(here.start, left[here], corner, value[here], result[here], moved)
     back = torch.empty_like(result)
     back[order] = result
@@ -186,6 +200,10 @@ def descended(
 def _sweeper(kernel: Kernel) -> type[BlockSweeper]:
     if kernel == "torch":
         return TorchSweeper
+    if kernel == "numba":
+        from compress.quantization.numba_columns import NumbaSweeper
+
+        return NumbaSweeper
     from compress.quantization.triton_columns import TritonSweeper
 
     return TritonSweeper

@@ -146,6 +146,10 @@ class Stage(BaseModel):
         """Forward passes over the calibration text that the stage's arithmetic amounts to."""
         return self.activation_streams
 
+    def output_tokens_read(self, window_tokens: int) -> int:
+        """Calibration tokens, in windows of so many, of a backward pass that tells what the output depends on."""
+        return 0
+
     @property
     def refines(self) -> bool:
         """Whether some calibration text is held out to judge refinements: more matrices, more arithmetic."""

@@ -3,9 +3,11 @@
 Notation, as in `quantization.gptq`: H the mean outer product of a linear's inputs over the calibration tokens. Linears
 that read the same input (q, k, v; gate, up) share one H and one factorisation and are solved as one stacked matrix.
 The walk holds every batch at a group's input, so the statistics, the solve and the rest of the forward pass are one
-pass. Beside it runs the source's own stream: comparing the two streams' inputs tells how to shift a linear's target so
-that it undoes part of the error before it (`quantization.target_shift`). A block that is finished is written and never
-solved again: a killed run redoes its forward and goes on.
+pass. Before it a backward pass over a few windows tells which tokens attention depends on, and how the outputs of a
+head matter together, so that rows make up for each other as columns do (`calibration.outputs`,
+`quantization.row_feedback`). Beside it runs the source's own stream: comparing the two streams' inputs tells how to
+shift a linear's target so that it undoes part of the error before it (`quantization.target_shift`). A block that is
+finished is written and never solved again: a killed run redoes its forward and goes on.
 
 Several processes (`compress.parallel`) walk a share of the batches each and add their statistics up; then all solve the
 same problem, and the leader writes. The source's stream runs beside the same batches as in a single process.
@@ -22,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from compress import parallel
+from compress.calibration.outputs import Outputs, outputs_of, starts_of
 from compress.calibration.products import WHILE_WALKING, Products, chosen_for_walks
 from compress.calibration.token_weights import TokenWeights, token_weights
 from compress.calibration.walk import (
@@ -49,6 +52,8 @@ from compress.training.clock import Clock
 
 WEIGHTS_SEED = 0
 """Of the labels that token weights are computed from."""
+OUTPUTS_SEED = 1
+"""Of those that the backward pass over `output_tokens` starts from."""
 BATCHES = 8
 """Batches that a text of as many windows is cut into at least, so that shares of it can be told apart on any device."""
 HELD_OUT = 8
@@ -99,6 +104,12 @@ class Gptq(QuantizeStage):
         default=True,
         description="fit scales together and revisit codes, kept for a linear where held-out windows agree",
     )
+    output_tokens: int = Field(
+        default=8192,
+        ge=0,
+        description="calibration tokens of a backward pass, which tells which tokens attention depends on and how the "
+        "outputs of a linear, or of a head of queries or keys, matter together; 0 leaves both out",
+    )
     token_weights: bool = Field(
         default=False, description="weigh calibration tokens by how much the output depends on them: a backward pass"
     )
@@ -130,6 +141,9 @@ class Gptq(QuantizeStage):
         passes = REPLAYED if self.low_memory else 1
         return self.activation_streams * passes + (4 if self.token_weights else 0)
 
+    def output_tokens_read(self, window_tokens: int) -> int:
+        return self.output_tokens
+
     @property
     def replays(self) -> bool:
         return self.low_memory
@@ -157,6 +171,7 @@ class GptqRun:
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
         batches = self.windows.batches(context.tokens_at_once, BATCHES)
         self.batches: list[Batch] = parallel.share(batches)
+        self.starts = parallel.share(starts_of(batches))
         held_out = max(1, len(batches) // HELD_OUT) if stage.refine and len(batches) > 1 else 0
         self.refines = held_out > 0
         self.fitted = parallel.among_first(len(batches) - held_out)
@@ -166,10 +181,13 @@ class GptqRun:
         self.shifting_tokens = sum(batch.tokens for batch in batches[:shifting])
         self.products = chosen_for_walks(stage.products, context.device, context.compute)
         self.weights: TokenWeights | None = None
+        self.outputs: Outputs | None = None
         names = [self.skeleton.architecture.block_name(index) for index in range(self.skeleton.block_count)]
         self.ahead = ReadAhead(self.source, names, context.device, context.compute)
         self.behind = WriteBehind(context.device)
-        self.clock = Clock("read", "forward", "hessian", "factorise", "solve", "write", device=context.device)
+        before = ("outputs",) if stage.output_tokens else ()
+        parts = ("read", *before, "forward", "hessian", "factorise", "solve", "write")
+        self.clock = Clock(*parts, device=context.device)
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
@@ -185,6 +203,9 @@ class GptqRun:
             self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
             self.clock.add("token weights", time.perf_counter() - started)
             events += _weight_events(self.weights, self.skeleton)
+        if self.stage.output_tokens:
+            with self.clock.timed("outputs"):
+                self.outputs = self._outputs()
         with self.clock.timed("forward"):
             states = self.skeleton.embed(self.source, self.batches)
         narrowest = min(columns for _, columns in self.skeleton.linear_shapes().values())
@@ -211,7 +232,15 @@ class GptqRun:
                 modules += done
                 events += happened
                 advance(f"block {index + 1}/{count}")
+        # The leader removes what all have read from.
+        parallel.from_leader(None)
         return StageOutcome(modules, events, self.clock.seconds)
+
+    def _outputs(self) -> Outputs:
+        """What the output depends on, as a killed run had found it where that is known."""
+        folder, context = self.output.scratch / "outputs", self.context
+        text = self.windows, self.stage.output_tokens, context.tokens_at_once
+        return outputs_of(self.skeleton, self.source, *text, OUTPUTS_SEED, context.progress, folder, self.products)
 
     def can_shift(self, columns: int) -> bool:
         """Whether the source's stream covers tokens enough to shift linears with `columns` inputs."""
@@ -272,8 +301,10 @@ def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:
 
 
 def kernel_events(device: torch.device) -> list[Event]:
-    """A GPU whose columns torch rounds: the same arithmetic, in many times the launches."""
-    if device.type == "cpu" or column_kernel(device) == "triton":
+    """A device whose columns torch rounds: the same arithmetic, in many times the calls."""
+    if column_kernel(device) != "torch":
         return []
-    message = "triton is not installed, so torch rounds column by column; pip install 'compress-models[triton]'"
+    package = "numba" if device.type == "cpu" else "triton"
+    remedy = f"pip install 'compress-models[{package}]'"
+    message = f"{package} is not installed or does not import, so torch rounds column by column; {remedy}"
     return [Event("torch_columns", "gptq", message)]

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
+from compress.calibration.outputs import ATTENTION, row_bands, skipped
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival
 from compress.events import Event
 from compress.memory.measure import trim
-from compress.quantization.gptq import Factor, Solution, factorise, solve
+from compress.quantization.factor import Factor, factorise
+from compress.quantization.gptq import Solution, solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import IntegerLinear, may_run_on_integers, rounded_inputs, run_on_integers
 from compress.quantization.refine import Split
+from compress.quantization.row_feedback import Band
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import Mismatch, targets_of
 
@@ -33,6 +36,10 @@ class BlockWork:
         self.records: list[dict[str, Any]] = []
         self.events: list[Event] = []
         self._statistics: InputStatistics | None = None
+        names = [f"{prefix}.{name}" for name in run.skeleton.architecture.linears]
+        self._outputs = run.outputs if run.outputs is not None and run.outputs.usable(names) else None
+        if run.outputs is not None and self._outputs is None:
+            self.events.append(skipped(prefix))
         for name in run.skeleton.architecture.linears:
             scheme = run.stage.scheme_of(f"{prefix}.{name}")
             if scheme is not None and scheme.inputs:
@@ -48,7 +55,7 @@ class BlockWork:
                 shifts = self.run.products if self.run.products is torch.bfloat16 else None
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device, shifts)
             mask = self.run.batches[number].mask
-            weights = self.run.weights[self.index, group.name][number] if self.run.weights else None
+            weights = self._weights(group, number)
             if there is None or not self.run.can_shift(here.inputs.shape[-1]):
                 held = number >= self.run.fitted
                 (self._statistics.hold_out if held else self._statistics.add)(here.inputs, mask, weights)
@@ -57,6 +64,12 @@ class BlockWork:
             if self.run.stage.residual_shift and here.residual is not None and there.residual is not None:
                 residual = (here.residual, there.residual)
             self._statistics.add_pair(here.inputs, there.inputs, mask, residual, weights)
+
+    def _weights(self, group: InputGroup, number: int) -> Tensor | None:
+        """What the tokens of a batch count for in the group's sums; None for 1."""
+        if group.name == ATTENTION and self._outputs is not None:
+            return self._outputs.token_weights(self.index, self.run.starts[number], self.run.batches[number])
+        return self.run.weights[self.index, group.name][number] if self.run.weights else None
 
     def on_group(self, group: InputGroup) -> None:
         if self._statistics is None:
@@ -78,14 +91,18 @@ class BlockWork:
             self._note_no_shift(group, len(hessian))
         # Only errors are measured with H from here on, in float32.
         hessian = hessian.float()
+        with self.run.clock.timed("factorise"):
+            bands: dict[str, list[Band]] = {}
+            if factor is not None and self._outputs is not None:
+                bands = row_bands(self._outputs, self.prefix, group.linears, self.run.context.device)
         by_scheme: dict[Scheme, list[str]] = {}
         for name in group.linears:
             scheme = self.run.stage.scheme_of(f"{self.prefix}.{name}")
             if scheme is not None:
                 by_scheme.setdefault(scheme, []).append(name)
         for scheme, names in by_scheme.items():
-            self._solve(names, scheme, hessian, factor, targets, split)
-        del hessian, factor, targets, split
+            self._solve(names, scheme, hessian, factor, targets, split, bands)
+        del hessian, factor, targets, split, bands
         trim()
 
     def _targets(self, group: InputGroup, mismatch: Mismatch | None) -> dict[str, Tensor] | None:
@@ -131,13 +148,16 @@ class BlockWork:
         factor: Factor | None,
         targets: dict[str, Tensor] | None,
         split: Split | None,
+        bands: dict[str, list[Band]],
     ) -> None:
         """Solve linears with one scheme together and put the values a runtime will see into the block."""
         transposed = self.run.skeleton.architecture.transposed_linears
         started = time.perf_counter()
         with self.run.clock.timed("solve"):
             weights = [self._matrix(name) if targets is None else targets[name] for name in names]
-            solutions = solve(weights, hessian, factor, scheme, self.run.context.stored, self.run.stage.scales, split)
+            stored, scales = self.run.context.stored, self.run.stage.scales
+            outputs = [bands[name] for name in names] if bands else None
+            solutions = solve(weights, hessian, factor, scheme, stored, scales, split, outputs=outputs)
             for name, solution in zip(names, solutions, strict=True):
                 linear = self.block.get_submodule(name)
                 value = dequantize(solution.codes, solution.grid).to(self.run.context.compute)
@@ -151,6 +171,9 @@ class BlockWork:
             self.quantised[module] = (solution.codes, solution.grid)
             if solution.kept_rounding:
                 self.events.append(Event("rounding_kept", module, "rounding was better than solving, and was kept"))
+            if solution.left_alone:
+                message = "no feedback along rows: with it, the linear was worse than rounded by its own inputs"
+                self.events.append(Event("outputs_skipped", module, message))
             share = spent * weight.shape[0] / rows
             self.records.append(self._record(module, scheme, solution, weight.shape, share, factor is None))
 

@@ -1,10 +1,11 @@
 """Every linear in every candidate scheme, and what each would cost: what `mixed_precision` chooses from.
 
 The source walks its own calibration windows once. Linears that read the same input share one H and one factorisation,
-from which GPTQ's columns are solved for each candidate. What a candidate costs is 1/2 sum_r lambda_r dW_r H dW_r^T in
-nats a token (`calibration.fisher`), with lambda from one backward pass over a few windows; where inputs are integers
-too, 1/2 sum_r lambda_r W_r S W_r^T is added, S the mean outer product of what rounding does to them. Inputs are the
-source's own: what a linear would see behind compressed ones depends on a choice that is not made yet.
+from which GPTQ's columns are solved for each candidate. What a candidate costs is 1/2 tr[G dW H dW^T] in nats a token
+(`calibration.fisher`), with G, or its diagonal alone, from one backward pass over a few windows, as have the weights of
+attention's tokens in H, and feedback along rows (`calibration.outputs`). Where inputs are integers too, the same is
+added of W and S, the mean outer product of what rounding does to inputs. Inputs are the source's own: what a linear
+would see behind compressed ones depends on a choice that is not made yet.
 
 Second-order costs are then scaled, each unit's by a factor of its own, so that they agree with what the unit costs
 alone: that is measured at one candidate (`alone`).
@@ -23,10 +24,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.calibration.fisher import output_sensitivities
+from compress.calibration.outputs import Outputs, outputs_of, starts_of
 from compress.calibration.walk import Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
@@ -41,7 +41,6 @@ from compress.checkpoints.candidates import (
 )
 from compress.checkpoints.skeleton import Skeleton
 from compress.events import Event
-from compress.files import atomic_path
 from compress.memory.measure import release
 from compress.quantization.scheme import Option, Scheme, label_of
 from compress.stages.alone import Tried, divergences_alone, factor, few_tokens, held_back
@@ -83,9 +82,11 @@ class Sensitivity(CandidateStage):
 
     @property
     def forwards(self) -> float:
-        # The backward pass is of a few windows only, and its share is not known here. Each candidate of the vocabulary
-        # is a walk over the tuning windows, about an eighth of the text.
+        # Each candidate of the vocabulary is a walk over the tuning windows, about an eighth of the text.
         return 2.0 + (len(self.candidates) / 8 if self.vocabulary else 0)
+
+    def output_tokens_read(self, window_tokens: int) -> int:
+        return self.gradient_windows * window_tokens
 
     def schemes(self, shapes: Shapes) -> dict[str, Scheme]:
         return {}
@@ -113,9 +114,9 @@ class SensitivityRun:
         self.tuning = TuningText(context, tuning)
         self.skeleton = Skeleton(context.source.config, context.device, context.compute)
         self.batches = self.windows.batches(context.tokens_at_once)
+        self.starts = starts_of(self.batches)
         outside = ("vocabulary",) if stage.vocabulary else ()
         self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write", "alone", *outside)
-        self.sensitivities: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
@@ -124,7 +125,8 @@ class SensitivityRun:
         if self.stage.vocabulary and outer_records(self.output.folder) is None:
             with self.clock.timed("vocabulary"):
                 write_outer_records(self.output.folder, self._vocabulary())
-        self.sensitivities = self._sensitivities()
+        with self.clock.timed("gradients"):
+            self.outputs = self._outputs()
         with self.clock.timed("forward"):
             states = self.skeleton.embed(source, self.batches)
         events: list[Event] = []
@@ -146,25 +148,11 @@ class SensitivityRun:
         facts |= alone
         return StageOutcome([], events, self.clock.seconds, facts)
 
-    def _sensitivities(self) -> dict[str, Tensor]:
-        """lambda of every linear; kept in the stage's scratch, for a run that is killed later."""
-        path = self.output.scratch / "outputs.safetensors"
-        if path.is_file():
-            kept: dict[str, Tensor] = load_file(path)
-            return kept
-        few = self.windows.first(self.stage.gradient_windows)
-        with self.clock.timed("gradients"):
-            found = output_sensitivities(
-                self.skeleton,
-                self.context.source,
-                few.batches(self.context.tokens_at_once),
-                self.context.seed,
-                self.context.progress,
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            save_file(found, temporary)
-        return found
+    def _outputs(self) -> Outputs:
+        """What the output depends on; kept in the stage's scratch, for a run that is killed later."""
+        folder, context = self.output.scratch / "outputs", self.context
+        text = self.windows, self.stage.output_tokens_read(self.windows.ids.shape[1]), context.tokens_at_once
+        return outputs_of(self.skeleton, context.source, *text, context.seed, context.progress, folder)
 
     def _alone(self) -> tuple[dict[str, Any], list[Event]]:
         """Measure every unit alone, but for those that were measured before a kill; what the report says of it."""
@@ -246,7 +234,7 @@ class SensitivityRun:
             if record is not None:
                 with self.clock.timed("forward"):
                     return [forward(block, number, hidden) for number, hidden in enumerate(states)], record
-            work = BlockWork(self, prefix, block)
+            work = BlockWork(self, prefix, index, block)
             stream = Stream(block, states)
             with self.clock.remaining("forward"):
                 run_block(stream, arch.groups, forward, work.on_input, work.on_group)

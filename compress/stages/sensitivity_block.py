@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from compress.architecture import InputGroup
 from compress.calibration.fisher import rounding_cost
+from compress.calibration.outputs import ATTENTION, row_bands, skipped
 from compress.calibration.statistics import InputStatistics
 from compress.calibration.walk import Arrival
 from compress.events import Event
 from compress.memory.measure import trim
-from compress.quantization.gptq import factorise, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import solve
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.inputs import rounded_inputs
 from compress.quantization.scheme import Option
@@ -37,26 +39,32 @@ class _Solved:
 class BlockWork:
     """Statistics and candidates of one block while its forward passes are held."""
 
-    def __init__(self, run: SensitivityRun, prefix: str, block: nn.Module) -> None:
-        self.run, self.prefix, self.block = run, prefix, block
+    def __init__(self, run: SensitivityRun, prefix: str, index: int, block: nn.Module) -> None:
+        self.run, self.prefix, self.index, self.block = run, prefix, index, block
         self.found: dict[str, list[tuple[Tensor, Grid] | None]] = {}
         self.records: dict[str, list[dict[str, Any]]] = {}
         self.events: list[Event] = []
         self._statistics: InputStatistics | None = None
         self._roundings: InputStatistics | None = None
         """Of what becomes of inputs where candidates make integers of them: rounded less unrounded."""
+        self._usable = run.outputs.usable([f"{prefix}.{name}" for name in run.skeleton.architecture.linears])
+        if not self._usable:
+            self.events.append(skipped(prefix))
         self._rounds = any(each.inputs != "none" for each in run.stage.candidates)
 
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         with self.run.clock.timed("hessian"):
             if self._statistics is None:
                 self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-            mask = self.run.batches[number].mask
-            self._statistics.add(here.inputs, mask)
+            batch, weights = self.run.batches[number], None
+            mask = batch.mask
+            if group.name == ATTENTION and self._usable:
+                weights = self.run.outputs.token_weights(self.index, self.run.starts[number], batch)
+            self._statistics.add(here.inputs, mask, weights)
             if self._rounds:
                 if self._roundings is None:
                     self._roundings = InputStatistics(here.inputs.shape[-1], here.inputs.device)
-                self._roundings.add(rounded_inputs(here.inputs) - here.inputs, mask)
+                self._roundings.add(rounded_inputs(here.inputs) - here.inputs, mask, weights)
 
     def on_group(self, group: InputGroup) -> None:
         assert self._statistics is not None
@@ -76,9 +84,13 @@ class BlockWork:
             where = f"{self.prefix}.{'+'.join(names)}"
             message = "candidates rounded to nearest: no damping on the ladder made the Hessian definite"
             self.events.append(Event("rounding_fallback", where, message))
+        bands = row_bands(self.run.outputs, self.prefix, names, self.run.context.device) if self._usable else {}
         transposed = self.run.skeleton.architecture.transposed_linears
-        stored = [self.block.get_submodule(name).get_parameter("weight").data.float() for name in names]
-        weights = [weight.T.contiguous() if transposed else weight for weight in stored]
+        matrices = [self.block.get_submodule(name).get_parameter("weight").data.float() for name in names]
+        weights = [weight.T.contiguous() if transposed else weight for weight in matrices]
+        full = [f"{self.prefix}.{name}" for name in names]
+        sensitivities = [self.run.outputs.sensitivities(name) for name in full]
+        moments = [self.run.outputs.moments(name) if self._usable else None for name in full]
         # An override may make one scheme of two candidates; that is solved once.
         known: dict[tuple[int, Option], _Solved] = {(at, None): _Solved(None, 0.0, 0.0) for at in range(len(names))}
         for number in range(len(stage.candidates)):
@@ -88,13 +100,15 @@ class BlockWork:
                 if scheme is None or not which:
                     continue
                 with clock.timed("solve"):
-                    solutions = solve([weights[at] for at in which], single, factor, scheme, self.run.context.stored)
+                    stored, outputs = self.run.context.stored, [bands[names[at]] for at in which] if bands else None
+                    chosen = [weights[at] for at in which]
+                    solutions = solve(chosen, single, factor, scheme, stored, outputs=outputs)
                     for at, solution in zip(which, solutions, strict=True):
                         value = dequantize(solution.codes, solution.grid).float()
-                        sensitivity = self.run.sensitivities[f"{self.prefix}.{names[at]}"]
-                        cost = rounding_cost(value - weights[at], single, sensitivity)
+                        told = sensitivities[at], moments[at]
+                        cost = rounding_cost(value - weights[at], single, *told)
                         if scheme.inputs and of_rounding is not None:
-                            cost += rounding_cost(value, of_rounding, sensitivity)
+                            cost += rounding_cost(value, of_rounding, *told)
                         known[at, scheme] = _Solved((solution.codes, solution.grid), cost, solution.error)
             for at, scheme in enumerate(schemes):
                 self._keep(f"{self.prefix}.{names[at]}", weights[at], known[at, scheme], scheme)

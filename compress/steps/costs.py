@@ -11,6 +11,7 @@ import torch
 
 from compress import parallel
 from compress.architecture import Dimensions
+from compress.calibration.outputs import HALVES, evenly, moment_shapes
 from compress.calibration.texts import SelfGenerated
 from compress.calibration.window_specs import DOCUMENT_TOKENS, CalibrationSpec
 from compress.checkpoints.skeleton import Skeleton
@@ -22,7 +23,7 @@ from compress.stages import Gptq, Sensitivity, Stage, StructuredPrune
 from compress.stages.base import Training
 from compress.stages.depth import TRIED
 from compress.steps.environment import Machine, fits
-from compress.steps.shapes import Shapes
+from compress.steps.shapes import Shape, Shapes
 from compress.steps.training import sampling_flops, training_bytes, training_flops
 from compress.training.footprint import LoadOf
 
@@ -69,15 +70,19 @@ def _evaluation_tokens(recipe: Recipe) -> int:
 
 def peak_bytes(
     recipe: Recipe,
+    source: Shape,
     load: predict.WalkLoad,
     trainings: list[tuple[Training, LoadOf]],
     asked: Size,
-    dimensions: Dimensions,
     machine: Machine,
 ) -> int:
-    """The worst phase: sampling text (the whole model in float32 and a KV cache), calibrating, training, measuring,
-    asking, or, where it fits, reloading the export publicly, beside the source to compare times."""
+    """The worst phase: sampling text (the whole model in float32 and a KV cache), a backward pass, calibrating,
+    training, measuring, asking, or, where it fits, reloading the export publicly, beside the source to compare times.
+    """
+    dimensions = source.dimensions
     peaks = [predict.calibration_peak_bytes(load), predict.evaluation_peak_bytes(load)]
+    if machine.device.type == "cpu" and recipe.calibration:
+        peaks.append(predict.backward_peak_bytes(load, moments_bytes(recipe, source) // source.dimensions.blocks))
     if asked.tokens:
         states = min(STATES_BYTES, asked.tokens * load.hidden * load.compute_bytes)
         peaks.append(predict.asking_peak_bytes(load, states, asked.positions))
@@ -91,6 +96,27 @@ def peak_bytes(
     if fits(load.parameters, reloaded, machine) and machine.device.type == "cpu":
         peaks.append(at_once * reloaded)
     return max(peaks)
+
+
+def output_tokens(recipe: Recipe, stage: Stage) -> int:
+    """Calibration tokens of the backward pass that a stage starts with."""
+    text = recipe.calibration
+    asked = stage.output_tokens_read(text.window_tokens) if text else 0
+    return len(evenly(text.all_windows, text.window_tokens, asked)) * text.window_tokens if text and asked else 0
+
+
+def moments_bytes(recipe: Recipe, source: Shape) -> int:
+    """Bytes of the sums that a backward pass keeps of how outputs matter together, of the stage that has most: on disk,
+    and a block's in memory."""
+    first = source.architecture.block_name(0) + "."
+    shapes = {name.removeprefix(first): shape for name, shape in source.matrices.items() if name.startswith(first)}
+    blocks, head = source.dimensions.blocks, source.dimensions.head_dim
+    found = [
+        moment_shapes(source.architecture, shapes, blocks, head, tokens)
+        for stage in recipe.stages
+        if (tokens := output_tokens(recipe, stage))
+    ]
+    return max((sum(8 * HALVES * blocks * runs * size**2 for runs, size in each.values()) for each in found), default=0)
 
 
 def samples_text(recipe: Recipe) -> bool:
@@ -146,6 +172,9 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> fl
         elif stage.needs_calibration and recipe.calibration:
             tokens = recipe.calibration.tokens
             flops += 2 * tokens * inside * stage.forwards
+            # Forward, forward again with gradients, and backward to activations; logits forward and backward.
+            read = output_tokens(recipe, stage)
+            flops += read * (6 * inside + 6 * head + 40 * 10 * dimensions.vocabulary)
             # H takes a little over half of a product, D and R one and a third, of the tokens they cover.
             moments = 0.6 + 1.35 * (stage.activation_streams - 1)
             flops += sum(2 * tokens * moments * columns**2 for columns in _inputs(matrices))

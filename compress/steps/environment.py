@@ -29,6 +29,7 @@ PACKAGES = (
     "datasets",
     "gguf",
     "numpy",
+    "numba",
     "triton",
 )
 _CODE = (

@@ -32,7 +32,8 @@ import yaml
 
 from compress.calibration.statistics import product
 from compress.quantization.columns import solve_columns
-from compress.quantization.gptq import choose_grid, energy, factorise, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import choose_grid, energy, solve
 from compress.quantization.gpu import fine_product
 from compress.quantization.refine import Split, _solved, descended, fitted_scales, moments, refined
 from compress.quantization.scheme import Scheme

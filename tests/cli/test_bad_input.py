@@ -234,7 +234,7 @@ def test_a_cache_that_fills_up_while_a_stage_runs_ends_with_6_and_the_run_can_go
 ):
     from compress.checkpoints import working
 
-    cache = disk("size=12m")
+    cache = disk("size=32m")
     monkeypatch.setenv("COMPRESS_CACHE", str(cache))
     save, calls = working.save_file, []
 

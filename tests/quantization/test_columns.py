@@ -1,4 +1,4 @@
-"""The column loop: both kernels give the same codes, and the codes that the definition gives.
+"""The column loop: all kernels give the same codes, and the codes that the definition gives.
 
 Most inputs here are whole multiples of a small power of two, and so small that float32 holds every sum exactly. Then
 the order of summation cannot matter, ties are real ties, and "the same" means every bit, on any machine.
@@ -17,12 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.quantization import columns as columns_module
 from compress.quantization import gpu as gpu_module
 from compress.quantization.columns import ColumnGrid, TorchRounder, column_kernel, solve_columns
-from compress.quantization.gptq import choose_grid, factorise
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import choose_grid
 from compress.quantization.grid import Grid, dequantize
 from compress.quantization.grid_search import group_errors
-from compress.quantization.refine import descended, moments
+from compress.quantization.refine import Swept, descended, moments
 from compress.quantization.scheme import BITS, Scheme
 from tests.helpers import PROJECT, environment
 from tests.quantization.test_gptq import correlated, hessian_of, lost
@@ -31,7 +33,9 @@ interpreted = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs triton, and TRITON_INTERPRET=1 before it is imported",
 )
-KERNELS = ["torch", pytest.param("triton", marks=interpreted)]
+compiled = pytest.mark.skipif(find_spec("numba") is None, reason="needs numba")
+OTHERS = [pytest.param("triton", marks=interpreted), pytest.param("numba", marks=compiled)]
+KERNELS = ["torch", *OTHERS]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
@@ -66,6 +70,16 @@ def exact_problem(rows: int, columns: int, scheme: Scheme, stored: torch.dtype, 
     return Problem(weight, order, upper, Grid(scheme, scale.to(stored), zero))
 
 
+def rounder_of(kernel: str):
+    if kernel == "triton":
+        from compress.quantization.triton_columns import TritonRounder
+
+        return TritonRounder
+    from compress.quantization.numba_columns import NumbaRounder
+
+    return NumbaRounder
+
+
 def by_definition(problem: Problem) -> Tensor:
     """Codes in rational numbers; only 1 / scale is float32's, as in the kernels."""
     grid, width = problem.grid, problem.grid.scheme.width(len(problem.order))
@@ -94,28 +108,26 @@ def test_torch_codes_are_those_of_the_definition(bits, symmetric, stored):
     assert torch.equal(problem.codes("torch", block=10), by_definition(problem))
 
 
-@interpreted
+@pytest.mark.parametrize("kernel", OTHERS)
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("bits", BITS)
-def test_triton_codes_and_errors_are_torchs(bits, symmetric, stored):
-    """One block; more rows than one program takes, and columns that are no power of two."""
-    from compress.quantization.triton_columns import TritonRounder
-
+def test_codes_and_errors_are_torchs(bits, symmetric, stored, kernel):
+    """One block; more rows than one program of Triton takes, and columns that are no power of two."""
     problem = exact_problem(37, 24, Scheme(bits, symmetric, 8), stored, seed=bits)
     results = []
-    for rounder in (TorchRounder, TritonRounder):
+    for rounder in (TorchRounder, rounder_of(kernel)):
         tile = problem.weight.T[problem.order].contiguous()
         codes, errors = torch.empty_like(tile, dtype=torch.int8), torch.empty_like(tile)
         rounder(ColumnGrid.of(problem.grid, problem.order)).round_block(0, tile, problem.upper, codes, errors)
         results.append((codes, errors))
 
-    (codes, errors), (triton_codes, triton_errors) = results
-    assert torch.equal(codes, triton_codes) and torch.equal(errors, triton_errors)
+    (codes, errors), (other_codes, other_errors) = results
+    assert torch.equal(codes, other_codes) and torch.equal(errors, other_errors)
     assert len(codes.unique()) >= min(2**bits, 24), "most of the grid is used"
 
 
-@interpreted
+@pytest.mark.parametrize("kernel", OTHERS)
 @pytest.mark.parametrize(
     ("rows", "columns", "group", "block"),
     [
@@ -124,44 +136,46 @@ def test_triton_codes_and_errors_are_torchs(bits, symmetric, stored):
         pytest.param(32, 96, 8, 32, id="rows and columns fill their tiles"),
         pytest.param(3, 136, 4, 128, id="wide block, narrow groups"),
         pytest.param(2, 600, 100, 64, id="two spans"),
+        pytest.param(300, 24, 8, 16, id="more rows than lanes"),
     ],
 )
-def test_triton_codes_are_torchs_in_every_shape(rows, columns, group, block):
+def test_codes_are_torchs_in_every_shape(rows, columns, group, block, kernel):
     problem = exact_problem(rows, columns, Scheme(4, columns % 3 > 0, group), torch.float16, seed=columns)
 
-    assert torch.equal(problem.codes("triton", block), problem.codes("torch"))
+    assert torch.equal(problem.codes(kernel, block), problem.codes("torch"))
 
 
-@interpreted
+@pytest.mark.parametrize("kernel", OTHERS)
+@pytest.mark.parametrize("scale", [1, 1e-5], ids=["normal scales", "subnormal values"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
-def test_triton_solves_a_real_problem_as_well_as_torch(symmetric, stored):
+def test_a_real_problem_is_solved_as_well_as_by_torch(symmetric, stored, scale, kernel):
     """Sums are rounded here, so a weight half way between two codes may go either way; nothing else may differ."""
-    weight = torch.randn(20, 96, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(20, 96, generator=torch.Generator().manual_seed(3)) * scale
     hessian = hessian_of(correlated(400, 96, seed=3))
     factor = factorise(hessian, 0.01)
     grid = choose_grid(weight, factor.pivots, Scheme(3, symmetric, 32), stored, "weighted")
     problem = Problem(weight, factor.order, factor.upper, grid)
 
-    ours, theirs = problem.codes("triton"), problem.codes("torch")
+    ours, theirs = problem.codes(kernel), problem.codes("torch")
 
     assert (ours == theirs).float().mean() >= 0.99
     first, second = (lost(weight, dequantize(codes, grid), hessian) for codes in (ours, theirs))
     assert first == pytest.approx(second, rel=1e-2)
 
 
-@interpreted
+@pytest.mark.parametrize("kernel", OTHERS)
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(("rows", "columns", "group"), [(37, 24, 8), (33, 150, None), (3, 600, 100)])
-def test_a_sweep_of_triton_is_torchs(rows, columns, group, symmetric, stored):
+def test_a_sweep_is_torchs(rows, columns, group, symmetric, stored, kernel):
     """H has powers of two on its diagonal and few other numbers, all whole: every sum is exact, at most a tie apart."""
     problem = exact_problem(rows, columns, Scheme(4, symmetric, group), stored, seed=columns)
     hessian = exact_hessian(columns)
     start = torch.randint(-8, 8, (rows, columns), generator=torch.Generator().manual_seed(1)).to(torch.int8)
 
     ours, theirs = (
-        descended(problem.weight, start, problem.grid, hessian, kernel=kernel) for kernel in ("triton", "torch")
+        descended(problem.weight, start, problem.grid, Swept.of(hessian), kernel=each) for each in (kernel, "torch")
     )
 
     assert torch.equal(ours, theirs)
@@ -236,19 +250,38 @@ def test_the_example_of_the_module(kernel):
     assert problem.codes(kernel).tolist() == [[0, 0]], "0.6 alone would be 1"
 
 
-def test_a_gpu_gets_triton_where_there_is_triton(monkeypatch):
+def test_a_device_gets_compiled_columns_where_their_package_is(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
 
     for found, kernel in ((None, "torch"), ("a spec", "triton")):
         monkeypatch.setattr(gpu_module, "find_spec", lambda name, found=found: found)
         assert column_kernel(gpu) == kernel
-        assert column_kernel(cpu) == "torch"
+    for found, kernel in ((False, "torch"), (True, "numba")):
+        monkeypatch.setattr(columns_module, "has_numba", lambda found=found: found)
+        assert column_kernel(cpu) == kernel
+
+
+@compiled
+def test_a_folder_that_cannot_be_written_leaves_numba_without_a_cache(monkeypatch):
+    from compress.quantization import numba_columns
+
+    real = numba_columns.numba.njit
+
+    def refusing(**options):
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba_columns.numba, "njit", refusing)
+
+    assert numba_columns._compiled(lambda number: number + 1)(2) == 3
 
 
 def test_the_cpu_never_imports_triton():
     program = """
 import sys, torch
-from compress.quantization.gptq import factorise, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import solve
 from compress.quantization.scheme import Scheme
 hessian = torch.eye(8, dtype=torch.float64)
 solve([torch.randn(2, 8)], hessian, factorise(hessian, 0.01), Scheme(4, True, 8), torch.float16)
@@ -335,9 +368,9 @@ def test_a_gpu_gives_the_codes_of_the_cpu(rows, columns, group, symmetric, store
         assert torch.equal(moved.codes(kernel).cpu(), expected), kernel
 
     hessian = exact_hessian(columns)
-    swept = descended(problem.weight, expected, grid, hessian, kernel="torch")
+    swept = descended(problem.weight, expected, grid, Swept.of(hessian), kernel="torch")
     for kernel in ("torch", "triton"):
-        ours = descended(moved.weight, expected.cuda(), moved.grid, hessian.cuda(), kernel=kernel)
+        ours = descended(moved.weight, expected.cuda(), moved.grid, Swept.of(hessian.cuda()), kernel=kernel)
         assert torch.equal(ours.cpu(), swept), kernel
 
     scheme = grid.scheme

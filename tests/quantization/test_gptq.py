@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.quantization.gptq import _flipped_inverse, choose_grid, factorise, relative_error, rounded, solve
+from compress.quantization.factor import _flipped_inverse, factorise
+from compress.quantization.gptq import choose_grid, relative_error, rounded, solve
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.scheme import BITS, Scheme
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.quantization.gptq import choose_grid, factorise, relative_error, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import choose_grid, relative_error, solve
 from compress.quantization.grid import Grid, dequantize, quantize
 from compress.quantization.grid_search import line, search_grid
 from compress.quantization.k_quants import _plane, k_quant_grid

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.quantization.gptq import choose_grid, factorise, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import choose_grid, solve
 from compress.quantization.grid import Grid, dequantize, quantize
-from compress.quantization.refine import Split, descended, fitted_scales, refined
+from compress.quantization.refine import Split, Swept, descended, fitted_scales, refined
 from compress.quantization.scheme import BITS, Scheme
 from tests.quantization.test_gptq import correlated, hessian_of
 
@@ -72,7 +73,7 @@ def test_a_sweep_finds_the_best_codes_of_a_diagonal_problem():
     hessian = torch.diag(torch.tensor([1.0, 4.0, 2.0]))
     start = torch.zeros(1, 3, dtype=torch.int8)
 
-    codes = descended(target, start, grid, hessian)
+    codes = descended(target, start, grid, Swept.of(hessian))
 
     every = [torch.tensor([each], dtype=torch.int8) for each in itertools.product(range(-2, 2), repeat=3)]
     best = min(every, key=lambda candidate: float(row_losses(target, candidate, grid, hessian)))
@@ -106,7 +107,7 @@ def test_refining_never_adds_error_and_stays_on_the_grid(bits, symmetric, group,
     grid = choose_grid(weight, None, scheme, stored, "minmax")
     codes = quantize(weight, grid)
 
-    better, fitted = refined(weight, codes, grid, hessian)
+    better, fitted = refined(weight, codes, grid, Swept.of(hessian))
 
     assert int(better.min()) >= scheme.lowest and int(better.max()) <= scheme.highest
     assert fitted.scale.dtype == stored and bool(torch.isfinite(fitted.scale).all())
@@ -119,7 +120,7 @@ def test_refining_never_adds_error_and_stays_on_the_grid(bits, symmetric, group,
 def test_refining_gains_over_gptq_alone():
     weight, codes, grid, hessian = _problem(rows=32, columns=96)
 
-    better, fitted = refined(weight, codes, grid, hessian)
+    better, fitted = refined(weight, codes, grid, Swept.of(hessian))
 
     gain = row_losses(weight, better, fitted, hessian).sum() / row_losses(weight, codes, grid, hessian).sum()
     assert float(gain) < 0.9

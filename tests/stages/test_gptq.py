@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoints.reader import Checkpoint
 from compress.events import count_by_kind
-from compress.quantization.gptq import factorise, solve
+from compress.quantization.factor import factorise
+from compress.quantization.gptq import solve
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, RoundToNearest
@@ -30,7 +31,7 @@ def test_codes_are_those_of_the_solver_on_inputs_of_an_already_compressed_model(
     """o_proj of block 1, from a plain forward of a model whose block 0 and q/k/v of block 1 are replaced by hand."""
     from transformers import AutoModelForCausalLM
 
-    stage = Gptq(bits=4, group_size=32, quality="fast")
+    stage = Gptq(bits=4, group_size=32, quality="fast", output_tokens=0)
     done, _ = apply_stage(stage, model, tmp_path / "stage", WINDOWS)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     earlier = [f"model.layers.0.{name}" for name in done.architecture.linears]
@@ -193,6 +194,7 @@ def test_inputs_that_are_not_finite_fall_back_to_rounding_with_an_event(model, t
 
     where = [event.where for event in outcome.events if event.kind == "rounding_fallback"]
     assert "model.layers.1.mlp.down_proj" in where
+    assert any(event.kind == "outputs_skipped" for event in outcome.events), "gradients overflow as well"
     records = {record["name"]: record for record in outcome.modules}
     assert records["model.layers.1.mlp.down_proj"]["damping"] is None
     assert records["model.layers.1.mlp.down_proj"]["events"] == ["rounding_fallback"]
@@ -239,7 +241,7 @@ def test_a_refinement_is_kept_only_where_held_out_windows_agree(model, tmp_path,
     windows = random_windows(count=48)
     apply_stage(Gptq(group_size=32, refine=False), model, tmp_path / "plain", windows)
     _, kept = apply_stage(Gptq(group_size=32), model, tmp_path / "refined", windows)
-    worse = lambda target, codes, grid, hessian: (torch.zeros_like(codes), grid)  # noqa: E731
+    worse = lambda target, codes, grid, swept: (torch.zeros_like(codes), grid)  # noqa: E731
     monkeypatch.setattr(gptq, "refined", worse)
     _, refused = apply_stage(Gptq(group_size=32), model, tmp_path / "refused", windows)
 
@@ -249,10 +251,14 @@ def test_a_refinement_is_kept_only_where_held_out_windows_agree(model, tmp_path,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_gpu_without_triton_is_one_event(monkeypatch):
+def test_a_device_whose_columns_torch_rounds_is_one_event(monkeypatch):
     monkeypatch.setattr("compress.quantization.gpu.find_spec", lambda name: None)
+    monkeypatch.setattr("compress.quantization.columns.has_numba", lambda: False)
 
-    assert [event.kind for event in kernel_events(torch.device("cuda"))] == ["torch_columns"]
+    for device, package in ((torch.device("cuda"), "triton"), (CPU, "numba")):
+        (event,) = kernel_events(device)
+        assert event.kind == "torch_columns" and package in event.message
+    monkeypatch.setattr("compress.quantization.columns.has_numba", lambda: True)
     assert kernel_events(CPU) == []
 
 
@@ -264,7 +270,7 @@ def test_every_record_says_what_was_done(model, tmp_path):
         assert record["scheme"] == "int3 asymmetric group 32"
         assert 0 < record["error"] <= record["rounding_error"]
         assert record["effective_bits"] > 3
-    assert set(outcome.seconds_by_part) == {"read", "forward", "hessian", "factorise", "solve", "write"}
+    assert set(outcome.seconds_by_part) == {"read", "outputs", "forward", "hessian", "factorise", "solve", "write"}
 
 
 def test_rounding_a_quantised_checkpoint_again_keeps_what_the_second_stage_ignores(model, tmp_path):

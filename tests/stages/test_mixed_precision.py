@@ -387,7 +387,9 @@ def test_candidates_that_an_override_makes_the_same_are_solved_once(model, tmp_p
     fields["overrides"] = ({"match": "*.o_proj", "group_size": 16},)
     asked = []
     plain = sensitivity_block.solve
-    monkeypatch.setattr(sensitivity_block, "solve", lambda *args: (asked.append(args[3].label), plain(*args))[1])
+    monkeypatch.setattr(
+        sensitivity_block, "solve", lambda *args, **named: (asked.append(args[3].label), plain(*args, **named))[1]
+    )
 
     apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
 

@@ -39,9 +39,9 @@ def text(glass):
 
 @pytest.fixture(scope="module")
 def solved(glass, text, tmp_path_factory):
-    """glass in 3 bits, by gptq."""
+    """glass in 3 bits, by gptq without what makes it so good that little is left to train."""
     folder = tmp_path_factory.mktemp("glass-gptq")
-    apply_stage(Gptq(bits=3, group_size="channel"), glass, folder, text)
+    apply_stage(Gptq(bits=3, group_size="channel", output_tokens=0), glass, folder, text)
     return folder
 
 

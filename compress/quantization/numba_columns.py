@@ -106,6 +106,24 @@ def _as_stored(values: Any, raw: Any, stored: int) -> None:
             raw[r] = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
 
 
+@numba.njit(inline="always")  # type: ignore[untyped-decorator]
+def _onto_grid(
+    value: Any, raw: Any, codes: Any, steps: Any, shift: Any, lowest: Any, highest: Any, asymmetric: bool, stored: int
+) -> None:
+    """`value` (rows,), what a column is to be in steps of its scales, `raw` the same memory: becomes the value of the
+    nearest code, which is written."""
+    for r in range(len(value)):
+        found = value[r]
+        if asymmetric:
+            found += shift[r]
+        found = min(max(np.rint(found), lowest), highest)
+        codes[r] = np.int8(found)
+        if asymmetric:
+            found -= shift[r]
+        value[r] = found * steps[r]
+    _as_stored(value, raw, stored)
+
+
 @_compiled
 def _round_block(
     tile: Any, corner: Any, codes: Any, errors: Any, group: Any, scale: Any, zero: Any,
@@ -114,29 +132,22 @@ def _round_block(
     """Arguments of `BlockRounder.round_block`, rows `first` to `last` - 1 of them. tile, errors (columns, rows), corner
     (columns, columns) and scale, zero (groups, rows) float32; group (columns,) int64; codes (columns, rows) int8."""
     count, width = len(tile), last - first
-    code, value = np.empty(width, np.float32), np.empty(width, np.float32)
+    error, value = np.empty(width, np.float32), np.empty(width, np.float32)
     raw = value.view(np.int32)
     one = np.float32(1)
     for j in range(count):
         target, steps, shift = tile[j, first:last], scale[group[j], first:last], zero[group[j], first:last]
         pivot = corner[j, j]
         for r in range(width):
-            found = target[r] * (one / steps[r])
-            if asymmetric:
-                found += shift[r]
-            found = min(max(np.rint(found), lowest), highest)
-            codes[j, first + r] = np.int8(found)
-            if asymmetric:
-                found -= shift[r]
-            value[r] = found * steps[r]
-        _as_stored(value, raw, stored)
+            value[r] = target[r] * (one / steps[r])
+        _onto_grid(value, raw, codes[j, first:last], steps, shift, lowest, highest, asymmetric, stored)
         for r in range(width):
-            code[r] = (target[r] - value[r]) / pivot
-            errors[j, first + r] = code[r]
+            error[r] = (target[r] - value[r]) / pivot
+            errors[j, first + r] = error[r]
         for k in range(j + 1, count):
             share = corner[j, k]
             for r in range(width):
-                tile[k, first + r] -= share * code[r]
+                tile[k, first + r] -= share * error[r]
 
 
 @_compiled
@@ -152,15 +163,8 @@ def _sweep_block(
         left, steps, shift = tile[j, first:last], scale[group[j], first:last], zero[group[j], first:last]
         pivot = corner[j, j]
         for r in range(width):
-            found = (values[j, first + r] - left[r] / pivot) / steps[r]
-            if asymmetric:
-                found += shift[r]
-            found = min(max(np.rint(found), lowest), highest)
-            codes[j, first + r] = np.int8(found)
-            if asymmetric:
-                found -= shift[r]
-            value[r] = found * steps[r]
-        _as_stored(value, raw, stored)
+            value[r] = (values[j, first + r] - left[r] / pivot) / steps[r]
+        _onto_grid(value, raw, codes[j, first:last], steps, shift, lowest, highest, asymmetric, stored)
         for r in range(width):
             change[r] = value[r] - values[j, first + r]
             moved[j, first + r] = change[r]

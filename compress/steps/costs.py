@@ -106,8 +106,8 @@ def output_tokens(recipe: Recipe, stage: Stage) -> int:
 
 
 def moments_bytes(recipe: Recipe, source: Shape) -> int:
-    """Bytes of the sums that a backward pass keeps of how outputs matter together, of the stage that has most: on disk,
-    and a block's in memory."""
+    """Bytes of the sums that a backward pass keeps of how outputs matter together, of all blocks, of the stage that has
+    most."""
     first = source.architecture.block_name(0) + "."
     shapes = {name.removeprefix(first): shape for name, shape in source.matrices.items() if name.startswith(first)}
     blocks, head = source.dimensions.blocks, source.dimensions.head_dim
@@ -117,6 +117,13 @@ def moments_bytes(recipe: Recipe, source: Shape) -> int:
         if (tokens := output_tokens(recipe, stage))
     ]
     return max((sum(8 * HALVES * blocks * runs * size**2 for runs, size in each.values()) for each in found), default=0)
+
+
+def backward_disk_bytes(recipe: Recipe, source: Shape, machine: Machine) -> int:
+    """Bytes on disk while a backward pass runs: states of all blocks wait there, and go as the sums come."""
+    tokens = max((output_tokens(recipe, stage) for stage in recipe.stages), default=0)
+    waiting = tokens * source.dimensions.hidden * source.dimensions.blocks * machine.compute.itemsize
+    return max(waiting, moments_bytes(recipe, source))
 
 
 def samples_text(recipe: Recipe) -> bool:

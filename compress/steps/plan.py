@@ -24,7 +24,7 @@ from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.steps.checks import format_mistakes, mistakes_of, quantised_before, warnings_of, weak_gates
-from compress.steps.costs import dtype_bytes, moments_bytes, peak_bytes, seconds, walk_load, weights_inside
+from compress.steps.costs import backward_disk_bytes, dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.device import DevicePeaks, device_peaks
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
@@ -153,7 +153,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     trainings = trainings_of(recipe, shapes, schemes, machine)
     disk = sum(predict.training_disk_bytes(load_of(training.trained)) for training, load_of in trainings)
     disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
-    disk += moments_bytes(recipe, source)
+    disk += backward_disk_bytes(recipe, source, machine)
     disk += format_.reading_bytes(last.parameters)
     disk += parameters * stored.itemsize if quantised_before(config) else 0  # its values, beside it in the cache
     disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)

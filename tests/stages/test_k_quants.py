@@ -61,7 +61,7 @@ def test_solving_is_closer_than_rounding_and_ships_what_it_judged(model, tmp_pat
 
 @pytest.mark.parametrize(("bits", "train"), [(3, "scales+norms"), (4, "scales"), (2, "codes")])
 def test_training_moves_super_blocks_and_leaves_their_integers(model, tmp_path, bits, train):
-    solved, _ = apply_stage(RoundToNearest(bits=bits, k_quant=True), model, tmp_path / "solved")
+    solved, _ = apply_stage(Gptq(bits=bits, k_quant=True, output_tokens=0), model, tmp_path / "solved", WINDOWS)
     stage = Recover(train=train, epochs=20, batch_tokens=96, learning_rate=1e-3, patience=100)
 
     done, outcome = apply_stage(stage, tmp_path / "solved", tmp_path / "out", WINDOWS, origin=model)

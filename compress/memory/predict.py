@@ -21,6 +21,9 @@ INTERPRETER = 330 * 2**20
 """Anonymous memory of Python with torch, transformers and datasets imported and used once; measured, see
 docs/benchmarks/memory.md."""
 
+NUMBA = 45 * 2**20
+"""What numba and the kernels that it compiles add, measured."""
+
 LM_EVAL = 100 * 2**20
 """What importing lm-eval and building a task's prompts adds."""
 

@@ -18,6 +18,7 @@ from compress.checkpoints.skeleton import Skeleton
 from compress.evaluation.tasks.likelihood import STATES_BYTES
 from compress.evaluation.tasks.size import Size
 from compress.memory import predict
+from compress.quantization.columns import column_kernel
 from compress.recipe import Recipe
 from compress.stages import Gptq, Sensitivity, Stage, StructuredPrune
 from compress.stages.base import Training
@@ -95,7 +96,8 @@ def peak_bytes(
     at_once = 2 if recipe.latency and fits(2 * load.parameters, 2 * reloaded, machine) else 1
     if fits(load.parameters, reloaded, machine) and machine.device.type == "cpu":
         peaks.append(at_once * reloaded)
-    return max(peaks)
+    compiles = column_kernel(machine.device) == "numba" and any(isinstance(each, Gptq) for each in recipe.stages)
+    return max(peaks) + (predict.NUMBA if compiles else 0)
 
 
 def output_tokens(recipe: Recipe, stage: Stage) -> int:

@@ -1,4 +1,4 @@
-"""What shares a scheme: the linears that a runtime fuses into one matrix; the embedding; the head."""
+"""What shares a scheme: one linear, or those that a runtime fuses into one matrix; the embedding; the head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compress.architecture import Architecture
 
 @dataclass(frozen=True)
 class Unit:
-    """What gets one scheme: q, k and v of a block, say, or its down projection alone."""
+    """What gets one scheme: q, k and v of a block, say, where they are fused, or its down projection alone."""
 
     block: int | None
     """None for the embedding and the head."""
@@ -23,14 +23,16 @@ class Unit:
         return self.kind if self.block is None else f"block {self.block} {self.kind}"
 
 
-def units_of(architecture: Architecture, modules: Collection[str]) -> list[Unit]:
-    """Units of the given linears (full names), in the order of the forward pass; others are left out."""
+def units_of(architecture: Architecture, modules: Collection[str], fused: bool) -> list[Unit]:
+    """Units of the given linears (full names), in the order of the forward pass; others are left out. `fused`: whether
+    the runtime makes one matrix of q, k, v and of gate, up."""
     blocks = sorted({index for name in modules if (index := architecture.block_index(name)) is not None})
     units = []
     for block in blocks:
         seen: set[str] = set()
         for linear in architecture.linears:
-            together = next((fused for fused in architecture.fused if linear in fused), (linear,))
+            parts = architecture.fused if fused else ()
+            together = next((each for each in parts if linear in each), (linear,))
             prefix = architecture.block_name(block)
             names = tuple(name for part in together if (name := f"{prefix}.{part}") in modules)
             if names and names[0] not in seen:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress.calibration.draws import tokens_drawn
 from compress.calibration.walk import forward_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Head, Skeleton
@@ -59,7 +60,7 @@ def walk_backward(
             forward = forward_of(skeleton, batches, index, products)
             with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
                 states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
-    with skeleton.head(checkpoint) as head:
+    with skeleton.head(checkpoint, products) as head:
         gradients = [
             _loss_gradient(head, hidden, seed, batch.mask)
             for hidden, seed, batch in zip(states, seeds, batches, strict=False)
@@ -126,11 +127,11 @@ def _loss_gradient(head: Head, hidden: Tensor, seed: int, mask: Tensor | None) -
         for start in range(0, len(rows), TOKENS_AT_ONCE):
             part = rows[start : start + TOKENS_AT_ONCE].requires_grad_(True)
             logits = head.differentiable_logits(part)
-            likely = logits.detach().softmax(-1)
             # Where a model overflows any label will do: the gradient is not finite, and those who get it say so.
-            likely = torch.where(torch.isfinite(likely).all(-1, keepdim=True), likely, 1.0)
-            labels = torch.multinomial(likely, 1, generator=generator).squeeze(1)
-            torch.autograd.backward(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            likely = logits.detach().softmax(-1)
+            labels = tokens_drawn(likely, generator)
+            # d(-log p(label))/d logits = p - [label]
+            torch.autograd.backward(logits, likely.scatter_add_(1, labels, -torch.ones_like(likely[:, :1])))
             assert part.grad is not None
             parts.append(part.grad)
         gradient = torch.cat(parts).reshape(normed.shape)

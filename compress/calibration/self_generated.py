@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from compress.calibration.draws import tokens_drawn
 from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.texts import Descriptor, SelfGenerated
 from compress.calibration.window_specs import WindowSpec
@@ -72,15 +73,7 @@ def _sample(
     step = ids
     while ids.shape[1] < length:
         logits = model(step, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        step = _drawn(logits / temperature, generator)
+        step = tokens_drawn(torch.softmax(logits / temperature, -1), generator)
         ids = torch.cat([ids, step], dim=1)
         advance("")
     return ids
-
-
-def _drawn(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A token (rows, 1) for each row of logits (rows, vocabulary), by its probability: where a number drawn evenly
-    falls into the sums. `torch.multinomial` draws a number for every token of the vocabulary."""
-    sums = torch.softmax(logits, -1).cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * sums[:, -1:]
-    return torch.searchsorted(sums, drawn, right=True).clamp_max_(logits.shape[-1] - 1)

@@ -239,15 +239,16 @@ class Skeleton:
         return calls
 
     @contextmanager
-    def head(self, checkpoint: Checkpoint) -> Iterator[Head]:
-        """Final norm and head with weights."""
+    def head(self, checkpoint: Checkpoint, products: torch.dtype | None = None) -> Iterator[Head]:
+        """Final norm and head with weights, which multiply in `products`, or in what the skeleton computes in."""
         arch = self.architecture
         norm = self.model.get_submodule(arch.final_norm)
         load_module(norm, checkpoint.dense_state(arch.final_norm), self.device, self.dtype)
         source = arch.embedding if checkpoint.tied_head else arch.head
-        weight = checkpoint.dense(source).to(self.device, self.dtype)
+        dtype = products or self.dtype
+        weight = checkpoint.dense(source).to(self.device, dtype)
         bias_name = f"{arch.head}.bias"
-        bias = checkpoint.read(bias_name).to(self.device, self.dtype) if checkpoint.has(bias_name) else None
+        bias = checkpoint.read(bias_name).to(self.device, dtype) if checkpoint.has(bias_name) else None
         try:
             yield Head(norm, weight, bias, logit_softcap(self.config))
         finally:

@@ -119,6 +119,8 @@ def _served(report: Report, standing: Standing) -> Iterator[str]:
         yield "The exported files were not reloaded through their public loader."
     elif standing.served is None and not any(runtime in report.round_trip.loader.lower() for runtime in _RUNTIMES):
         yield f"No serving runtime such as vLLM has loaded the files; what did is {report.round_trip.loader}."
+    if any(event.kind == "fused_apart" for event in report.events):
+        yield "vLLM does not serve these files: parts of matrices that it fuses have schemes of their own."
 
 
 def _where(report: Report) -> Iterator[str]:

@@ -124,7 +124,8 @@ class CandidateStage(Stage):
     runtime: Runtime = Field(
         default="vllm",
         description="what will serve the result: candidates are those that it runs, and bytes those of its format "
-        "(gguf for llama.cpp, compressed-tensors for the others)",
+        "(gguf for llama.cpp, compressed-tensors for the others). vllm fuses q, k, v and gate, up, so they share a "
+        "scheme there; for the others each has its own, which vllm then does not load",
     )
     candidates: tuple[Candidate, ...] = Field(
         default=DEFAULT_CANDIDATES,
@@ -159,6 +160,11 @@ class CandidateStage(Stage):
         if isinstance(data, dict) and data.get("runtime") == "llama.cpp":
             return {"candidates": LLAMA_CPP_CANDIDATES, "group_size": BLOCK, **data}
         return data
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the runtime makes one matrix of q, k, v and of gate, up, which then share a scheme."""
+        return self.runtime == "vllm"
 
     @property
     def format(self) -> Format:
@@ -224,7 +230,7 @@ class CandidateStage(Stage):
     def units(self, architecture: Architecture, shapes: Shapes) -> list[Unit]:
         """Units of the linears that are not ignored; then the embedding and the head where they are chosen for."""
         linears = [module for module in shapes if architecture.block_index(module) is not None]
-        found = units_of(architecture, [module for module in linears if self.options(module)])
+        found = units_of(architecture, [module for module in linears if self.options(module)], self.fuses)
         if self.vocabulary:
             held = self._held_vocabulary(shapes, architecture)
             outside = [module for module in held if self.options_of_vocabulary(module)]
@@ -274,7 +280,7 @@ class CandidateStage(Stage):
             undivided += super_blocks_that_do_not_divide(schemes, shapes)
             mistakes += undivided or integer_inputs_that_do_not_fit(schemes)
             mistakes += [] if undivided else self._not_held(schemes, shapes, architecture)
-        for fused in architecture.fused:
+        for fused in architecture.fused if self.fuses else ():
             split = self._split_by_ignore(fused, shapes, architecture)
             if split:
                 mistakes.append(split)

@@ -244,7 +244,6 @@ class QuantizeStage(Stage):
             *super_blocks_that_do_not_divide(self.schemes(shapes), shapes),
             *self._no_such_k_quants(shapes),
             *integer_inputs_that_do_not_fit(self.schemes(shapes)),
-            *self._fused_that_differ(shapes, architecture),
         ]
 
     def _no_such_k_quants(self, shapes: Shapes) -> list[str]:
@@ -257,25 +256,6 @@ class QuantizeStage(Stage):
                 if override.k_quant and last == [override] and scheme and scheme.k_quant is None:
                     found[override.match] = f"overrides, {override.match!r}: {no_k_quant(scheme.bits)}"
         return list(found.values())
-
-    def _fused_that_differ(self, shapes: Shapes, architecture: Architecture) -> list[str]:
-        """Runtimes merge q/k/v and gate/up into one matrix; a block's parts must then share a scheme."""
-        mistakes: dict[str, str] = {}
-        blocks = {architecture.block_index(module) for module in shapes}
-        for block in sorted(index for index in blocks if index is not None):
-            for fused in architecture.fused:
-                names = [f"{architecture.block_name(block)}.{name}" for name in fused]
-                labels = [scheme.label if (scheme := self.scheme_of(name)) else "unquantised" for name in names]
-                if len(set(labels)) > 1:
-                    parts = ", ".join(
-                        f"{name.rsplit('.', 1)[1]} {label}" for name, label in zip(fused, labels, strict=True)
-                    )
-                    mistakes.setdefault(
-                        parts,
-                        f"{architecture.block_name(block)}: {parts}: serving runtimes fuse these into one matrix, so "
-                        "they must share one scheme. Extend the pattern to all of them.",
-                    )
-        return list(mistakes.values())
 
     def kept_events(self, modules: list[str]) -> list[Event]:
         """One event for each linear that stays in its source precision."""

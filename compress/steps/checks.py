@@ -8,6 +8,7 @@ from typing import Any
 from compress.architecture import Architecture, Dimensions
 from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
+from compress.checkpoints.formats.fusing import fused_that_differ
 from compress.checkpoints.formats.gguf import BLOCK, type_of
 from compress.checkpoints.formats.gguf_tokenizer import vocabulary_of
 from compress.checkpoints.formats.support import BNB_ON_AVX512, limits_of, unserved
@@ -17,6 +18,7 @@ from compress.quantization.scheme import Scheme
 from compress.quantization.super_blocks import K_QUANTS
 from compress.recipe import Recipe
 from compress.stages import Awq, Gptq, Recover, SmoothQuant, Sparsify
+from compress.stages.mixed_precision import MixedPrecision
 from compress.stages.quantize import QuantizeStage
 from compress.stages.smooth import ScalingStage
 from compress.steps.power import Power
@@ -32,6 +34,7 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
         for sentence in stage.check(shape.of(stage), architecture)
     ]
+    found += _fused_that_differ(recipe, shapes)
     found += _rounded_twice(recipe, shapes)
     found += out_of_order(recipe)
     found += nothing_to_train(recipe, shapes)
@@ -52,6 +55,20 @@ def mistakes_of(recipe: Recipe, shapes: Shapes) -> list[str]:
         ]
     # A stage that another implies repeats what is said of that one.
     return list(dict.fromkeys(found))
+
+
+def _fused_that_differ(recipe: Recipe, shapes: Shapes) -> list[str]:
+    """Parts of a fused matrix to which a stage gives schemes of their own, where the format's runtimes fuse them."""
+    if not FORMATS[recipe.export.format].fuses:
+        return []
+    return [
+        f"{recipe.place(index)}: {parts}: serving runtimes fuse these into one matrix, so they must share one scheme. "
+        "Extend the pattern to all of them."
+        for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
+        if isinstance(stage, QuantizeStage)
+        for parts in fused_that_differ(stage.schemes(shape.of(stage)), shape.of(stage), shapes.source.architecture)
+        if not stage.follows_plan
+    ]
 
 
 def _rounded_twice(recipe: Recipe, shapes: Shapes) -> list[str]:
@@ -139,6 +156,7 @@ def warnings_of(
             "no round trip is made, and what is judged is our own reading of the files"
         )
     found += unserved("vLLM", recipe.export.format, schemes, shapes)
+    found += _schemes_that_fusing_splits(recipe)
     if any(scheme.grid != "int" for scheme in schemes.values()):
         found += unserved(BNB_ON_AVX512, recipe.export.format, schemes, shapes)
     found += limits_of("vLLM", recipe.export.format, schemes)
@@ -147,6 +165,16 @@ def warnings_of(
     if not architecture.float16_safe and recipe.export.dtype == "float16":
         found.append(f"{architecture.model_type} activations are known to leave float16's range; bfloat16 is safer")
     return found
+
+
+def _schemes_that_fusing_splits(recipe: Recipe) -> list[str]:
+    """That a mixture for a runtime that fuses nothing is not for vLLM, which reads the same format."""
+    return [
+        f"{recipe.place(index)}: runtime {stage.runtime}: q, k, v and gate, up get schemes of their own, and vLLM, "
+        "which fuses them, will not serve that; for vLLM, choose runtime: vllm"
+        for index, stage in enumerate(recipe.stages)
+        if isinstance(stage, MixedPrecision) and not stage.fuses and stage.format.fuses
+    ]
 
 
 def _scaled_for_nobody(recipe: Recipe) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.architecture import architecture_of, dimensions_of
-from compress.calibration import outputs
+from compress.calibration import backward, outputs
 from compress.calibration.outputs import SHARE, evenly, moment_shapes, outputs_of, starts_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
@@ -28,13 +28,13 @@ def test_they_are_those_of_the_whole_model(name, tmp_path, monkeypatch):
     model = random_model(name, tmp_path)
     windows = random_windows(count=2)
     batches = windows.batches(1000)
-    labels, original = [], torch.multinomial
+    labels, original = [], backward.tokens_drawn
 
     def remembering(*arguments, **options):
         labels.append(original(*arguments, **options))
         return labels[-1]
 
-    monkeypatch.setattr(torch, "multinomial", remembering)
+    monkeypatch.setattr(backward, "tokens_drawn", remembering)
     skeleton, found = told(tmp_path, windows, 1000, tmp_path / "kept", at_once=1000)
 
     arch = skeleton.architecture

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compress.calibration.self_generated import _drawn, sample_windows
+from compress.calibration.draws import tokens_drawn
+from compress.calibration.self_generated import sample_windows
 from compress.calibration.texts import PythonTopics, SelfGenerated
 from compress.calibration.window_specs import CalibrationSpec, WindowSpec
 from compress.checkpoints.reader import Checkpoint
@@ -25,7 +26,7 @@ def sampled(glass, **fields):
 
 def test_tokens_are_drawn_by_their_probabilities():
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.3])
-    drawn = _drawn(probabilities.log().expand(40_000, 4), torch.Generator().manual_seed(1))
+    drawn = tokens_drawn(probabilities.expand(40_000, 4), torch.Generator().manual_seed(1))
     shares = torch.bincount(drawn.flatten(), minlength=4) / 40_000
     assert shares[1] == 0 and torch.allclose(shares, probabilities, atol=0.01)
 

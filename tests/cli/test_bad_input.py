@@ -388,6 +388,27 @@ def test_half_of_a_fused_projection_cannot_be_left_out(recipe, here):
     assert "k_proj unquantised" in ended.err and "fuse these into one matrix" in ended.err
 
 
+def test_what_no_runtime_of_the_format_fuses_can_be_left_out_by_halves(recipe, here):
+    stages = [{"kind": "gptq", "group_size": 32, "ignore": ["*.k_proj", "*.down_proj"]}]
+
+    ended = here("plan", recipe(stages=stages, export={"format": "gguf", "context": 128}))
+
+    assert ended.code == 0, ended.err
+
+
+def test_a_mixture_for_transformers_is_said_not_to_be_for_vllm(recipe, here):
+    chosen = {"kind": "mixed_precision", "budget": {"effective_bits": 5.0}, "candidates": [3, 4, 8]}
+    follower = {"kind": "gptq", "bits": "planned"}
+    sentence = "vLLM, which fuses them, will not serve that"
+    for runtime, said in (("vllm", False), ("transformers", True)):
+        stages = [{**chosen, "group_size": "channel", "runtime": runtime}, follower]
+
+        ended = here("plan", recipe(stages=stages))
+
+        assert ended.code == 0, ended.err
+        assert (sentence in " ".join((ended.out + ended.err).split())) == said, ended.out
+
+
 def test_a_stage_that_trains_codes_needs_a_stage_before_it_that_makes_them(recipe, here, glass_recipe):
     ended = here("plan", recipe(stages=[{"kind": "recover"}, *glass_recipe["stages"]]))
 

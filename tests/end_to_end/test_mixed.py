@@ -52,6 +52,21 @@ def report_of(version: Path) -> dict[str, Any]:
     return found
 
 
+def test_a_mixture_for_transformers_says_that_vllm_does_not_serve_it(glass_recipe, here, tmp_path):
+    recipe = mixed(glass_recipe, {"effective_bits": 4.4})
+    recipe["stages"][0]["runtime"] = "transformers"
+
+    ended = here("run", write_recipe(tmp_path / "r.yaml", recipe), "--store", tmp_path / "store")
+
+    assert ended.code == 0, ended.err
+    report = report_of(tmp_path / "store" / "glass-int4" / "v0001")
+    assert report["round_trip"]["passed"]
+    (event,) = [each for each in report["events"] if each["kind"] == "fused_apart"]
+    assert "transformers loads them, vLLM does not" in event["message"]
+    shown = here("report", "glass-int4", "--store", tmp_path / "store", "--format", "md")
+    assert "vLLM does not serve these files" in " ".join(shown.out.split())
+
+
 def test_what_ships_has_the_plans_bits_and_loads_as_it_was_measured(published):
     report = report_of(published)
     plan = next(stage for stage in report["stages"] if stage["kind"] == "mixed_precision")["facts"]

@@ -21,7 +21,16 @@ from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
 from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary, sensitivity_block
-from tests.tiny import CPU, apply_stage, our_logits, random_model, random_windows, stage_context
+from tests.tiny import (
+    CPU,
+    apply_stage,
+    load_publicly,
+    our_logits,
+    random_model,
+    random_windows,
+    stage_context,
+    their_logits,
+)
 
 WINDOWS = random_windows(count=24)
 FIELDS = {"candidates": (3, 4, 8), "group_size": 32, "tuning_windows": 4}
@@ -62,6 +71,30 @@ def test_a_plan_keeps_its_budget_and_its_units_together(solved, model, tmp_path,
         for together in checkpoint.architecture.fused:
             assert len({plan[f"{checkpoint.architecture.block_name(index)}.{name}"] for name in together}) == 1
     assert outcome.facts["kl"] == min(outcome.facts["kl"], *(each["kl"] for each in outcome.facts["uniform"]))
+
+
+def test_a_runtime_that_fuses_nothing_lets_every_linear_have_its_own(model, tmp_path):
+    """transformers loads the mixture, q, k and v of a block in different schemes, and computes what we do."""
+    fields = {**FIELDS, "runtime": "transformers"}
+    apply_stage(Sensitivity(**fields), model, tmp_path / "solved", WINDOWS)
+    more = {"runtime": "transformers", "budget": {"effective_bits": 5.0}}
+
+    planned, outcome = choose(tmp_path / "solved", tmp_path / "plan", model, **more)
+    done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "done", WINDOWS, origin=model)
+    export(done, tmp_path / "export", "compressed-tensors", torch.float16, 10**9)
+
+    assert len(outcome.facts["units"]) == 14 and outcome.facts["effective_bits"] <= 5.0
+    plan, arch = planned.precision_plan, planned.architecture
+    differ = [
+        together
+        for index in range(2)
+        for together in arch.fused
+        if len({plan[f"{arch.block_name(index)}.{name}"] for name in together}) > 1
+    ]
+    assert differ
+    text = WINDOWS.first(2)
+    theirs = their_logits(load_publicly(tmp_path / "export"), text)
+    torch.testing.assert_close(theirs, our_logits(tmp_path / "export", text), rtol=1e-4, atol=1e-5)
 
 
 LLAMA_CPP = {"runtime": "llama.cpp", "tuning_windows": 4}

@@ -46,6 +46,8 @@ class Format(ABC):
     """Whether scales of an fp8 KV cache have a place in it."""
     vocabulary: ClassVar[Literal["kept", "head", "any"]] = "kept"
     """Whether embedding and head can be quantised in it: neither, a head of its own, or both, also as one."""
+    fuses: ClassVar[bool] = True
+    """Whether runtimes that read it make one matrix of q, k, v and of gate, up."""
     transposed_linears: ClassVar[bool] = False
     """Whether GPT-2's Conv1D can be quantised in it."""
 

@@ -79,6 +79,7 @@ class Gguf(Format):
     )
     packs = True
     vocabulary = "any"
+    fuses = False
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if type_of(scheme) is None:

@@ -19,6 +19,7 @@ class Plain(Format):
     description = "dense safetensors with the quantised values written out; loads anywhere, saves no memory"
     packs = False
     vocabulary = "any"
+    fuses = False
     transposed_linears = True
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:

@@ -16,6 +16,7 @@ from pydantic import (
 
 from compress.allocation.units import Unit, units_of
 from compress.architecture import Architecture
+from compress.calibration.products import Products
 from compress.calibration.windows import Windows
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.base import Format
@@ -148,6 +149,12 @@ class CandidateStage(Stage):
     )
     tuning_windows: int = Field(
         default=8, ge=1, description="calibration windows kept apart, on which choices are measured"
+    )
+    products: Products = Field(
+        default="float32",
+        description="what linears, H and gradients multiply in while candidates are solved, on a CPU: bfloat16 is "
+        "faster on processors with units for it (AMX, AVX512-BF16: auto takes it there). Solving and measuring stay in "
+        "float32",
     )
     needs_calibration: ClassVar[bool] = True
 

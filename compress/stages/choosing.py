@@ -4,7 +4,8 @@
 2. A few choices near the budget are put together from the candidates and their divergence from the source is measured
    on tuning windows; a factor for each kind of unit makes predictions agree (`allocation.fit`), and the knapsack is
    solved again.
-3. Proposals: costs are disturbed and the knapsack solved again; one is taken if its measured divergence is lower.
+3. Proposals: the costs whose choice was the better one, fitted or not, are disturbed and the knapsack solved again; a
+   proposal is taken if its measured divergence is lower.
 4. Candidates that fit the budget uniformly are measured too. If the best of them is not beaten, it is the plan, and
    that is an event: a mixture has to earn its place.
 
@@ -178,8 +179,10 @@ class WithinBudget(Run):
             mixed.append(fitted)
             choices.judge(fitted)
             advance("fitted")
+            # A fit to a few choices may lead away from the best one.
+            better = choices.judge(fitted).kl <= choices.judge(first).kl
             for number in range(stage.proposals):
-                mixed.append(self.disturbed(costs, SPREAD_OF_PROPOSALS, limit))
+                mixed.append(self.disturbed(costs if better else choices.costs, SPREAD_OF_PROPOSALS, limit))
                 choices.judge(mixed[-1])
                 advance(f"proposal {number + 1}/{stage.proposals}")
         return mixed, fitted, found, costs

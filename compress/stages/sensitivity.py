@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.calibration.outputs import Outputs, outputs_of, starts_of
+from compress.calibration.products import chosen_for_walks
 from compress.calibration.walk import Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
@@ -115,6 +116,7 @@ class SensitivityRun:
         self.skeleton = Skeleton(context.source.config, context.device, context.compute)
         self.batches = self.windows.batches(context.tokens_at_once)
         self.starts = starts_of(self.batches)
+        self.products = chosen_for_walks(stage.products, context.device, context.compute)
         outside = ("vocabulary",) if stage.vocabulary else ()
         self.clock = Clock("gradients", "forward", "hessian", "factorise", "solve", "write", "alone", *outside)
 
@@ -150,9 +152,10 @@ class SensitivityRun:
 
     def _outputs(self) -> Outputs:
         """What the output depends on; kept in the stage's scratch, for a run that is killed later."""
-        folder, context = self.output.scratch / "outputs", self.context
-        text = self.windows, self.stage.output_tokens_read(self.windows.ids.shape[1]), context.tokens_at_once
-        return outputs_of(self.skeleton, context.source, *text, context.seed, context.progress, folder)
+        folder, context, windows = self.output.scratch / "outputs", self.context, self.windows
+        tokens = self.stage.output_tokens_read(windows.ids.shape[1])
+        text = windows, tokens, context.tokens_at_once, context.seed
+        return outputs_of(self.skeleton, context.source, *text, context.progress, folder, self.products)
 
     def _alone(self) -> tuple[dict[str, Any], list[Event]]:
         """Measure every unit alone, but for those that were measured before a kill; what the report says of it."""
@@ -229,7 +232,7 @@ class SensitivityRun:
         """Candidates of one block, unless they were found before a kill; states after the block."""
         arch = self.skeleton.architecture
         prefix = arch.block_name(index)
-        forward = forward_of(self.skeleton, self.batches, index)
+        forward = forward_of(self.skeleton, self.batches, index, self.products)
         with self.skeleton.loaded(self.context.source, prefix) as block:
             if record is not None:
                 with self.clock.timed("forward"):

@@ -41,13 +41,18 @@ from compress.steps.texts import read_texts
 SEED = 77
 
 
+def sums_of(choices: Choices, plan: Choice) -> dict[str, float]:
+    """Its costs before anything is fitted, by kind of unit."""
+    return by_kind([unit.kind for unit in choices.units], [row[k] for row, k in zip(choices.costs, plan, strict=True)])
+
+
 def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> dict[str, Any]:
     """Predicted and measured divergence of some mixtures, and how they agree."""
-    kinds = [unit.kind for unit in choices.units]
-    measured, predicted = [], []
+    measured, predicted, costs = [], [], []
     for number, plan in enumerate(plans):
         measured.append(choices.judge(plan).kl)
-        sums = by_kind(kinds, [row[k] for row, k in zip(choices.costs, plan, strict=True)])
+        sums = sums_of(choices, plan)
+        costs.append(sums)
         predicted.append(sum(factors[kind] * cost for kind, cost in sums.items()))
         print(f"{number + 1}: {choices.effective_bits(plan):.3f} bits, {measured[-1]:.4f}", flush=True)
     logs = np.log(predicted) - np.log(measured)
@@ -55,6 +60,7 @@ def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> 
     return {
         "bits": [choices.effective_bits(plan) for plan in plans],
         "predicted": predicted,
+        "costs_by_kind": costs,
         "measured": measured,
         "rank_correlation": float(stats.spearmanr(predicted, measured).statistic),
         "bias": float(logs.mean()),
@@ -110,7 +116,8 @@ def main() -> int:
     choices, limit = run.choices, run.limit
     first = tuple(stage.solved(choices.costs, choices.bytes, choices.sizes))
     probes = [run.disturbed(choices.costs, SPREAD_OF_PROBES, limit) for _ in range(stage.probes)]
-    fitted = choices.fit([*run.rivals()[-UNIFORM_MEASURED:], first, *probes])
+    probed = [*run.rivals()[-UNIFORM_MEASURED:], first, *probes]
+    fitted = choices.fit(probed)
     run.generator = generator = np.random.default_rng(SEED)
 
     def drawn(most: int) -> Choice:
@@ -125,6 +132,10 @@ def main() -> int:
     found = {
         "factors": fitted.factors,
         "r2_of_fit": fitted.r2,
+        "fitted_to": {
+            "costs_by_kind": [sums_of(choices, each) for each in probed],
+            "measured": [choices.judge(each).kl for each in probed],
+        },
         "at the budget": judged(choices, fitted.factors, near),
         "at random budgets": judged(choices, fitted.factors, anywhere),
         "seconds": seconds,

@@ -3,7 +3,7 @@
 A decoder-only transformer is, to us, an embedding, a list of blocks, a final norm and a head. Inside a block, linears
 that read the same input form an `InputGroup`; groups are listed in the order the forward pass reaches them, because a
 group can be solved as soon as its input is known. `fused` lists the linears that serving runtimes merge into one
-matrix, which therefore must share a scheme. `couplings` lists where a per-channel factor can move from one tensor to
+matrix, which must share a scheme there. `couplings` lists where a per-channel factor can move from one tensor to
 another without changing the function (used to take a model off a quantisation grid, and by channel-scaling methods).
 `mlp_channels` and `kv_heads` say what can be taken out of a block, and what its linears' rows then are.
 

@@ -39,7 +39,7 @@ EVENT_KINDS: dict[str, str] = {
     "blocks_resumed": "finished blocks of an interrupted run were reused",
     "baseline_reused": "the source measurements came from the cache",
     "read_through_loader": "weights of a format compress does not read were taken from what its own loader computes",
-    "fused_apart": "parts of a matrix that vLLM fuses have schemes of their own in the files: vLLM does not serve them",
+    "fused_apart": "parts of what vLLM fuses have schemes of their own: it fails on the files, or computes other values",
     "tokenizer_left_out": "the format cannot express the tokenizer; the artifact takes token ids only",
     "scales_rounded": "scales of a linear are too small for the format's float16, and lost precision",
     "tokenizer_borrowed": "the judged model brings no tokenizer; the source's was used",
@@ -52,6 +52,9 @@ EVENT_KINDS: dict[str, str] = {
     "text_truncated": "documents were shortened to the length of the evaluation or calibration window",
 }
 """Every event kind and what it means. Gates refuse kinds that are not listed here."""
+
+OF_FILES = frozenset({"fused_apart", "scales_rounded", "tokenizer_left_out"})
+"""Kinds that tell of one format's files: an export to another format has its own."""
 
 OF_MAKING = frozenset(
     {
@@ -76,8 +79,7 @@ OF_MAKING = frozenset(
         "alone_held_back",
         "uniform_kept",
         "module_kept",
-        "scales_rounded",
-        "tokenizer_left_out",
+        *OF_FILES,
         "stage_reused",
         "blocks_resumed",
         "few_calibration_tokens",

@@ -17,6 +17,8 @@ class Unit:
     kind: str
     """The linears' last names, which units of all blocks have in common: 'q_proj+k_proj+v_proj'."""
     modules: tuple[str, ...]
+    family: str
+    """The kind that the unit would be of if runtimes fused its linears."""
 
     @property
     def name(self) -> str:
@@ -31,11 +33,15 @@ def units_of(architecture: Architecture, modules: Collection[str], fused: bool) 
     for block in blocks:
         seen: set[str] = set()
         for linear in architecture.linears:
-            parts = architecture.fused if fused else ()
-            together = next((each for each in parts if linear in each), (linear,))
+            together = next((each for each in architecture.fused if linear in each), (linear,))
             prefix = architecture.block_name(block)
-            names = tuple(name for part in together if (name := f"{prefix}.{part}") in modules)
+            of_one = [f"{prefix}.{part}" for part in (together if fused else (linear,))]
+            names = tuple(name for name in of_one if name in modules)
             if names and names[0] not in seen:
                 seen.update(names)
-                units.append(Unit(block, "+".join(name.rsplit(".", 1)[1] for name in names), names))
+                units.append(Unit(block, _leaves(names), names, _leaves(together)))
     return units
+
+
+def _leaves(names: Collection[str]) -> str:
+    return "+".join(name.rsplit(".", 1)[1] for name in names)

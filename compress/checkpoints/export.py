@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compress.checkpoints.formats import FORMATS, FormatName, Written
+from compress.checkpoints.formats.fusing import events_of_fusing
 from compress.checkpoints.reader import Checkpoint
 
 
@@ -16,7 +18,10 @@ def export(source: Checkpoint, folder: Path, format_name: FormatName, dtype: tor
 
     Floating tensors outside quantised linears are cast to `dtype`; a value that does not fit raises RecipeError.
     """
-    return FORMATS[format_name].write(source, folder, dtype, shard_bytes)
+    format_ = FORMATS[format_name]
+    written = format_.write(source, folder, dtype, shard_bytes)
+    apart = events_of_fusing(source) if format_.fuses and source.schemes else []
+    return replace(written, events=(*written.events, *apart))
 
 
 def stored_dtype(config: dict[str, Any], asked: str, float16_safe: bool) -> torch.dtype:

@@ -126,7 +126,7 @@ class CandidateStage(Stage):
         default="vllm",
         description="what will serve the result: candidates are those that it runs, and bytes those of its format "
         "(gguf for llama.cpp, compressed-tensors for the others). vllm fuses q, k, v and gate, up, so they share a "
-        "scheme there; for the others each has its own, which vllm then does not load",
+        "scheme there; for the others each has its own, and vllm then does not serve the files",
     )
     candidates: tuple[Candidate, ...] = Field(
         default=DEFAULT_CANDIDATES,
@@ -152,9 +152,9 @@ class CandidateStage(Stage):
     )
     products: Products = Field(
         default="float32",
-        description="what linears, H and gradients multiply in while candidates are solved, on a CPU: bfloat16 is "
-        "faster on processors with units for it (AMX, AVX512-BF16: auto takes it there). Solving and measuring stay in "
-        "float32",
+        description="what linears and the head multiply in while `sensitivity` walks the calibration text, on a CPU: "
+        "bfloat16 is faster on processors with units for it (AMX, AVX512-BF16: auto takes it there). H, solving and "
+        "measuring stay in float32",
     )
     needs_calibration: ClassVar[bool] = True
 
@@ -241,7 +241,7 @@ class CandidateStage(Stage):
         if self.vocabulary:
             held = self._held_vocabulary(shapes, architecture)
             outside = [module for module in held if self.options_of_vocabulary(module)]
-            found += [Unit(None, module.rsplit(".", 1)[-1], (module,)) for module in outside]
+            found += [Unit(None, leaf := module.rsplit(".", 1)[-1], (module,), leaf) for module in outside]
         return found
 
     def _held_vocabulary(self, shapes: Shapes, architecture: Architecture) -> list[str]:

@@ -181,18 +181,19 @@ class Choices:
 
     def fit(self, choices: Sequence[Choice]) -> Fit:
         """Factors from those choices whose divergence is small enough to say something."""
-        kinds = [unit.kind for unit in self.units]
+        kinds = [unit.family for unit in self.units]
         judged = [(choice, self.judge(choice).kl) for choice in choices]
         used = [(choice, kl) for choice, kl in judged if 0 < kl <= WORTH_FITTING] or [
             min(judged, key=lambda each: each[1])
         ]
         rows = [by_kind(kinds, [row[k] for row, k in zip(self.costs, choice, strict=True)]) for choice, _ in used]
-        exact = {unit.kind for unit in self.units if unit.block is None}
+        exact = {unit.family for unit in self.units if unit.block is None}
         return fit(rows, [max(kl, 1e-12) for _, kl in used], exact)
 
     def fitted_costs(self, found: Fit) -> list[list[float]]:
         return [
-            [found.factors[unit.kind] * cost for cost in row] for unit, row in zip(self.units, self.costs, strict=True)
+            [found.factors[unit.family] * cost for cost in row]
+            for unit, row in zip(self.units, self.costs, strict=True)
         ]
 
 

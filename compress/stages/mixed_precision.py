@@ -1,7 +1,7 @@
 """Which linear gets how many bits, within a budget: a precision plan that stages with `bits: planned` follow.
 
 `choosing` finds it; here are the fields, and what `plan` can say before anything is known of the model. Tuning windows
-are calibration windows that no candidate was computed from. Units are what a runtime fuses.
+are calibration windows that no candidate was computed from. Units are linears, or what a runtime fuses.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from compress.architecture import InputGroup
@@ -56,8 +55,7 @@ class BlockWork:
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         with self.run.clock.timed("hessian"):
             if self._statistics is None:
-                products = self.run.products if self.run.products is torch.bfloat16 else None
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device, products)
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
             batch, weights = self.run.batches[number], None
             mask = batch.mask
             if group.name == ATTENTION and self._usable:

@@ -61,9 +61,10 @@ def _fused_that_differ(recipe: Recipe, shapes: Shapes) -> list[str]:
     """Parts of a fused matrix to which a stage gives schemes of their own, where the format's runtimes fuse them."""
     if not FORMATS[recipe.export.format].fuses:
         return []
+    apart = ", or choose gguf or plain, whose readers fuse nothing"
     return [
         f"{recipe.place(index)}: {parts}: serving runtimes fuse these into one matrix, so they must share one scheme. "
-        "Extend the pattern to all of them."
+        f"Extend the pattern to all of them{apart}."
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
         if isinstance(stage, QuantizeStage)
         for parts in fused_that_differ(stage.schemes(shape.of(stage)), shape.of(stage), shapes.source.architecture)
@@ -156,7 +157,7 @@ def warnings_of(
             "no round trip is made, and what is judged is our own reading of the files"
         )
     found += unserved("vLLM", recipe.export.format, schemes, shapes)
-    found += _schemes_that_fusing_splits(recipe)
+    found += _schemes_that_fusing_splits(recipe, architecture)
     if any(scheme.grid != "int" for scheme in schemes.values()):
         found += unserved(BNB_ON_AVX512, recipe.export.format, schemes, shapes)
     found += limits_of("vLLM", recipe.export.format, schemes)
@@ -167,13 +168,15 @@ def warnings_of(
     return found
 
 
-def _schemes_that_fusing_splits(recipe: Recipe) -> list[str]:
+def _schemes_that_fusing_splits(recipe: Recipe, architecture: Architecture) -> list[str]:
     """That a mixture for a runtime that fuses nothing is not for vLLM, which reads the same format."""
+    if not (FORMATS[recipe.export.format].fuses and architecture.fused):
+        return []
     return [
-        f"{recipe.place(index)}: runtime {stage.runtime}: q, k, v and gate, up get schemes of their own, and vLLM, "
+        f"{recipe.place(index)}: runtime {stage.runtime}: q, k, v and gate, up may get schemes of their own, and vLLM, "
         "which fuses them, will not serve that; for vLLM, choose runtime: vllm"
         for index, stage in enumerate(recipe.stages)
-        if isinstance(stage, MixedPrecision) and not stage.fuses and stage.format.fuses
+        if isinstance(stage, MixedPrecision) and not stage.fuses
     ]
 
 

@@ -191,9 +191,10 @@ def seconds(recipe: Recipe, shapes: Shapes, asked: Size, machine: Machine) -> fl
             products = 20 if stage.refines else 10
             flops += sum(products * rows * columns**2 for rows, columns in matrices.values())
         if isinstance(stage, Sensitivity) and stage.tried_alone is not None:
-            # Four units a block walk from there to the end, on average half of the blocks.
+            # The units of a block walk from there to the end, on average half of the blocks.
             alone, blocks = stage.alone_tokens, dimensions.blocks
-            flops += 4 * alone * (inside * (blocks + 1) + blocks * (2 * head + 40 * 10 * dimensions.vocabulary))
+            units = len(stage.units(shapes.source.architecture, matrices)) / blocks
+            flops += units * alone * (inside * (blocks + 1) + blocks * (2 * head + 40 * 10 * dimensions.vocabulary))
         flops += 2500 * inside
     return 12.0 + flops / _multiplication_rate(machine)
 

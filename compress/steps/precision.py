@@ -42,12 +42,14 @@ def out_of_order(recipe: Recipe) -> list[str]:
             if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
                 found.append(
                     f"{where}runtime {stage.runtime}: its budget counts bytes of {stage.format.name}, and "
-                    f"export.format is {recipe.export.format}; make them agree"
+                    f"export.format is {recipe.export.format}; gguf goes with runtime: llama.cpp"
                 )
             before = recipe.stages[index - 1] if index else None
-            if isinstance(before, Sensitivity) and before.choice_fields != stage.choice_fields:
-                differing = [name for name, value in before.choice_fields.items() if value != getattr(stage, name)]
-                found.append(where + f"{', '.join(differing)} differ from those of the sensitivity stage before it")
+            if isinstance(before, Sensitivity):
+                given = before.choice_fields.items()
+                differing = [name for name, value in given if name != "products" and value != getattr(stage, name)]
+                said = f"{', '.join(differing)} differ from those of the sensitivity stage before it"
+                found += [where + said] if differing else []
             if stage.vocabulary and any(each.on_vocabulary for each in recipe.stages[:index]):
                 found.append(where + "vocabulary: true chooses for what a vocabulary stage before it has rounded")
             if stage.vocabulary and not any(each.follows_plan and each.on_vocabulary for each in after):

@@ -43,7 +43,9 @@ SEED = 77
 
 def sums_of(choices: Choices, plan: Choice) -> dict[str, float]:
     """Its costs before anything is fitted, by kind of unit."""
-    return by_kind([unit.kind for unit in choices.units], [row[k] for row, k in zip(choices.costs, plan, strict=True)])
+    return by_kind(
+        [unit.family for unit in choices.units], [row[k] for row, k in zip(choices.costs, plan, strict=True)]
+    )
 
 
 def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> dict[str, Any]:

@@ -154,3 +154,21 @@ def test_what_is_too_large_to_know_is_left_out(monkeypatch):
     assert moment_shapes(arch, shapes, 3, 64, 16384).keys() == shapes.keys()
     monkeypatch.setattr(outputs, "SUMS_BYTES", 4 * 2 * 512**2 * 8)
     assert moment_shapes(arch, shapes, 4, 64, 4096) == heads | {"self_attn.o_proj": (1, 512)}
+
+
+def test_products_in_bfloat16_are_those_of_the_head_too(tmp_path, monkeypatch):
+    random_model("llama", tmp_path)
+    windows, checkpoint, heads = random_windows(count=8), Checkpoint(tmp_path), []
+    plain = backward._loss_gradient
+    monkeypatch.setattr(backward, "_loss_gradient", lambda head, *more: (heads.append(head), plain(head, *more))[1])
+    told = {}
+    for products in (torch.float32, torch.bfloat16):
+        skeleton = Skeleton(checkpoint.config, CPU, torch.float32)
+        folder = tmp_path / str(products)
+        told[products] = outputs_of(skeleton, checkpoint, windows, 10**6, 1000, 3, Quiet(), folder, products)
+
+    assert [head.weight.dtype for head in heads] == [torch.float32, torch.bfloat16]
+    name = f"{skeleton.architecture.block_name(0)}.self_attn.v_proj"
+    one, other = (each.sensitivities(name) for each in told.values())
+    assert not torch.equal(one, other)
+    torch.testing.assert_close(one.sum(), other.sum(), rtol=0.3, atol=0)

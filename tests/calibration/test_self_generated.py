@@ -91,3 +91,9 @@ def test_a_sampled_text_takes_no_more_of_its_kind_beside_it():
             CalibrationSpec(data=data, self_generated_windows=3)
     spec = CalibrationSpec(data=PythonTopics(), windows=5, window_tokens=64, self_generated_windows=3)
     assert spec.tokens == 8 * 64 and spec.of_text.tokens == 5 * 64 and spec.of_model.windows == 3
+
+
+def test_of_rows_that_are_not_finite_some_token_is_drawn():
+    rows = torch.tensor([[0.2, 0.8, 0.0], [float("nan")] * 3, [0.0, 0.0, 0.0], [float("inf"), 0.0, 0.0]])
+    drawn = tokens_drawn(rows, torch.Generator().manual_seed(1))
+    assert drawn.shape == (4, 1) and drawn.min() >= 0 and drawn.max() <= 2

@@ -109,6 +109,16 @@ def test_a_linear_that_stays_dense_in_every_block_is_named_for_loaders(model, tm
     assert section["dynamic"] == {"-:.*\\.self_attn\\.o_proj$": {}}
 
 
+@pytest.mark.parametrize(("ignored", "apart"), [("*.k_proj", True), ("*.o_proj", False)])
+def test_parts_of_what_vllm_fuses_that_stay_dense_are_an_event(model, tmp_path, ignored, apart):
+    done, _ = apply_stage(RoundToNearest(bits=4, group_size=32, ignore=(ignored,)), model, tmp_path / "done")
+
+    written = export(done, tmp_path / "out", "gptq", torch.float16, 10**9)
+
+    assert [event.kind for event in written.events] == ["fused_apart"] * apart
+    assert not export(done, tmp_path / "plain", "plain", torch.float16, 10**9).events
+
+
 @pytest.mark.parametrize(
     ("schemes", "shape", "reason"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -20,7 +21,16 @@ from compress.errors import RecipeError
 from compress.events import Quiet
 from compress.memory.predict import kv_cache_bytes
 from compress.quantization.scheme import Scheme
-from compress.stages import Gptq, MixedPrecision, RoundToNearest, Sensitivity, Vocabulary, sensitivity_block
+from compress.stages import (
+    Gptq,
+    MixedPrecision,
+    RoundToNearest,
+    Sensitivity,
+    Vocabulary,
+    choosing,
+    sensitivity_block,
+)
+from compress.stages.tuning import Judged
 from tests.tiny import (
     CPU,
     apply_stage,
@@ -83,6 +93,8 @@ def test_a_runtime_that_fuses_nothing_lets_every_linear_have_its_own(model, tmp_
     done, _ = apply_stage(Gptq(bits="planned"), tmp_path / "plan", tmp_path / "done", WINDOWS, origin=model)
     export(done, tmp_path / "export", "compressed-tensors", torch.float16, 10**9)
 
+    kinds = {"q_proj+k_proj+v_proj", "o_proj", "gate_proj+up_proj", "down_proj"}
+    assert set(outcome.facts["fit"]["factors"]) == kinds, "a dozen choices do not tell seven factors"
     assert len(outcome.facts["units"]) == 14 and outcome.facts["effective_bits"] <= 5.0
     plan, arch = planned.precision_plan, planned.architecture
     differ = [
@@ -241,6 +253,42 @@ def test_a_stopped_sensitivity_goes_on_to_the_same_candidates(model, solved, tmp
     assert candidates_in(tmp_path / "stopped", 2) == candidates_in(solved, 2)
     for path in (solved / "candidates").iterdir():
         assert path.read_bytes() == (tmp_path / "stopped" / "candidates" / path.name).read_bytes()
+
+
+def test_products_in_bfloat16_change_costs_a_little(model, solved, tmp_path):
+    """Linears and the head multiply in them; candidates stay close to those of float32."""
+    apply_stage(Sensitivity(**FIELDS, products="bfloat16"), model, tmp_path / "out", WINDOWS)
+    exact, rounded = candidates_in(solved, 2), candidates_in(tmp_path / "out", 2)
+    costs = [torch.tensor([each["cost"] for rows in found.values() for each in rows]) for found in (exact, rounded)]
+    assert not torch.equal(*costs)
+    torch.testing.assert_close(costs[0].sum(), costs[1].sum(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("first_is_better", [False, True])
+def test_proposals_disturb_the_costs_whose_choice_measured_better(
+    solved, model, tmp_path, monkeypatch, first_is_better
+):
+    asked, disturbed, fit = [], choosing.Run.disturbed, choosing.Choices.fit
+
+    def judged(self, choice):
+        first = choice == self.cheapest(self.costs, int(4.5 * self.sizes.weights / 8))
+        return Judged(0.1 if first == first_is_better else 0.2, 0.0)
+
+    def misfit(self, choices):
+        found = fit(self, choices)
+        return dataclasses.replace(found, factors={**found.factors, "down_proj": 1e4})
+
+    def remembering(self, costs, spread, most):
+        if spread == choosing.SPREAD_OF_PROPOSALS:
+            asked.append(costs == self.choices.costs)
+        return disturbed(self, costs, spread, most)
+
+    monkeypatch.setattr(choosing.Choices, "judge", judged)
+    monkeypatch.setattr(choosing.Choices, "fit", misfit)
+    monkeypatch.setattr(choosing.Run, "disturbed", remembering)
+    choose(solved, tmp_path / "out", model, budget={"effective_bits": 4.5})
+
+    assert asked == [first_is_better] * 2
 
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(solved, model, tmp_path, monkeypatch):

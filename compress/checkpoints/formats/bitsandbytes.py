@@ -48,6 +48,7 @@ class BitsAndBytes(Format):
     description = "NF4, FP4 or LLM.int8 as bitsandbytes saves them; loads in transformers (vLLM 0.32 dropped it)"
     packs = True
     loader_needs = ("bitsandbytes",)
+    fuses = False
 
     def refusal(self, scheme: Scheme, rows: int, columns: int) -> str | None:
         if scheme.grid == "int" and not scheme.outliers:

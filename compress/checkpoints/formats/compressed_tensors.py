@@ -14,7 +14,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +30,6 @@ from compress.checkpoints.formats.base import (
     servable_scale,
     write_folder,
 )
-from compress.checkpoints.formats.fusing import events_of_fusing
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.stream import Entry
 from compress.quantization.grid import Grid
@@ -90,10 +88,7 @@ class CompressedTensors(Format):
         section = None
         if source.schemes or cache:
             section = {**quantization_config(source.schemes, dense_linears(source)), "kv_cache_scheme": cache}
-        written = write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, section)
-        linears = (*source.schemes, *dense_linears(source))
-        apart = events_of_fusing(source.schemes, linears, source.architecture) if source.schemes else []
-        return replace(written, events=(*written.events, *apart))
+        return write_folder(source, folder, entries_of(source, dtype, quantised), dtype, shard_bytes, section)
 
 
 def _entries(module: str, scheme: Scheme, source: Checkpoint, scale_dtype: torch.dtype) -> list[Entry]:

@@ -1,6 +1,6 @@
 """Matrices that a runtime makes of several linears, q, k, v or gate, up, and parts of them in schemes of their own.
 
-vLLM takes the first part's scheme for all, so it does not serve what is mixed inside one.
+vLLM looks one scheme up for all parts, so it fails on what is mixed inside one, or computes other values.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from compress.architecture import Architecture
+from compress.checkpoints.formats.base import dense_linears
+from compress.checkpoints.reader import Checkpoint
 from compress.events import Event
 from compress.quantization.scheme import Scheme
 
@@ -29,13 +31,12 @@ def fused_that_differ(schemes: Mapping[str, Scheme], linears: Collection[str], a
     return list(found.values())
 
 
-def events_of_fusing(
-    schemes: Mapping[str, Scheme], linears: Collection[str], architecture: Architecture
-) -> list[Event]:
-    """One event where vLLM, which reads the format, will not serve the files for that reason."""
-    found = fused_that_differ(schemes, linears, architecture)
+def events_of_fusing(source: Checkpoint) -> list[Event]:
+    """One event where the linears of a checkpoint are mixed inside what vLLM fuses."""
+    linears = (*source.schemes, *dense_linears(source))
+    found = fused_that_differ(source.schemes, linears, source.architecture)
     if not found:
         return []
     where, _, parts = found[0].partition(": ")
     more = f", and {len(found) - 1} other ways of it" if len(found) > 1 else ""
-    return [Event("fused_apart", where, f"{parts}{more}: transformers loads them, vLLM does not")]
+    return [Event("fused_apart", where, f"{parts}{more}: transformers loads them, vLLM does not serve them")]

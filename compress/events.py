@@ -39,7 +39,7 @@ EVENT_KINDS: dict[str, str] = {
     "blocks_resumed": "finished blocks of an interrupted run were reused",
     "baseline_reused": "the source measurements came from the cache",
     "read_through_loader": "weights of a format compress does not read were taken from what its own loader computes",
-    "fused_apart": "parts of what vLLM fuses have schemes of their own: it fails on the files, or computes other values",
+    "fused_apart": "parts of what vLLM fuses have schemes of their own: it fails on them, or computes other values",
     "tokenizer_left_out": "the format cannot express the tokenizer; the artifact takes token ids only",
     "scales_rounded": "scales of a linear are too small for the format's float16, and lost precision",
     "tokenizer_borrowed": "the judged model brings no tokenizer; the source's was used",

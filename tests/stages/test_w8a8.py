@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -70,19 +71,21 @@ def test_inputs_are_really_rounded(model, tmp_path):
 
 
 def test_the_hessian_is_that_of_rounded_inputs(model, tmp_path):
-    """What GPTQ makes of the same weights differs from what it makes without rounded inputs, and is better here."""
-    windows, held_out = random_windows(24), random_windows(8, seed=9)
+    """What GPTQ makes of the same weights differs from what it makes without rounded inputs, and over a few texts is
+    no worse: 8 bits leave little to gain, and one text moves it by a tenth either way."""
+    held_out = random_windows(8, seed=9)
     source = our_logits(model, held_out)
-    losses = {}
-    for name, fields in (("with", W8A8), ("without", {**W8A8, "inputs": "none"})):
-        done, _ = apply_stage(Gptq(**fields), model, tmp_path / name, windows)
+    losses = {"with": 0.0, "without": 0.0}
+    asked = (("with", W8A8), ("without", {**W8A8, "inputs": "none"}))
+    for (name, fields), seed in itertools.product(asked, (20, 21, 22)):
+        done, _ = apply_stage(Gptq(**fields), model, tmp_path / f"{name}-{seed}", random_windows(24, seed=seed))
         # Both run on integers: the codes of the second are read as if its inputs were rounded too.
         read = Checkpoint(done.folder)
         read.schemes = dict.fromkeys(read.schemes, Scheme(8, True, None, inputs=8))
         states = walk_states(read, {"set": held_out}, CPU, torch.float32, 48, Quiet(), "")["set"]
         with Skeleton(read.config, CPU, torch.float32).head(read) as head:
             logits = torch.stack([head.logits(window) for window in states])
-        losses[name] = float((logits - source).square().mean())
+        losses[name] += float((logits - source).square().mean())
 
     assert losses["with"] < losses["without"] * 1.05
     assert losses["with"] != losses["without"]

@@ -49,6 +49,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
 from compress.events import Event, Progress
 from compress.files import atomic_path
+from compress.memory.measure import release
 from compress.quantization.row_feedback import Band, bands_of
 
 SHARE = 0.5
@@ -218,6 +219,8 @@ def outputs_of(
             save_file({"windows": torch.tensor(picked), "share": share}, temporary)
     # Nobody reads before the leader has written.
     parallel.from_leader(None)
+    # 230 MiB of SmolLM2-135M's pass stay in the heap otherwise, beside what the walk after it holds.
+    release()
     return found
 
 

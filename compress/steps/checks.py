@@ -61,14 +61,12 @@ def _fused_that_differ(recipe: Recipe, shapes: Shapes) -> list[str]:
     """Parts of a fused matrix to which a stage gives schemes of their own, where the format's runtimes fuse them."""
     if not FORMATS[recipe.export.format].fuses:
         return []
-    apart = ", or choose gguf or plain, whose readers fuse nothing"
     return [
         f"{recipe.place(index)}: {parts}: serving runtimes fuse these into one matrix, so they must share one scheme. "
-        f"Extend the pattern to all of them{apart}."
+        "Extend the pattern to all of them, or choose gguf or plain, whose readers fuse nothing."
         for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True))
         if isinstance(stage, QuantizeStage)
         for parts in fused_that_differ(stage.schemes(shape.of(stage)), shape.of(stage), shapes.source.architecture)
-        if not stage.follows_plan
     ]
 
 
@@ -157,7 +155,7 @@ def warnings_of(
             "no round trip is made, and what is judged is our own reading of the files"
         )
     found += unserved("vLLM", recipe.export.format, schemes, shapes)
-    found += _schemes_that_fusing_splits(recipe, architecture)
+    found += _mixed_inside_what_vllm_fuses(recipe, architecture)
     if any(scheme.grid != "int" for scheme in schemes.values()):
         found += unserved(BNB_ON_AVX512, recipe.export.format, schemes, shapes)
     found += limits_of("vLLM", recipe.export.format, schemes)
@@ -168,7 +166,7 @@ def warnings_of(
     return found
 
 
-def _schemes_that_fusing_splits(recipe: Recipe, architecture: Architecture) -> list[str]:
+def _mixed_inside_what_vllm_fuses(recipe: Recipe, architecture: Architecture) -> list[str]:
     """That a mixture for a runtime that fuses nothing is not for vLLM, which reads the same format."""
     if not (FORMATS[recipe.export.format].fuses and architecture.fused):
         return []

@@ -39,27 +39,7 @@ def out_of_order(recipe: Recipe) -> list[str]:
             found.append(where + "another mixed_precision stage has chosen already; leave one out")
         if isinstance(stage, MixedPrecision):
             planned, chooser = True, stage
-            if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
-                found.append(
-                    f"{where}runtime {stage.runtime}: its budget counts bytes of {stage.format.name}, and "
-                    f"export.format is {recipe.export.format}; gguf goes with runtime: llama.cpp"
-                )
-            before = recipe.stages[index - 1] if index else None
-            if isinstance(before, Sensitivity):
-                given = before.choice_fields.items()
-                differing = [name for name, value in given if name != "products" and value != getattr(stage, name)]
-                said = f"{', '.join(differing)} differ from those of the sensitivity stage before it"
-                found += [where + said] if differing else []
-            if stage.vocabulary and any(each.on_vocabulary for each in recipe.stages[:index]):
-                found.append(where + "vocabulary: true chooses for what a vocabulary stage before it has rounded")
-            if stage.vocabulary and not any(each.follows_plan and each.on_vocabulary for each in after):
-                found.append(
-                    where + "it chooses for embedding and head; add {kind: vocabulary, bits: planned} right after it"
-                )
-            if not any(each.follows_plan and not each.on_vocabulary for each in after):
-                found.append(
-                    where + "nothing follows its plan; add a stage such as {kind: gptq, bits: planned} after it"
-                )
+            found += [where + said for said in _around_a_choice(recipe, index, stage)]
         if stage.on_vocabulary and planned and not stage.follows_plan:
             found.append(
                 where
@@ -71,6 +51,30 @@ def out_of_order(recipe: Recipe) -> list[str]:
             if coded:
                 found.append(where + "linears were quantised before it; choose schemes before quantising")
         coded = coded or stage.kind in ("gptq", "round_to_nearest", "bitsandbytes")
+    return found
+
+
+def _around_a_choice(recipe: Recipe, index: int, stage: MixedPrecision) -> list[str]:
+    """What of the export, the stages before and those after does not fit a stage that chooses."""
+    found = []
+    if (recipe.export.format == "gguf") != (stage.format.name == "gguf"):
+        found.append(
+            f"runtime {stage.runtime}: its budget counts bytes of {stage.format.name}, and export.format is "
+            f"{recipe.export.format}; gguf goes with runtime: llama.cpp"
+        )
+    before, after = recipe.stages[:index], recipe.stages[index + 1 :]
+    if before and isinstance(before[-1], Sensitivity):
+        given = before[-1].choice_fields.items()
+        # What the arithmetic is done in decides no candidate.
+        differing = [name for name, value in given if name != "products" and value != getattr(stage, name)]
+        if differing:
+            found.append(f"{', '.join(differing)} differ from those of the sensitivity stage before it")
+    if stage.vocabulary and any(each.on_vocabulary for each in before):
+        found.append("vocabulary: true chooses for what a vocabulary stage before it has rounded")
+    if stage.vocabulary and not any(each.follows_plan and each.on_vocabulary for each in after):
+        found.append("it chooses for embedding and head; add {kind: vocabulary, bits: planned} right after it")
+    if not any(each.follows_plan and not each.on_vocabulary for each in after):
+        found.append("nothing follows its plan; add a stage such as {kind: gptq, bits: planned} after it")
     return found
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from compress.artifacts.layout import check_name
 from compress.errors import RecipeError, nearest
 
 TEMPLATE = """\
@@ -36,6 +37,9 @@ calibration: {{data: {text}, windows: 64, window_tokens: {window}, self_generate
 FORMATS = ("compressed-tensors", "gptq", "gguf", "bitsandbytes", "plain")
 """Names of `checkpoints.formats`, without the libraries that writing them takes."""
 
+LONGEST_STEM = 48
+"""Letters of the model's name in that of the artifact, which has at most 64."""
+
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.", metavar="RECIPE")] = Path("recipe.yaml"),
@@ -55,12 +59,14 @@ def init(
 
     local = Path(model).expanduser()
     _check(path, model, format_)
+    if name:
+        check_name(name)
     _check_size(group_size, format_)
     if calibration and format_ == "bitsandbytes":
         raise RecipeError("--calibration: rounding by bitsandbytes reads no text; leave it out")
     key = f"path: {_quoted(local.resolve())}" if local.exists() or model.endswith(".gguf") else f"hub: {_quoted(model)}"
     stem = Path(model).name.lower().removesuffix(".gguf")
-    safe = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in stem).strip("._-")
+    safe = re.sub("[^a-z0-9._-]", "-", stem)[:LONGEST_STEM].strip("._-")
     linears = _linears_of(local)
     stages, left = _stages(linears, format_, group_size)
     if linears is not None and len(left) == len(linears.shapes):
@@ -70,7 +76,7 @@ def init(
     calibrated = CALIBRATION.format(text=calibration or "python-help", window=window)
     text = TEMPLATE.format(
         path=path,
-        name=name or f"{safe or 'model'}-{'nf4' if format_ == 'bitsandbytes' else 'int4'}",
+        name=_quoted(name or f"{safe or 'model'}-{'nf4' if format_ == 'bitsandbytes' else 'int4'}"),
         model=key,
         calibration="" if format_ == "bitsandbytes" else calibrated,
         stages="\n".join(f"  - {{{stage}}}" for stage in stages),

@@ -41,7 +41,9 @@ def model_card(report: Report) -> str:
 
 def _metadata(report: Report, source: Mapping[str, Any]) -> dict[str, Any]:
     base = _base_model(source)
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    # What the hub's page says to load it with; transformers would take a GGUF file for float16 weights.
+    library = "gguf" if _format(report) == "gguf" else "transformers"
+    data: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if base:
         data["base_model"] = base
         data |= {"base_model_relation": relation} if (relation := _relation(report)) else {}

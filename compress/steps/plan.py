@@ -23,14 +23,16 @@ from compress.memory import predict
 from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
+from compress.stages.base import Training
 from compress.steps.checks import format_mistakes, mistakes_of, quantised_before, warnings_of, weak_gates
 from compress.steps.costs import backward_disk_bytes, dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.device import DevicePeaks, device_peaks
 from compress.steps.environment import Machine, choose_machine
 from compress.steps.power import Power, powers
 from compress.steps.precision import expected_schemes
-from compress.steps.shapes import shapes_along
+from compress.steps.shapes import Shapes, shapes_along
 from compress.steps.training import fallbacks, trainings_of
+from compress.training.footprint import LoadOf
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,11 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     machine = choose_machine(recipe.model.device, config)
     architecture = architecture_of(config)
     stored = stored_dtype(config, recipe.export.dtype, architecture.float16_safe)
-    shapes, mistakes = shapes_along(recipe, config, stored.itemsize)
-    mistakes += mistakes_of(recipe, shapes)
-    if mistakes:
-        raise RecipeError(mistakes)
+    shapes = _shapes_without_mistakes(recipe, config, stored)
     source, last = shapes.source, shapes.last
     matrices, dimensions, parameters = source.matrices, source.dimensions, source.parameters
     source_bytes = parameters * dtype_bytes(config)
-    schemes, mistakes, budgets = expected_schemes(recipe, shapes, stored.itemsize, source_bytes)
-    if mistakes:
-        raise RecipeError(mistakes)
-    mistakes = format_mistakes(recipe, last, schemes)
-    if mistakes:
-        raise RecipeError(mistakes)
+    schemes, budgets = _schemes_without_mistakes(recipe, shapes, stored, source_bytes)
     format_ = FORMATS[recipe.export.format]
     export_bytes = predict.stored_bytes(last.tensors, last.everything, schemes, stored.itemsize, format_)
     export_bytes += format_.added_bytes(last.config)
@@ -151,12 +145,6 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         machine,
     )
     trainings = trainings_of(recipe, shapes, schemes, machine)
-    disk = sum(predict.training_disk_bytes(load_of(training.trained)) for training, load_of in trainings)
-    disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
-    disk += backward_disk_bytes(recipe, source, machine)
-    disk += format_.reading_bytes(last.parameters)
-    disk += parameters * stored.itemsize if quantised_before(config) else 0  # its values, beside it in the cache
-    disk += export_bytes + len(recipe.stages) * (parameters + (parameters - weights_inside(matrices)) * 4)
     gate_powers = powers(recipe)
     warned = warnings_of(recipe, config, schemes, last.everything, architecture, dimensions)
     plan = Plan(
@@ -188,7 +176,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
         + (on_device.pinned if on_device else 0),
         peak_device_bytes=on_device.run if on_device else None,
         reload_bytes=predict.reload_peak_bytes(load),
-        disk_bytes=disk,
+        disk_bytes=export_bytes + _disk_beside_export(recipe, shapes, trainings, config, stored, machine),
         seconds=seconds(recipe, shapes, asked + size_of_latency(recipe.latency), machine),
         effective_bits=predict.effective_bits(last.matrices, schemes, stored.itemsize, format_),
         warnings=tuple(warned + fallbacks(trainings, machine) + weak_gates(gate_powers)),
@@ -198,6 +186,46 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     beside = parallel.neighbours() * predict.calibration_peak_bytes(load)
     _check_resources(plan, store, plan.peak_host_bytes + beside, on_device)
     return plan
+
+
+def _shapes_without_mistakes(recipe: Recipe, config: dict[str, Any], stored: torch.dtype) -> Shapes:
+    """Shapes along the stages. Raises RecipeError with every mistake of stages, texts and gates."""
+    shapes, mistakes = shapes_along(recipe, config, stored.itemsize)
+    mistakes += mistakes_of(recipe, shapes)
+    if mistakes:
+        raise RecipeError(mistakes)
+    return shapes
+
+
+def _schemes_without_mistakes(
+    recipe: Recipe, shapes: Shapes, stored: torch.dtype, source_bytes: int
+) -> tuple[dict[str, Scheme], list[str]]:
+    """The scheme of each matrix that comes out, and budgets explained. Raises RecipeError where nothing fits a budget,
+    or the format cannot hold a scheme."""
+    schemes, mistakes, budgets = expected_schemes(recipe, shapes, stored.itemsize, source_bytes)
+    mistakes = mistakes or format_mistakes(recipe, shapes.last, schemes)
+    if mistakes:
+        raise RecipeError(mistakes)
+    return schemes, budgets
+
+
+def _disk_beside_export(
+    recipe: Recipe,
+    shapes: Shapes,
+    trainings: list[tuple[Training, LoadOf]],
+    config: dict[str, Any],
+    stored: torch.dtype,
+    machine: Machine,
+) -> int:
+    """Bytes that a run takes in the cache at most, what is exported not counted."""
+    source = shapes.source
+    disk = sum(predict.training_disk_bytes(load_of(training.trained)) for training, load_of in trainings)
+    disk += sum(stage.extra_disk_bytes(source.of(stage)) for stage in recipe.stages)
+    disk += backward_disk_bytes(recipe, source, machine)
+    disk += FORMATS[recipe.export.format].reading_bytes(shapes.last.parameters)
+    disk += source.parameters * stored.itemsize if quantised_before(config) else 0  # its values, beside it in the cache
+    outside = source.parameters - weights_inside(source.matrices)
+    return disk + len(recipe.stages) * (source.parameters + outside * 4)
 
 
 def kv_bytes(recipe: Recipe, config: Mapping[str, Any], stored: torch.dtype) -> int:

@@ -27,7 +27,7 @@ from compress.allocation.fit import by_kind
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.console import StageProgress
 from compress.memory.measure import PeakSampler, large_tensors_from_system
-from compress.recipe import load_recipe
+from compress.recipe import Recipe, load_recipe
 from compress.stages import Gptq, MixedPrecision
 from compress.stages.base import StageContext
 from compress.stages.choices import Choice, Choices
@@ -71,36 +71,27 @@ def judged(choices: Choices, factors: dict[str, float], plans: list[Choice]) -> 
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plans", type=int, default=30)
-    parser.add_argument("--low", type=float, default=3.25)
-    parser.add_argument("--high", type=float, default=6.0)
-    parser.add_argument("--gptq", action="store_true")
-    arguments = parser.parse_args()
-    large_tensors_from_system()
-    recipe, progress = load_recipe(arguments.recipe), StageProgress()
+def run_of(recipe: Recipe, beside_gptq: bool, work: Path) -> tuple[WithinBudget, dict[str, float]]:
+    """What chooses within the recipe's budget, its candidates solved; seconds by kind of stage. `work` is emptied: what
+    a run before measured there may have been of other text."""
+    progress = StageProgress()
     source = open_source(recipe.model, progress)
     machine = choose_machine(recipe.model.device, source.checkpoint.config)
     texts = read_texts(recipe, source, machine, progress)
     sensitivity, stage, *after = written_out(recipe.stages)
     assert isinstance(stage, MixedPrecision), "the recipe has to begin with mixed_precision"
+    applied = [sensitivity]
+    if beside_gptq:
+        own = next(each for each in after if isinstance(each, Gptq))
+        applied = [own.model_copy(update={"bits": 4}), sensitivity]
     seconds: dict[str, float] = {}
     with PeakSampler() as sampler:
-        applied = [sensitivity]
-        if arguments.gptq:
-            own = next(each for each in after if isinstance(each, Gptq))
-            applied = [own.model_copy(update={"bits": 4}), sensitivity]
         for each in applied:
             (folded,) = fold(
                 *((each,), source.checkpoint, source.digest, texts.calibration, recipe.seed, machine, torch.float16),
                 *(progress, sampler),
             )
             seconds[each.model_dump()["kind"]] = folded.record["seconds"]
-    # What a run before measured there may have been of other text.
-    work = arguments.out.resolve().with_suffix(".work")
     shutil.rmtree(work, ignore_errors=True)
     context = StageContext(
         origin=source.checkpoint,
@@ -114,8 +105,12 @@ def main() -> int:
         seed=recipe.seed,
         progress=progress,
     )
-    run = WithinBudget(stage, context)
-    choices, limit = run.choices, run.limit
+    return WithinBudget(stage, context), seconds
+
+
+def compared(run: WithinBudget, plans: int, low: float, high: float) -> dict[str, Any]:
+    """Costs fitted as a run does, and random mixtures predicted by them and measured."""
+    stage, choices, limit = run.stage, run.choices, run.limit
     first = tuple(stage.solved(choices.costs, choices.bytes, choices.sizes))
     probes = [run.disturbed(choices.costs, SPREAD_OF_PROBES, limit) for _ in range(stage.probes)]
     probed = [*run.rivals()[-UNIFORM_MEASURED:], first, *probes]
@@ -125,13 +120,13 @@ def main() -> int:
     def drawn(most: int) -> Choice:
         return run.disturbed(choices.costs, SPREAD_OF_PROBES, most)
 
-    near = [drawn(limit) for _ in range(arguments.plans)]
+    near = [drawn(limit) for _ in range(plans)]
     least = 8 * sum(min(row) for row in choices.bytes) / choices.sizes.weights
-    if arguments.low < least:
+    if low < least:
         print(f"--low is {least:.3f}, the bits of the smallest mixture", flush=True)
-    budgets = generator.uniform(max(arguments.low, 1.001 * least), arguments.high, arguments.plans)
+    budgets = generator.uniform(max(low, 1.001 * least), high, plans)
     anywhere = [drawn(int(bits * choices.sizes.weights / 8)) for bits in budgets]
-    found = {
+    return {
         "factors": fitted.factors,
         "r2_of_fit": fitted.r2,
         "fitted_to": {
@@ -140,10 +135,23 @@ def main() -> int:
         },
         "at the budget": judged(choices, fitted.factors, near),
         "at random budgets": judged(choices, fitted.factors, anywhere),
-        "seconds": seconds,
-        "versions": versions(),
-        "machine": provenance()["processor"],
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--plans", type=int, default=30)
+    parser.add_argument("--low", type=float, default=3.25)
+    parser.add_argument("--high", type=float, default=6.0)
+    parser.add_argument("--gptq", action="store_true")
+    arguments = parser.parse_args()
+    large_tensors_from_system()
+    recipe = load_recipe(arguments.recipe)
+    run, seconds = run_of(recipe, arguments.gptq, arguments.out.resolve().with_suffix(".work"))
+    found = compared(run, arguments.plans, arguments.low, arguments.high)
+    found |= {"seconds": seconds, "versions": versions(), "machine": provenance()["processor"]}
     arguments.out.write_text(json.dumps(found, indent=2) + "\n")
     for name in ("at the budget", "at random budgets"):
         each = found[name]

@@ -193,6 +193,7 @@ def test_what_init_writes_for_a_folder_passes_plan(here, tmp_path, name, sizes, 
         (["--group-size", "1"], "give a number of columns"),
         (["--format", "bitsandbytes", "--group-size", "64"], "leave it out"),
         (["--format", "bitsandbytes", "--calibration", "python-help"], "reads no text"),
+        (["--name", "My Model"], "cannot name an artifact"),
     ],
 )
 def test_init_refuses_what_no_recipe_could_say(here, tmp_path, options, said):
@@ -208,6 +209,21 @@ def test_init_tells_what_it_left_out_and_refuses_where_that_is_all(here, tmp_pat
     random_model("llama", tmp_path / "model", **{**SMALL, "intermediate_size": 48})
     ended = here("init", tmp_path / "other.yaml", "--model", tmp_path / "model", "--format", "gptq")
     assert ended.code == 2 and "holds none of this model's linears" in ended.err
+
+
+@pytest.mark.parametrize("name", ["123", "true", "1e5", "smollm2-int4"])
+def test_init_writes_names_that_yaml_reads_back(here, tmp_path, name):
+    assert here("init", tmp_path / "new.yaml", "--name", name).code == 0
+    assert here("validate", tmp_path / "new.yaml").code == 0
+    assert yaml.safe_load((tmp_path / "new.yaml").read_text())["name"] == name
+
+
+@pytest.mark.parametrize("stem", ["Ünïcode Mödel", "m" * 80, "-._"])
+def test_init_names_an_artifact_after_any_folder(here, tmp_path, glass, stem):
+    shutil.copytree(glass, tmp_path / stem)
+
+    assert here("init", tmp_path / "new.yaml", "--model", tmp_path / stem).code == 0
+    assert here("validate", tmp_path / "new.yaml").code == 0
 
 
 def test_init_writes_paths_that_yaml_reads_back(here, tmp_path, glass):

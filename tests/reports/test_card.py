@@ -55,6 +55,15 @@ def test_the_hubs_own_classes_read_and_write_the_metadata(tmp_path: Path) -> Non
     assert yaml.safe_load(again.to_yaml())["model-index"] == (loaded or {})["model-index"]
 
 
+def test_the_hub_is_not_told_to_load_a_gguf_file_with_transformers() -> None:
+    made = provenance()
+    recipe = made["recipe_text"].replace("{format: compressed-tensors}", "{format: gguf}")
+    report = example_report(provenance={**made, "recipe_text": recipe})
+
+    assert front_matter(report)["library_name"] == "gguf"
+    assert front_matter(example_report())["library_name"] == "transformers"
+
+
 def pruned(report: Report) -> Report:
     stage = report.stages[0].model_copy(update={"kind": "sparsify", "modules": []})
     return report.model_copy(update={"stages": [stage]})

@@ -37,10 +37,15 @@ TokenWeights = dict[tuple[int, str], list[Tensor]]
 
 
 def token_weights(
-    skeleton: Skeleton, checkpoint: Checkpoint, batches: list[Batch], seed: int, progress: Progress
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    batches: list[Batch],
+    seed: int,
+    progress: Progress,
+    products: torch.dtype | None = None,
 ) -> TokenWeights:
-    """Weights of every token of this process's `batches`, for every group of linears of `checkpoint`; over the
-    unmasked tokens of all processes the mean is 1."""
+    """Weights of every token of this process's `batches`, for every group of linears of `checkpoint`, which multiply in
+    `products`; over the unmasked tokens of all processes the mean is 1."""
     squares: TokenWeights = {}
     together = batches_together(skeleton, batches)
     numbers = parallel.share(list(range(parallel.total(len(batches)))))
@@ -49,7 +54,7 @@ def token_weights(
         for start in range(0, len(batches), together):
             part = batches[start : start + together]
             sums = _Sums(skeleton)
-            walk_backward(skeleton, checkpoint, part, seeds[start:], sums.watch)
+            walk_backward(skeleton, checkpoint, part, seeds[start:], sums.watch, products)
             for key, values in sums.means().items():
                 squares.setdefault(key, []).extend(values)
             for _ in part:

@@ -200,7 +200,8 @@ class GptqRun:
         if self.stage.token_weights:
             started = time.perf_counter()
             progress = self.context.progress
-            self.weights = token_weights(self.skeleton, self.source, self.batches, WEIGHTS_SEED, progress)
+            text = self.batches, WEIGHTS_SEED, progress, self.products
+            self.weights = token_weights(self.skeleton, self.source, *text)
             self.clock.add("token weights", time.perf_counter() - started)
             events += _weight_events(self.weights, self.skeleton)
         if self.stage.output_tokens:

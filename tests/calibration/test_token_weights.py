@@ -62,6 +62,21 @@ def test_batches_that_go_through_together_change_nothing(tmp_path, monkeypatch):
         torch.testing.assert_close(torch.cat(values), torch.cat(alone[key]))
 
 
+def test_products_in_bfloat16_give_nearly_the_same_weights(tmp_path):
+    random_model("llama", tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    skeleton = Skeleton(checkpoint.config, CPU, torch.float32)
+    batches = random_windows().batches(24)
+
+    exact = token_weights(skeleton, checkpoint, batches, 0, Quiet())
+    rounded = token_weights(skeleton, checkpoint, batches, 0, Quiet(), torch.bfloat16)
+
+    for key, values in exact.items():
+        here, there = torch.cat(values).flatten(), torch.cat(rounded[key]).flatten()
+        assert not torch.equal(here, there), "nothing was rounded"
+        assert torch.corrcoef(torch.stack([here, there]))[0, 1] > 0.9, key
+
+
 def test_weights_have_mean_one_over_unmasked_tokens_and_no_outliers():
     squares = [torch.rand(2, 50, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
     squares[0][0, 0] = 1e9

@@ -111,9 +111,9 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
             with clock.step("round trip"), sampler.phase("round trip"):
                 evidence = round_trip(planned, candidate, texts, evidence, states, progress)
                 evidence = time_both(planned, source, candidate, evidence, progress)
-            with clock.step("quantised alone"):
-                alone = None
-                if parent is None:
+            alone = None
+            if parent is None and any(stage.compares for stage in recipe.stages):
+                with clock.step("quantised alone"):
                     alone = quantised_alone(planned, source, baseline, texts, evidence, sampler, progress)
             events: list[Event] = [*source.events, *texts.events, *baseline.events, *answers.events]
             events += [*made.events, *written.events]

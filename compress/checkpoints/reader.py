@@ -10,11 +10,11 @@ All answer the same questions: which tensors, which module has which scheme, the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,9 @@ KV_SCALES = ("k_scale", "v_scale")
 """Scales of a KV cache that is kept in fp8, tensors of a block's attention."""
 NESTED = ("codes", "absmax", "table", "offset")
 """Parts of nested scales, in the order of `grid.Nested`."""
+NO_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names of buffers in old files (Llama's rotary frequencies, GPT-2's causal mask): models compute them, and
+loaders skip them or fail."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -51,6 +54,15 @@ class Layout(Protocol):
 
     def codes_of(self, checkpoint: Checkpoint, module: str, scheme: Scheme) -> tuple[Tensor, Grid]:
         """Codes int8 (rows, columns) and grid of one of them."""
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed config.json, or what its model class says where it does not, ties the head to the embedding."""
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.for_model(config["model_type"]).tie_word_embeddings)
 
 
 class Checkpoint:
@@ -115,8 +127,20 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Tensor names as the model class spells them, sorted."""
-        return tuple(sorted(self._model_name(name) for name in self._files))
+        """Names of parameters as the model class spells them, sorted; not of buffers that old files hold, nor of a tied
+        head that is stored as well."""
+        names = sorted(self._model_name(name) for name in self._files if not name.endswith(NO_PARAMETERS))
+        copied = f"{self.architecture.head}.weight" if self.head_stored_twice == "equal" else None
+        return tuple(name for name in names if name != copied)
+
+    @cached_property
+    def head_stored_twice(self) -> Literal["", "equal", "differs"]:
+        """Whether the config ties the head to the embedding and both are stored, and as what."""
+        head, embedding = f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"
+        if not (self.has(head) and self.has(embedding) and says_tied(self.config)):
+            return ""
+        same = self.header(head) == self.header(embedding) and torch.equal(self.read(head), self.read(embedding))
+        return "equal" if same else "differs"
 
     @cached_property
     def block_count(self) -> int:
@@ -155,7 +179,7 @@ class Checkpoint:
 
     @property
     def tied_head(self) -> bool:
-        """Whether the head is the embedding: said by the config, or implied by an absent head."""
+        """Whether the head is the embedding: no head is stored, but for a copy of the embedding."""
         prefix = self.architecture.head + "."
         return not any(name.startswith(prefix) and not name.endswith(".bias") for name in self.names)
 

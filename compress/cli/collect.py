@@ -50,6 +50,8 @@ def _gc_artifacts(
     from compress.artifacts.transport import unfinished_pulls
     from compress.artifacts.words import visible
 
+    if not store.is_dir():
+        raise RecipeError(f"{store}: there is no store; name one with --store")
     rules = Rules(keep, read_age(rejected_older_than) if rejected_older_than else None)
     done = collect(Store(store), rules, name, dry_run)
     unfinished = unfinished_pulls(Store(store), remove=not dry_run)

@@ -62,6 +62,7 @@ def init(
     if name:
         check_name(name)
     _check_size(group_size, format_)
+    _check_texts(path, ("--calibration", calibration or "python-help"), ("--evaluation", evaluation))
     if calibration and format_ == "bitsandbytes":
         raise RecipeError("--calibration: rounding by bitsandbytes reads no text; leave it out")
     key = f"path: {_quoted(local.resolve())}" if local.exists() or model.endswith(".gguf") else f"hub: {_quoted(model)}"
@@ -100,8 +101,25 @@ def _check(path: Path, model: str, format_: str) -> None:
         raise RecipeError(f"{path} exists already; choose another name.")
     if not path.parent.is_dir():
         raise RecipeError(f"{path}: the folder {path.parent} does not exist.")
-    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
+    local = Path(model).expanduser()
+    if not local.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise RecipeError(f"--model {model}: no such file or folder.")
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise RecipeError(f"--model {model}: a folder without a config.json, so no model.")
+
+
+def _check_texts(path: Path, *named: tuple[str, str]) -> None:
+    """Raises RecipeError for (option, name) of texts that a recipe at `path` could not name."""
+    from compress.calibration.texts import load_descriptor
+
+    mistakes = []
+    for option, name in named:
+        try:
+            load_descriptor(name, path.resolve().parent)
+        except RecipeError as error:
+            mistakes.append(f"{option}: {error}")
+    if mistakes:
+        raise RecipeError(mistakes)
 
 
 def _quoted(value: object) -> str:

@@ -15,7 +15,7 @@ def publish(
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private; refused where it is public already.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files that would be uploaded.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check, and list what would be uploaded.")] = False,
     rejected_too: Annotated[
         bool, typer.Option("--rejected-too", help="Also a version whose gates did not all pass; its card says so.")
     ] = False,
@@ -28,11 +28,15 @@ def publish(
     """
     from compress import console
     from compress.artifacts.store import Store
-    from compress.steps.publishing import prepare, upload
+    from compress.steps.publishing import check_whole, prepare, upload
 
     folder = Store(store).find(reference)
     planned = prepare(folder, repo_id, private, rejected_too)
-    url = None if dry_run else upload(planned, console.StageProgress())
+    progress, url = console.StageProgress(), None
+    if dry_run:
+        check_whole(planned, progress)
+    else:
+        url = upload(planned, progress)
     if json:
         facts: dict[str, Any] = {
             "artifact": planned.reference,

@@ -13,7 +13,8 @@ from compress.errors import RecipeError
 
 
 def validate(recipe: RecipeArgument, set_: SetOption = None, json: JsonOption = False) -> int:
-    """Check a recipe without looking at the model: keys, values, texts, gates. All mistakes at once."""
+    """Check a recipe without looking at the model: keys, values, texts, gates. Mistakes come together: of keys
+    and values first, once those are right of texts and measures."""
     from compress import console
     from compress.recipe import load_recipe
 
@@ -76,7 +77,10 @@ def _catalogue() -> dict[str, dict[str, Any]]:
         for name in known_descriptors(Path.cwd())
     }
     groups["formats"] = {name: {"description": format_.description} for name, format_ in FORMATS.items()}
-    groups["measures of every run"] = {name: {"description": "measured by every run"} for name in ALWAYS_MEASURED}
+    groups["measures of every run"] = {
+        name: {"description": "of every run" + (" with a round trip" if name.startswith("round_trip") else "")}
+        for name in ALWAYS_MEASURED
+    }
     groups["events"] = {name: {"description": text} for name, text in EVENT_KINDS.items()}
     return groups
 

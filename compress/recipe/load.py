@@ -28,10 +28,14 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = 
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: a folder; name the recipe in it") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: no text in UTF-8, so no recipe (byte {error.start})") from None
+    except FileNotFoundError:
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise RecipeError(f"{path}: no such recipe.{near}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error}).") from error
     data, lines = parse_yaml(text, path)
     for override in overrides:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from compress.architecture import Architecture, Dimensions
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
+from compress.checkpoints.skeleton import Skeleton
 from compress.checkpoints.working import WorkingCheckpoint
 from compress.events import Event, Progress
 from compress.quantization.scheme import Scheme
@@ -188,6 +189,15 @@ class Stage(BaseModel):
     def apply(self, context: StageContext) -> StageOutcome:
         """Write the whole output checkpoint, except its final stage.json."""
         raise NotImplementedError
+
+
+def rank_deficient(windows: Windows, skeleton: Skeleton) -> list[Event]:
+    """Fewer tokens than columns leave H rank deficient: damping then does the work, and the report should say so."""
+    widest = max(columns for _, columns in skeleton.linear_shapes().values())
+    if windows.tokens >= widest:
+        return []
+    message = f"{windows.tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
+    return [Event("few_calibration_tokens", "calibration", message, {"tokens": windows.tokens, "columns": widest})]
 
 
 def restore(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Event]]:

@@ -36,7 +36,6 @@ from compress.calibration.walk import (
     run_block,
     with_source_weights,
 )
-from compress.calibration.windows import Windows
 from compress.checkpoints.overlap import ReadAhead, WriteBehind
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton
@@ -45,7 +44,7 @@ from compress.memory.measure import release
 from compress.quantization.columns import column_kernel
 from compress.quantization.gptq import ScaleSearch
 from compress.quantization.target_shift import TOKENS_PER_COLUMN
-from compress.stages.base import StageContext, StageOutcome, restore
+from compress.stages.base import StageContext, StageOutcome, rank_deficient, restore
 from compress.stages.gptq_block import BlockWork
 from compress.stages.quantize import QuantizeStage
 from compress.training.clock import Clock
@@ -192,7 +191,7 @@ class GptqRun:
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
         modules: list[dict[str, Any]] = []
-        events = _token_events(self.windows, self.skeleton) + kernel_events(self.context.device)
+        events = rank_deficient(self.windows, self.skeleton) + kernel_events(self.context.device)
         if self.stage.refine and not self.refines:
             message = "one batch of calibration windows leaves none to judge a refinement by"
             events.append(Event("refinement_skipped", "calibration", message))
@@ -290,15 +289,6 @@ def _weight_events(weights: TokenWeights, skeleton: Skeleton) -> list[Event]:
         for (block, group), values in sorted(weights.items())
         if all(bool((value == 1).all()) for value in values)
     ]
-
-
-def _token_events(windows: Windows, skeleton: Skeleton) -> list[Event]:
-    """Fewer tokens than columns leave H rank deficient: damping then does the work, and the report should say so."""
-    widest = max(columns for _, columns in skeleton.linear_shapes().values())
-    if windows.tokens >= widest:
-        return []
-    message = f"{windows.tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
-    return [Event("few_calibration_tokens", "calibration", message, {"tokens": windows.tokens, "columns": widest})]
 
 
 def kernel_events(device: torch.device) -> list[Event]:

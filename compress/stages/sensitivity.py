@@ -45,7 +45,7 @@ from compress.events import Event
 from compress.memory.measure import release
 from compress.quantization.scheme import Option, Scheme, label_of
 from compress.stages.alone import Tried, divergences_alone, factor, few_tokens, held_back
-from compress.stages.base import Shapes, StageContext, StageOutcome, restore
+from compress.stages.base import Shapes, StageContext, StageOutcome, rank_deficient, restore
 from compress.stages.candidates import CandidateStage
 from compress.stages.sensitivity_block import BlockWork, record_of
 from compress.stages.tuning import TuningText
@@ -131,7 +131,7 @@ class SensitivityRun:
             self.outputs = self._outputs()
         with self.clock.timed("forward"):
             states = self.skeleton.embed(source, self.batches)
-        events: list[Event] = []
+        events = rank_deficient(self.windows, self.skeleton)
         with self.context.progress.task("sensitivity", count) as advance:
             for index in range(count):
                 before = self.output.block_record(index)

@@ -22,7 +22,7 @@ from compress.events import Event
 from compress.memory.measure import release, trim
 from compress.pruning.sparse import Pattern, sparsegpt, upper_factor, wanda
 from compress.quantization.scheme import Scheme
-from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, rank_deficient, restore
 from compress.stages.scheme_checks import matches, patterns_that_match_nothing
 from compress.training.clock import Clock
 
@@ -82,14 +82,15 @@ class _Run:
         assert context.windows is not None, "the pipeline gives calibration windows to stages that need them"
         self.stage, self.context, self.source, self.output = stage, context, context.source, context.output
         self.skeleton = Skeleton(self.source.config, context.device, context.compute)
-        self.batches = context.windows.batches(context.tokens_at_once)
+        self.windows = context.windows
+        self.batches = self.windows.batches(context.tokens_at_once)
         self.clock = Clock("forward", "hessian", "factorise", "solve", "write")
 
     @torch.no_grad()
     def blocks(self) -> StageOutcome:
         self.output.write_outer(self.source)
         states = self.skeleton.embed(self.source, self.batches)
-        events: list[Event] = []
+        events = rank_deficient(self.windows, self.skeleton) if self.stage.method == "sparsegpt" else []
         sparse: list[dict[str, Any]] = []
         count = self.skeleton.block_count
         with self.context.progress.task("sparsify", count) as advance:

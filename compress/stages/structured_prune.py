@@ -27,14 +27,13 @@ from compress.calibration.windows import HELD_OUT, Windows, kept_out
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Skeleton, load_module
 from compress.errors import RecipeError
-from compress.events import Event
 from compress.memory.measure import release
 from compress.pruning.choose import Importance
 from compress.pruning.counts import Counts, Model, Part, Target, counts_for, multiple_for, pruned_config
 from compress.pruning.surgery import Cut, Kind, laid_back
 from compress.quantization.scheme import Scheme
 from compress.quantization.target_shift import TOKENS_PER_COLUMN
-from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, restore
+from compress.stages.base import Shapes, Stage, StageContext, StageOutcome, rank_deficient, restore
 from compress.stages.depth import DepthSearch, Removal, facts_of
 from compress.stages.prune_block import BlockWork, Place
 from compress.training.clock import Clock
@@ -183,6 +182,8 @@ class StructuredPrune(Stage):
         inside, outside = inside[inside < len(fitted.ids)], outside[outside < len(fitted.ids)]
         if not len(outside):
             inside, outside = inside[:-1], inside[-1:]
+        if not len(inside):
+            inside, outside = outside[:-1], outside[-1:]
         return fitted.rows(inside), fitted.rows(outside), tuning
 
     def apply(self, context: StageContext) -> StageOutcome:
@@ -225,7 +226,7 @@ class PruneRun:
         )
         self.output.write_outer(self.source, config=config)
         places = {before: Place(before, after) for after, before in enumerate(staying)}
-        events = self._token_events()
+        events = rank_deficient(self.windows, self.skeleton)
         blocks: list[dict[str, Any]] = []
         shares: list[dict[str, Any]] = []
         with self.clock.timed("forward"):
@@ -300,15 +301,6 @@ class PruneRun:
     def can_shift(self, columns: int) -> bool:
         """Whether there are tokens enough to move the target of a linear with `columns` inputs, and to judge by."""
         return self.fitted < len(self.batches) and self.windows.tokens >= TOKENS_PER_COLUMN * columns
-
-    def _token_events(self) -> list[Event]:
-        widest = max(columns for _, columns in self.skeleton.linear_shapes().values())
-        if self.windows.tokens >= widest:
-            return []
-        tokens = self.windows.tokens
-        message = f"{tokens} calibration tokens for inputs of up to {widest} columns: the Hessian is rank deficient"
-        data = {"tokens": tokens, "columns": widest}
-        return [Event("few_calibration_tokens", "calibration", message, data)]
 
     def _facts(
         self, removals: list[Removal], blocks: list[dict[str, Any]], shares: list[dict[str, Any]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.architecture import Architecture, Dimensions
+from compress.calibration.overlap import LIMIT
 from compress.calibration.window_specs import WindowSpec
 from compress.checkpoints.formats import FORMATS, able
 from compress.checkpoints.formats.fusing import fused_that_differ
@@ -125,6 +126,7 @@ def warnings_of(
         for spec in recipe.tasks
         if spec.file is None
     ]
+    found += _same_text(recipe)
     found += _wide_margins(recipe)
     found += _zeros(recipe)
     found += _scaled_for_nobody(recipe)
@@ -175,6 +177,18 @@ def _mixed_inside_what_vllm_fuses(recipe: Recipe, architecture: Architecture) ->
         "which fuses them, will not serve that; for vLLM, choose runtime: vllm"
         for index, stage in enumerate(recipe.stages)
         if isinstance(stage, MixedPrecision) and not stage.fuses
+    ]
+
+
+def _same_text(recipe: Recipe) -> list[str]:
+    """Sets that are judged on the text that is calibrated on. Whether they overlap is known once windows are drawn."""
+    if recipe.calibration is None or not any(stage.needs_calibration for stage in recipe.stages):
+        return []
+    same = [spec.set_name for spec in recipe.on_text if spec.data == recipe.calibration.data]
+    return [
+        f"set {name}: it is the calibration text too; a run ends where more than {LIMIT:.0%} of what is judged on was "
+        "calibrated on"
+        for name in dict.fromkeys(same)
     ]
 
 

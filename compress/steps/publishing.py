@@ -57,8 +57,8 @@ def prepare(folder: Path, repo_id: str, private: bool, rejected_too: bool) -> Up
 def upload(planned: Upload, progress: Progress) -> str:
     """Upload, and return the address of the commit.
 
-    The artifact is hashed again first: what goes out is what was judged. Raises EnvironmentLacksError without a token,
-    offline, or where the hub refuses; CompressError for an artifact that is not whole.
+    What goes out is what was judged (`check_whole`). Raises EnvironmentLacksError without a token, offline, or where
+    the hub refuses; CompressError for an artifact that is not whole.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -67,12 +67,7 @@ def upload(planned: Upload, progress: Progress) -> str:
     token = get_token()
     if not token:
         raise EnvironmentLacksError(f"no Hugging Face token was found: {_TOKEN_REMEDY}")
-    with progress.task(f"hashing {planned.reference}", 1) as advance:
-        checked = verify(planned.folder)
-        advance("")
-    if not checked.ok:
-        problems = "; ".join(checked.problems[:3])
-        raise CompressError(f"{planned.reference} is not whole and was not published: {problems}")
+    check_whole(planned, progress)
     api = HfApi(token=token)
     with _hub_errors(planned.repo_id), progress.task(f"uploading to {planned.repo_id}", 1) as advance:
         api.create_repo(planned.repo_id, private=planned.private or None, exist_ok=True, repo_type="model")
@@ -90,6 +85,16 @@ def upload(planned: Upload, progress: Progress) -> str:
         )
         advance("")
     return str(done.commit_url)
+
+
+def check_whole(planned: Upload, progress: Progress) -> None:
+    """Hash the artifact again. Raises CompressError where it is not what its manifest says."""
+    with progress.task(f"hashing {planned.reference}", 1) as advance:
+        checked = verify(planned.folder)
+        advance("")
+    if not checked.ok:
+        problems = "; ".join(checked.problems[:3])
+        raise CompressError(f"{planned.reference} is not whole and was not published: {problems}")
 
 
 def _files(read: Manifest) -> tuple[tuple[str, int], ...]:

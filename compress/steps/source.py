@@ -65,8 +65,12 @@ def open_source(spec: ModelSpec, progress: Progress, *, as_it_is: bool = False) 
 def check_complete(checkpoint: Checkpoint) -> None:
     """Every parameter of the model is stored, in the shape its config says. Raises UnhealthySourceError if not."""
     shapes = Skeleton(checkpoint.config, torch.device("cpu"), torch.float32).parameter_shapes()
-    if checkpoint.tied_head:
-        shapes.pop(f"{checkpoint.architecture.head}.weight", None)
+    head = f"{checkpoint.architecture.head}.weight"
+    if checkpoint.head_stored_twice == "differs":
+        raise UnhealthySourceError(
+            f"{checkpoint.folder}: config.json ties the head to the embedding, and {head} is stored with other values; "
+            "some runtimes take one, some the other. Set tie_word_embeddings: false, or take that tensor out."
+        )
     bad = []
     for name, shape in shapes.items():
         module, _, leaf = name.rpartition(".")
@@ -78,6 +82,8 @@ def check_complete(checkpoint: Checkpoint) -> None:
             bad.append(f"{name} has shape {checkpoint.header(name)[1]}, the config says {shape}")
     if bad:
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        if any(each.startswith(head) for each in bad):
+            more += " (config.json does not tie the head to the embedding)"
         raise UnhealthySourceError(
             f"{checkpoint.folder}: {'; '.join(bad[:5])}{more}. The weight files do not belong to this config or are "
             "not whole; fetch them again."

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from compress.architecture import architecture_of
 from compress.artifacts.verify_gguf import scan
@@ -22,6 +23,7 @@ from compress.checkpoints.formats.gguf_rope import tensors_of
 from compress.checkpoints.formats.gguf_tokenizer import vocabulary_of
 from compress.checkpoints.from_gguf import convert
 from compress.checkpoints.reader import Checkpoint
+from compress.errors import RecipeError
 from compress.memory.predict import stored_bytes
 from compress.quantization.grid import dequantize
 from compress.quantization.scheme import Scheme
@@ -561,6 +563,26 @@ def test_bfloat16_models_keep_bfloat16_where_nothing_is_quantised(tmp_path):
     )
 
 
+def test_blocks_that_llama_cpp_would_run_otherwise_are_refused_once_they_are_known(tmp_path):
+    """Depth pruning may leave other layers than `plan` saw: those without rope are no longer every fourth."""
+    random_model("smollm3", tmp_path / "model", num_hidden_layers=3, no_rope_layers=[1, 1, 0], attention_bias=False)
+    kept, _ = apply_stage(RoundToNearest(bits=4, group_size=32), tmp_path / "model", tmp_path / "stage")
+
+    with pytest.raises(RecipeError, match=r"without rope in every fourth layer.*the stages are kept"):
+        export(kept, tmp_path / "export" / "model", "gguf", torch.float16, 10**9)
+
+    assert not (tmp_path / "export" / "model" / "model.gguf").exists()
+
+
+def test_a_tensor_that_gguf_has_no_name_for_is_told_by_name(tmp_path):
+    random_model("llama", tmp_path / "model", attention_bias=False, mlp_bias=False)
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(path) | {"model.layers.0.extra.weight": torch.ones(4)}, path, {"format": "pt"})
+
+    with pytest.raises(RecipeError, match=r"no name for the tensor model\.layers\.0\.extra\.weight"):
+        export(Checkpoint(tmp_path / "model"), tmp_path / "export" / "model", "gguf", torch.float16, 10**9)
+
+
 def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
     random_model("llama", tmp_path / "model", torch.bfloat16, attention_bias=False, mlp_bias=False)
     done, _ = apply_stage(
@@ -568,7 +590,6 @@ def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
     )
     codes, grid = done.codes("model.layers.0.mlp.up_proj")
     from compress.checkpoints.formats.gguf import blocks
-    from compress.errors import RecipeError
     from compress.quantization.grid import Grid
 
     with pytest.raises(RecipeError, match=r"up_proj has scales up to 1.05e\+06 or more, outside the float16"):
@@ -579,8 +600,6 @@ def test_a_scale_outside_float16_is_refused_with_its_name(tmp_path):
 
 
 def test_scales_too_small_for_float16_are_an_event(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     random_model("llama", tmp_path / "model", torch.bfloat16, attention_bias=False, mlp_bias=False)
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)

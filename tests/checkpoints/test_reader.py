@@ -36,6 +36,47 @@ def test_weights_are_read_in_the_dtype_they_are_stored_in(tmp_path, dtype):
         assert checkpoint.header(name)[1] == tuple(tensor.shape)
 
 
+@pytest.mark.parametrize(
+    ("name", "buffers"),
+    [
+        ("llama", {"model.layers.0.self_attn.rotary_emb.inv_freq": (8,)}),
+        ("gpt2", {"transformer.h.0.attn.bias": (1, 1, 64, 64), "transformer.h.0.attn.masked_bias": ()}),
+    ],
+)
+def test_buffers_that_old_files_hold_are_no_parameters(tmp_path, name, buffers):
+    random_model(name, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stored, bytes_before = load_file(path), Checkpoint(tmp_path / "model").weight_bytes
+    save_file(stored | {key: torch.ones(shape) for key, shape in buffers.items()}, path, {"format": "pt"})
+
+    checkpoint = Checkpoint(tmp_path / "model")
+
+    assert set(checkpoint.names) == set(stored), "biases of GPT-2's c_attn among them"
+    assert checkpoint.weight_bytes == bytes_before
+
+
+@pytest.mark.parametrize("said", [True, None])
+def test_a_copy_of_the_embedding_beside_a_tied_head_is_left_out(tmp_path, said):
+    """`None`: config.json does not say it, and Gemma's class does."""
+    name = "llama" if said else "gemma"
+    random_model(name, tmp_path / "model", tie_word_embeddings=True)
+    folder = tmp_path / "model"
+    config = json.loads((folder / "config.json").read_text())
+    if said is None:
+        config.pop("tie_word_embeddings", None)
+        (folder / "config.json").write_text(json.dumps(config))
+    before = Checkpoint(folder)
+    stored = load_file(folder / "model.safetensors")
+    copy = stored["model.embed_tokens.weight"].clone()
+    save_file(stored | {"lm_head.weight": copy}, folder / "model.safetensors", {"format": "pt"})
+
+    found = Checkpoint(folder)
+
+    assert found.names == before.names and found.tied_head and found.head_stored_twice == "equal"
+    save_file(stored | {"lm_head.weight": copy + 1}, folder / "model.safetensors", {"format": "pt"})
+    assert Checkpoint(folder).head_stored_twice == "differs"
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_tied_and_untied_heads_give_transformers_logits(tmp_path, tied, dtype):

@@ -124,6 +124,12 @@ def test_mistakes_end_with_2_and_help(desk, arguments, says):
     assert says in ended.err
 
 
+def test_gc_of_a_store_that_is_not_there_is_a_mistake(here, tmp_path):
+    ended = here("gc", "--artifacts", "--keep", "1", "--store", tmp_path / "nowhere")
+
+    assert ended.code == 2 and "there is no store" in ended.err
+
+
 def test_verify_all_counts_a_whole_store_and_names_what_is_not(desk, store, here, tmp_path):
     assert "whole. 1 names, 2 versions" in desk("verify", "--all").out
     desk("promote", "glass-int4", "v1", "--to", "production")

@@ -194,6 +194,10 @@ def test_what_init_writes_for_a_folder_passes_plan(here, tmp_path, name, sizes, 
         (["--format", "bitsandbytes", "--group-size", "64"], "leave it out"),
         (["--format", "bitsandbytes", "--calibration", "python-help"], "reads no text"),
         (["--name", "My Model"], "cannot name an artifact"),
+        (["--model", "path/to/model"], "no such file or folder"),
+        (["--model", "/"], "a folder without a config.json"),
+        (["--calibration", "nope"], "--calibration: no text is called 'nope'"),
+        (["--evaluation", "python-docstring"], 'Did you mean "python-docstrings"'),
     ],
 )
 def test_init_refuses_what_no_recipe_could_say(here, tmp_path, options, said):
@@ -209,6 +213,18 @@ def test_init_tells_what_it_left_out_and_refuses_where_that_is_all(here, tmp_pat
     random_model("llama", tmp_path / "model", **{**SMALL, "intermediate_size": 48})
     ended = here("init", tmp_path / "other.yaml", "--model", tmp_path / "model", "--format", "gptq")
     assert ended.code == 2 and "holds none of this model's linears" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("what", "said"), [("folder", "a folder; name the recipe in it"), ("bytes", "no text in UTF-8")]
+)
+def test_what_is_no_recipe_file_is_told_as_what_it_is(here, tmp_path, what, said):
+    path = tmp_path / what
+    path.mkdir() if what == "folder" else path.write_bytes(bytes(range(128, 256)))
+
+    ended = here("plan", path)
+
+    assert ended.code == 2 and said in ended.err
 
 
 @pytest.mark.parametrize("name", ["123", "true", "1e5", "smollm2-int4"])

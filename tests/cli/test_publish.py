@@ -105,10 +105,11 @@ def test_names_that_the_hub_does_not_have_are_refused(here, store, hub, name, sa
     assert ended.code == 2 and says in ended.err and hub.calls == []
 
 
-def test_what_was_changed_since_is_not_uploaded(here, store, hub):
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_what_was_changed_since_is_not_uploaded(here, store, hub, options):
     with (store / "glass-int4" / "v0001" / "model" / "config.json").open("a") as stream:
         stream.write(" ")
-    ended = here("publish", "glass-int4", "me/glass", "--store", store)
+    ended = here("publish", "glass-int4", "me/glass", "--store", store, *options)
     assert ended.code == 1 and "is not whole and was not published: model/config.json" in ended.err
     assert hub.calls == []
 

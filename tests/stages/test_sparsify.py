@@ -31,6 +31,15 @@ def test_zeros_are_where_they_were_asked_for(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("method", "events"), [("sparsegpt", ["few_calibration_tokens"]), ("wanda", [])])
+def test_fewer_tokens_than_columns_are_told_where_h_is_factorised(method, events, tmp_path):
+    random_model("llama", tmp_path / "source")
+
+    _, outcome = apply_stage(Sparsify(method=method), tmp_path / "source", tmp_path / "stage", random_windows(2))
+
+    assert [event.kind for event in outcome.events] == events
+
+
 def test_ignored_linears_and_everything_else_stay_as_they_are(tmp_path):
     random_model("llama", tmp_path / "source")
     stage = Sparsify(ratio=0.3, ignore=("*.down_proj", "re:.*self_attn.*"))

@@ -33,6 +33,20 @@ def test_judging_a_model_is_planned_without_the_text_it_was_made_with(glass_reci
     assert found["run 0"] < found["run 4096"]
 
 
+def test_judging_on_the_calibration_text_is_warned_of(glass_recipe, tmp_path):
+    recipe = changed(glass_recipe, calibration={**glass_recipe["calibration"], "data": "python-docstrings"})
+    recipe["evaluation"] = [{"kind": "divergence", "data": "python-docstrings", "windows": 4, "window_tokens": 128}]
+    recipe["gates"] = [{"kind": "threshold", "measure": "divergence.python-docstrings.mean_kl", "max": 0.5}]
+
+    warned = {}
+    for data in ("python-docstrings", "python-help"):
+        recipe["calibration"]["data"] = data
+        plan = make_plan(load_recipe(write_recipe(tmp_path / f"{data}.yaml", recipe)), None, Quiet())
+        warned[data] = [warning for warning in plan.warnings if "it is the calibration text too" in warning]
+
+    assert warned["python-docstrings"][0].startswith("set python-docstrings:") and not warned["python-help"]
+
+
 def test_quantising_alone_is_compared_with_everything_that_gguf_holds(glass, glass_recipe, tmp_path):
     """Bytes between schemes: each limit is filled with the best that fits, K-quants and free minima among them."""
     random_model("llama", tmp_path / "model", torch.float16, **WIDE, **BIASES)

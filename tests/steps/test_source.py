@@ -64,6 +64,25 @@ def test_a_damaged_one_is_told_by_the_name_that_the_recipe_gives_it(quantised, t
         open_source(ModelSpec(path=quantised, device="cpu"), Quiet())
 
 
+@pytest.mark.parametrize(
+    ("tied", "head", "said"),
+    [(False, None, "lm_head.weight is missing.*does not tie"), (True, 1.0, "ties the head to the embedding, and lm_")],
+)
+def test_a_head_that_the_config_does_not_explain_is_no_healthy_source(glass, tmp_path, tied, head, said):
+    folder = tmp_path / "model"
+    shutil.copytree(glass, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    if head is not None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + head
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(UnhealthySourceError, match=said):
+        open_source(ModelSpec(path=folder, device="cpu"), Quiet())
+
+
 def test_what_a_stage_leaves_alone_keeps_its_values_in_the_export(quantised, tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     text = {"data": "python-docstrings", "windows": 4, "window_tokens": 128}

@@ -19,6 +19,7 @@ Sources: bitsandbytes' QuantState.as_dict and Int8Params; Dettmers et al., arXiv
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,18 @@ def nested_scales(absmax: Tensor) -> Nested:
 
 def require() -> Any:
     """bitsandbytes' functions. Raises EnvironmentLacksError where it is not installed."""
+    # While it is imported it asks for a package of faster kernels, which a user takes for a fault of the run.
+    logger = logging.getLogger("bitsandbytes")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise EnvironmentLacksError(
             f"bitsandbytes is not usable here ({error}). Install it with: pip install 'compress-models[bitsandbytes]'"
         ) from error
+    finally:
+        logger.setLevel(before)
     return functional
 
 

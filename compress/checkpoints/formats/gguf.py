@@ -113,6 +113,9 @@ class Gguf(Format):
 
     def write(self, source: Checkpoint, folder: Path, dtype: torch.dtype, shard_bytes: int) -> Written:
         del shard_bytes  # One file whatever its size: llama.cpp maps it into memory.
+        # `plan` saw a config with as many blocks; which ones went is known now, and layers may differ.
+        if refused := self.refuses_config(source.config):
+            raise RecipeError([f"export.format: {each}. Take another format: the stages are kept" for each in refused])
         folder.mkdir(parents=True, exist_ok=True)
         vocabulary = vocabulary_of(source.folder, int(source.config["vocab_size"]))
         rounded: dict[str, float] = {}

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.architecture import Dimensions, architecture_of, dimensions_of
 from compress.checkpoints.formats import gguf_rope
+from compress.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -140,7 +141,10 @@ class Names:
 
     def of(self, name: str) -> str:
         found = self._table.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None, f"the gguf package does not know {name}"
+        if found is None:
+            raise RecipeError(
+                f"export.format: gguf has no name for the tensor {name}; take it out of the model's files"
+            )
         return str(found)
 
     def order(self, name: str, rows: int) -> Tensor:

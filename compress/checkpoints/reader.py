@@ -139,6 +139,8 @@ class Checkpoint:
         head, embedding = f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"
         if not (self.has(head) and self.has(embedding) and says_tied(self.config)):
             return ""
+        if any(self.header(name)[0] not in _FLOATS for name in (head, embedding)):
+            return ""  # Integers, with scales of their own.
         same = self.header(head) == self.header(embedding) and torch.equal(self.read(head), self.read(embedding))
         return "equal" if same else "differs"
 

@@ -178,6 +178,11 @@ class Stage(BaseModel):
         del stored_bytes
         return config
 
+    def other_configs(self, config: dict[str, Any], stored_bytes: int) -> list[dict[str, Any]]:
+        """What the config may be besides `configured`, where that depends on what is measured."""
+        del config, stored_bytes
+        return []
+
     def check(self, shapes: Shapes, architecture: Architecture) -> list[str]:
         """Mistakes that can be known before work starts, one sentence each."""
         raise NotImplementedError

@@ -113,15 +113,23 @@ class StructuredPrune(Stage):
         return {}
 
     def configured(self, config: dict[str, Any], stored_bytes: int) -> dict[str, Any]:
+        return self._configured(config, stored_bytes, first=True)
+
+    def other_configs(self, config: dict[str, Any], stored_bytes: int) -> list[dict[str, Any]]:
+        """That of the last blocks, where `configured` takes the first: they show whether it matters which ones go."""
+        return [self._configured(config, stored_bytes, first=False)]
+
+    def _configured(self, config: dict[str, Any], stored_bytes: int, first: bool) -> dict[str, Any]:
         skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
         counts = self.counts(skeleton, stored_bytes)
+        start = 0 if first else skeleton.block_count - counts.blocks
         return pruned_config(
             config,
             skeleton.config,
             skeleton.architecture,
             dimensions_of(skeleton.config),
             counts,
-            range(counts.blocks),
+            range(start, start + counts.blocks),
         )
 
     def counts(self, skeleton: Skeleton, stored_bytes: int) -> Counts:

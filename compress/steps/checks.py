@@ -106,6 +106,21 @@ def format_mistakes(recipe: Recipe, last: Shape, schemes: dict[str, Scheme]) -> 
     return [f"export.format: {sentence}. {can}" for sentence in found]
 
 
+def blocks_that_may_not_fit(recipe: Recipe, shapes: Shapes, stored_bytes: int) -> list[str]:
+    """Stages that choose blocks by measuring, where the format cannot hold every choice."""
+    format_ = FORMATS[recipe.export.format]
+    found = []
+    for index, (stage, shape) in enumerate(zip(recipe.stages, shapes.before, strict=True)):
+        others = stage.other_configs(shape.config, stored_bytes)
+        refused = [sentence for config in others for sentence in format_.refuses_config(config)]
+        if refused:
+            found.append(
+                f"{recipe.place(index)}: which blocks go is measured, and not every choice fits the format: "
+                f"{refused[0]}. The export then refuses the model"
+            )
+    return found
+
+
 def quantised_before(config: Mapping[str, Any]) -> bool:
     """Whether a folder's config says that linears are quantised, not only caches."""
     section = config.get("quantization_config") or {}

@@ -24,7 +24,14 @@ from compress.memory.measure import available_bytes
 from compress.quantization.scheme import Scheme
 from compress.recipe import Recipe
 from compress.stages.base import Training
-from compress.steps.checks import format_mistakes, mistakes_of, quantised_before, warnings_of, weak_gates
+from compress.steps.checks import (
+    blocks_that_may_not_fit,
+    format_mistakes,
+    mistakes_of,
+    quantised_before,
+    warnings_of,
+    weak_gates,
+)
 from compress.steps.costs import backward_disk_bytes, dtype_bytes, peak_bytes, seconds, walk_load, weights_inside
 from compress.steps.device import DevicePeaks, device_peaks
 from compress.steps.environment import Machine, choose_machine
@@ -147,6 +154,7 @@ def make_plan(recipe: Recipe, store: Path | None, progress: Progress) -> Plan:
     trainings = trainings_of(recipe, shapes, schemes, machine)
     gate_powers = powers(recipe)
     warned = warnings_of(recipe, config, schemes, last.everything, architecture, dimensions)
+    warned += blocks_that_may_not_fit(recipe, shapes, stored.itemsize)
     plan = Plan(
         recipe=recipe,
         config=config,

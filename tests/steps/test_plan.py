@@ -47,6 +47,27 @@ def test_judging_on_the_calibration_text_is_warned_of(glass_recipe, tmp_path):
     assert warned["python-docstrings"][0].startswith("set python-docstrings:") and not warned["python-help"]
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "warned"), [("llama", {}, False), ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1]}, True)]
+)
+def test_plan_warns_where_blocks_that_go_decide_what_gguf_holds(glass, glass_recipe, tmp_path, name, layers, warned):
+    """Without rope in every fourth layer: of five blocks the first three fit llama.cpp, the last three do not."""
+    sizes = {**BIASES, "num_hidden_layers": 5, "max_position_embeddings": 256}
+    random_model(name, tmp_path / "model", torch.float16, **layers, **sizes)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(glass / file, tmp_path / "model" / file)
+    recipe = changed(
+        glass_recipe,
+        model={"path": str(tmp_path / "model")},
+        stages=[{"kind": "structured_prune", "blocks": 3, "compare": False}],
+        export={"format": "gguf", "context": 32},
+    )
+
+    plan = make_plan(load_recipe(write_recipe(tmp_path / "recipe.yaml", recipe)), None, Quiet())
+
+    assert any("not every choice fits the format" in each for each in plan.warnings) == warned
+
+
 def test_quantising_alone_is_compared_with_everything_that_gguf_holds(glass, glass_recipe, tmp_path):
     """Bytes between schemes: each limit is filled with the best that fits, K-quants and free minima among them."""
     random_model("llama", tmp_path / "model", torch.float16, **WIDE, **BIASES)

@@ -31,7 +31,7 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = (), *, judging: bool = 
     except IsADirectoryError:
         raise RecipeError(f"{path}: a folder; name the recipe in it") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: no text in UTF-8, so no recipe (byte {error.start})") from None
+        raise RecipeError(f"{path}: cannot be read as text in UTF-8 (byte {error.start})") from None
     except FileNotFoundError:
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise RecipeError(f"{path}: no such recipe.{near}") from None

@@ -216,7 +216,7 @@ def test_init_tells_what_it_left_out_and_refuses_where_that_is_all(here, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("what", "said"), [("folder", "a folder; name the recipe in it"), ("bytes", "no text in UTF-8")]
+    ("what", "said"), [("folder", "a folder; name the recipe in it"), ("bytes", "cannot be read as text in UTF-8")]
 )
 def test_what_is_no_recipe_file_is_told_as_what_it_is(here, tmp_path, what, said):
     path = tmp_path / what

@@ -210,22 +210,27 @@ def converted_gguf(path: Path, digest: str, progress: Progress) -> Path:
 def _dequantised(source: Source, progress: Progress) -> Source:
     """The values of a folder with quantised linears as a plain one in the cache; any other source as it is."""
     from compress.checkpoints.export import export, stored_dtype
-    from compress.checkpoints.reader import Checkpoint
+    from compress.checkpoints.reader import Checkpoint, says_tied
 
     checkpoint = Checkpoint(source.folder)
     if not checkpoint.schemes:
         return source
+    # A head that was quantised by itself is another one than the embedding, whatever the config says.
+    unties = checkpoint.architecture.head in checkpoint.schemes and says_tied(checkpoint.config)
     digest = checkpoint.digest()
     dtype = stored_dtype(checkpoint.config, "auto", checkpoint.architecture.float16_safe)
 
     def build(staged: Path) -> None:
         with progress.task("dequantising the source (once)", 1) as advance:
             export(checkpoint, staged, "plain", dtype, SHARD_BYTES)
+            if unties:
+                config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
+                write_json(staged / "config.json", {**config, "tie_word_embeddings": False})
             advance("")
 
     labels = Counter(scheme.label for scheme in checkpoint.schemes.values())
     said = ", ".join(f"{label} x{count}" for label, count in labels.most_common())
-    folder = cached_source(f"dense-{digest[:24]}", build)
+    folder = cached_source(f"dense-{'untied-' if unties else ''}{digest[:24]}", build)
     return Source(folder, {**source.facts, "quantised_digest": digest, "previous_quantization": said})
 
 

@@ -113,16 +113,19 @@ class StructuredPrune(Stage):
         return {}
 
     def configured(self, config: dict[str, Any], stored_bytes: int) -> dict[str, Any]:
-        return self._configured(config, stored_bytes, first=True)
+        return self._configured(config, stored_bytes, 0)
 
     def other_configs(self, config: dict[str, Any], stored_bytes: int) -> list[dict[str, Any]]:
-        """That of the last blocks, where `configured` takes the first: they show whether it matters which ones go."""
-        return [self._configured(config, stored_bytes, first=False)]
+        """Of blocks from the second on, and of the last, where `configured` takes the first: a pattern of layers moves
+        by one, or by all that go, so they show whether it matters which ones do."""
+        skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
+        gone = skeleton.block_count - self.counts(skeleton, stored_bytes).blocks
+        return [self._configured(config, stored_bytes, start) for start in sorted({1, gone})] if gone else []
 
-    def _configured(self, config: dict[str, Any], stored_bytes: int, first: bool) -> dict[str, Any]:
+    def _configured(self, config: dict[str, Any], stored_bytes: int, start: int) -> dict[str, Any]:
+        """The config where blocks from `start` on stay."""
         skeleton = Skeleton(config, torch.device("cpu"), torch.float32)
         counts = self.counts(skeleton, stored_bytes)
-        start = 0 if first else skeleton.block_count - counts.blocks
         return pruned_config(
             config,
             skeleton.config,

@@ -73,6 +73,11 @@ def test_a_copy_of_the_embedding_beside_a_tied_head_is_left_out(tmp_path, said):
     found = Checkpoint(folder)
 
     assert found.names == before.names and found.tied_head and found.head_stored_twice == "equal"
+    for other in (copy.half(), copy.bfloat16(), torch.full_like(copy, float("nan"))):
+        embedding = torch.full_like(copy, float("nan")) if other.isnan().any() else copy
+        both = {"model.embed_tokens.weight": embedding, "lm_head.weight": other}
+        save_file(stored | both, folder / "model.safetensors", {"format": "pt"})
+        assert Checkpoint(folder).head_stored_twice == "equal", "a rounded copy, and one of a damaged embedding"
     save_file(stored | {"lm_head.weight": copy + 1}, folder / "model.safetensors", {"format": "pt"})
     assert Checkpoint(folder).head_stored_twice == "differs"
 

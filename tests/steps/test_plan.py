@@ -48,11 +48,19 @@ def test_judging_on_the_calibration_text_is_warned_of(glass_recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "warned"), [("llama", {}, False), ("smollm3", {"no_rope_layers": [1, 1, 1, 0, 1]}, True)]
+    ("name", "blocks", "layers", "warned"),
+    [
+        ("llama", 5, {}, False),
+        ("smollm3", 5, {"no_rope_layers": [1, 1, 1, 0, 1]}, True),
+        ("smollm3", 7, {"no_rope_layers": [1, 1, 1, 0, 1, 1, 1]}, True),
+    ],
 )
-def test_plan_warns_where_blocks_that_go_decide_what_gguf_holds(glass, glass_recipe, tmp_path, name, layers, warned):
-    """Without rope in every fourth layer: of five blocks the first three fit llama.cpp, the last three do not."""
-    sizes = {**BIASES, "num_hidden_layers": 5, "max_position_embeddings": 256}
+def test_plan_warns_where_blocks_that_go_decide_what_gguf_holds(
+    glass, glass_recipe, tmp_path, name, blocks, layers, warned
+):
+    """Without rope in every fourth layer: the first three fit llama.cpp, the last of five do not; of seven they do, and
+    those from the second on do not."""
+    sizes = {**BIASES, "num_hidden_layers": blocks, "max_position_embeddings": 256}
     random_model(name, tmp_path / "model", torch.float16, **layers, **sizes)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(glass / file, tmp_path / "model" / file)

@@ -15,7 +15,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import ModelSpec
 from compress.errors import UnhealthySourceError
 from compress.events import Quiet
-from compress.stages import BitsAndBytesStage, RoundToNearest
+from compress.stages import BitsAndBytesStage, RoundToNearest, Vocabulary
 from compress.steps.source import open_source
 from tests.helpers import run_cli
 from tests.tiny import apply_stage
@@ -81,6 +81,29 @@ def test_a_head_that_the_config_does_not_explain_is_no_healthy_source(glass, tmp
 
     with pytest.raises(UnhealthySourceError, match=said):
         open_source(ModelSpec(path=folder, device="cpu"), Quiet())
+
+
+def test_a_head_quantised_by_itself_is_untied_in_the_values(glass, tmp_path, monkeypatch):
+    """A release whose config still ties it to the embedding, as the source's did."""
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    plain = tmp_path / "plain"
+    shutil.copytree(glass, plain)
+    config = {**json.loads((plain / "config.json").read_text()), "tie_word_embeddings": False}
+    (plain / "config.json").write_text(json.dumps(config))
+    tensors = load_file(plain / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, plain / "model.safetensors", {"format": "pt"})
+    done, _ = apply_stage(Vocabulary(parts="head", bits=8, group_size=32), plain, tmp_path / "stage")
+    folder = tmp_path / "quantised"
+    export(done, folder, "compressed-tensors", torch.float16, 10**9)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(glass / name, folder / name)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "tie_word_embeddings": True}))
+
+    opened = open_source(ModelSpec(path=folder, device="cpu"), Quiet())
+
+    assert opened.checkpoint.config["tie_word_embeddings"] is False and not opened.checkpoint.tied_head
 
 
 def test_what_a_stage_leaves_alone_keeps_its_values_in_the_export(quantised, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
     ├── RecipeError               2   bad recipe or usage; carries every mistake at once
     ├── RefusedError              3   a release that gates and waivers do not allow
     ├── UnhealthySourceError      5   the source model cannot be trusted as a baseline
-    │   (DamagedCheckpointError, in checkpoints.reader, also ends with 5)
+    │   (DamagedCheckpointError, in checkpoints.folder, also ends with 5)
     ├── ResourceError             6   out of memory or disk
     └── EnvironmentLacksError     7   the environment lacks something the recipe needs
 

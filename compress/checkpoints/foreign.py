@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress.checkpoints.reader import Checkpoint, tokenizer_files
+from compress.checkpoints.folder import tokenizer_files
+from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Skeleton
 from compress.errors import EnvironmentLacksError, RecipeError
 from compress.events import Progress

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from compress.architecture import architecture_of
+from compress.checkpoints.folder import companion_files
 from compress.checkpoints.formats.gguf_names import KINDS, Names
-from compress.checkpoints.reader import companion_files
 from compress.errors import EnvironmentLacksError, RecipeError
 
 

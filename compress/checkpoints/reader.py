@@ -10,7 +10,7 @@ All answer the same questions: which tensors, which module has which scheme, the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.architecture import Architecture, architecture_of
-from compress.errors import CompressError, RecipeError, UnhealthySourceError
+from compress.checkpoints.folder import DamagedCheckpointError, companion_files, read_config, says_tied, weight_files
 from compress.files import digest_of_json, digests_of
 from compress.quantization.grid import Grid, Nested, dequantize
 from compress.quantization.scheme import Scheme
@@ -36,14 +36,7 @@ NESTED = ("codes", "absmax", "table", "offset")
 NO_PARAMETERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names of buffers in old files (Llama's rotary frequencies, GPT-2's causal mask): models compute them, and
 loaders skip them or fail."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class DamagedCheckpointError(CompressError):
-    """A model folder that cannot be read: truncated, missing tensors, not safetensors."""
-
-    exit_code = UnhealthySourceError.exit_code
 
 
 class Layout(Protocol):
@@ -56,27 +49,18 @@ class Layout(Protocol):
         """Codes int8 (rows, columns) and grid of one of them."""
 
 
-def says_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed config.json, or what its model class says where it does not, ties the head to the embedding."""
-    if "tie_word_embeddings" in config:
-        return bool(config["tie_word_embeddings"])
-    from transformers import AutoConfig
-
-    return bool(AutoConfig.for_model(config["model_type"]).tie_word_embeddings)
-
-
 class Checkpoint:
     """A model folder opened for reading. Cheap: headers only; tensors are read when asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = _read_config(folder)
+        self.config: dict[str, Any] = read_config(folder)
         self.architecture: Architecture = architecture_of(self.config)
         self._files: dict[str, Path] = {}
         self.schemes: dict[str, Scheme] = {}
         """Scheme of each quantised matrix, by module name: linears, and the embedding and head where they are."""
         self._headers: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for path in _weight_files(folder):
+        for path in weight_files(folder):
             self._index(path)
         self._missing_prefix = self._detect_missing_prefix()
         self._layout = self._find_layout()
@@ -300,67 +284,6 @@ def super_block_grid(scheme: Scheme, read: Callable[[str], Tensor]) -> Grid:
 def all_finite(tensor: Tensor) -> bool:
     """Whether a floating tensor has no NaN and no infinity. A piece at a time: what is compared stays in the cache."""
     return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), 1 << 20))
-
-
-def companion_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and template files that travel with a model."""
-    names = (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-        "source.json",
-    )
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The companions without the model config and our own notes."""
-    return [path for path in companion_files(folder) if path.name not in ("config.json", "source.json")]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{folder}: no config.json here, so this is not a Hugging Face model folder.") from None
-    except (ValueError, OSError) as error:
-        raise DamagedCheckpointError(f"{path}: cannot be read as JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise DamagedCheckpointError(f"{path}: expected a JSON object.")
-    return config
-
-
-def _weight_files(folder: Path) -> Iterable[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise DamagedCheckpointError(f"{index}: not an index of weight files ({error}); fetch it again.") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise DamagedCheckpointError(f"{folder}: the index names files that are not there: {', '.join(missing)}.")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise RecipeError(
-            f"{folder}: the weights are pickles ({', '.join(pickles[:3])}), which can run code when loaded and are "
-            "never read here. Convert them to safetensors where you trust the file: load with transformers, then "
-            "save_pretrained(...)."
-        )
-    raise RecipeError(f"{folder}: no .safetensors files here.")
 
 
 def _bytes_of(dtype: str) -> int:

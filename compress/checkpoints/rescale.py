@@ -15,7 +15,8 @@ from torch import Tensor
 
 from compress.architecture import Coupling, Dimensions, dimensions_of
 from compress.checkpoints.couplings import to_columns, written
-from compress.checkpoints.reader import Checkpoint, companion_files
+from compress.checkpoints.folder import companion_files
+from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
 

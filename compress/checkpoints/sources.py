@@ -210,7 +210,8 @@ def converted_gguf(path: Path, digest: str, progress: Progress) -> Path:
 def _dequantised(source: Source, progress: Progress) -> Source:
     """The values of a folder with quantised linears as a plain one in the cache; any other source as it is."""
     from compress.checkpoints.export import export, stored_dtype
-    from compress.checkpoints.reader import Checkpoint, says_tied
+    from compress.checkpoints.folder import says_tied
+    from compress.checkpoints.reader import Checkpoint
 
     checkpoint = Checkpoint(source.folder)
     if not checkpoint.schemes:

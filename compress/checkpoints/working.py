@@ -26,7 +26,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.checkpoints.reader import NESTED, PLAN_FILE, SCHEMES_KEY, Checkpoint, companion_files
+from compress.checkpoints.folder import companion_files
+from compress.checkpoints.reader import NESTED, PLAN_FILE, SCHEMES_KEY, Checkpoint
 from compress.checkpoints.stream import Entry, write_safetensors
 from compress.files import atomic_path, write_json
 from compress.quantization.grid import Grid

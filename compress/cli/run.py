@@ -29,8 +29,8 @@ def run(
     """Compress a model as a recipe says, judge it, publish it.
 
     Exit codes: 0 passed, 2 bad recipe, 3 a gate failed, 4 a gate is inconclusive, 5 unhealthy source, 6 out of memory
-    or disk, 7 the environment lacks something, 130 interrupted, 1 internal error
-    or a damaged version.
+    or disk, 7 the environment lacks something, 130 interrupted, 1 internal error or a
+    damaged version.
     """
     from compress import parallel
 

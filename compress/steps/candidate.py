@@ -16,11 +16,12 @@ from compress.calibration.texts import SelfGenerated
 from compress.calibration.window_specs import CalibrationSpec
 from compress.calibration.windows import build_windows
 from compress.checkpoints.export import stored_dtype
+from compress.checkpoints.folder import tokenizer_files
 from compress.checkpoints.foreign import readable_as, write_dense
 from compress.checkpoints.formats import FORMATS
 from compress.checkpoints.formats.gguf import FILE as GGUF_FILE
 from compress.checkpoints.formats.gguf import effective_bits, tensor_bytes
-from compress.checkpoints.reader import Checkpoint, tokenizer_files
+from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import ModelSpec, cached_source, converted_gguf, resolve
 from compress.errors import CompressError, RecipeError, nearest
 from compress.events import OF_MAKING, Event, Progress, count_by_kind

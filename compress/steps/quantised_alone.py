@@ -99,10 +99,9 @@ def quantised_alone(
     evidence: Evidence,
     sampler: PeakSampler,
     progress: Progress,
-) -> AlternativeRecord | None:
-    """The comparison, or None where the recipe does not prune or wants none."""
-    if not any(stage.compares for stage in plan.recipe.stages) or texts.calibration is None:
-        return None
+) -> AlternativeRecord:
+    """The comparison, which a stage of the recipe asks for (`compares`)."""
+    assert texts.calibration is not None, "stages that compare read calibration text"
     limit = int(evidence.compressed.values["weight_bytes"])
     best = best_within(plan, limit)
     if best is None:

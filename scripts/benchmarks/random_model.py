@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.checkpoints.reader import companion_files
+from compress.checkpoints.folder import companion_files
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.files import write_json
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoints.reader import Checkpoint, DamagedCheckpointError
+from compress.checkpoints.folder import DamagedCheckpointError
+from compress.checkpoints.reader import Checkpoint
 from compress.errors import RecipeError
 from compress.quantization.grid import dequantize
 from compress.stages import RoundToNearest

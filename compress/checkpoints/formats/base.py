@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from compress.architecture import Architecture
-from compress.checkpoints.reader import Checkpoint, all_finite, tokenizer_files
+from compress.checkpoints.folder import tokenizer_files
+from compress.checkpoints.reader import Checkpoint, all_finite
 from compress.checkpoints.stream import Entry, write_sharded
 from compress.errors import RecipeError
 from compress.events import Event

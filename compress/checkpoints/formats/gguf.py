@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture
+from compress.checkpoints.folder import tokenizer_files
 from compress.checkpoints.formats.base import Format, Shapes, Written, cast
 from compress.checkpoints.formats.gguf_k_quants import super_blocks
 from compress.checkpoints.formats.gguf_names import Names, completed, metadata, refusals, unsupported
 from compress.checkpoints.formats.gguf_rope import tensors_of
 from compress.checkpoints.formats.gguf_tokenizer import Vocabulary, vocabulary_of
-from compress.checkpoints.reader import Checkpoint, is_float, tokenizer_files
+from compress.checkpoints.reader import Checkpoint, is_float
 from compress.errors import RecipeError
 from compress.events import Event
 from compress.files import atomic_path, write_json

@@ -17,9 +17,10 @@ from compress.checkpoints.skeleton import Skeleton
 
 Products = Literal["auto", "float32", "bfloat16"]
 WHILE_WALKING = (
-    "what linears, and the sums of shifts, multiply in during calibration on a CPU: bfloat16 is faster on processors "
-    "with units for it (AMX, AVX512-BF16: auto takes it there); H and solving stay in float32. A GPU multiplies in the "
-    "dtype it computes in"
+    "what linears multiply in during calibration on a CPU: bfloat16 is faster on processors with units for it (AMX, "
+    "AVX512-BF16: auto takes it there), and sums over inputs, H among them, are of 8-bit integers then where the "
+    "processor multiplies those exactly (VNNI, AMX), in float32 elsewhere; solving stays in float32. A GPU multiplies "
+    "in the dtype it computes in"
 )
 """What a stage's field says that chooses for its walk over calibration text."""
 

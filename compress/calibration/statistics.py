@@ -13,17 +13,21 @@ Inputs that a GPU computed in 16 bits are multiplied in 16 bits, some ten times 
 is exact in float32, which is what the tensor cores sum in. Differences x~ - x and weighted inputs are rounded to 16
 bits first, an error of at most 2^-8 of each number (bfloat16) that has no direction.
 
-A CPU whose linears multiply in bfloat16 takes D and R in that too, in half of the time. It rounds the sum over a batch
-as well, so not H: its large entries are much the same in every batch, a mean direction, a few tokens of huge
-activations, and so is their rounding. Of 120 H of SmolLM2-135M six were indefinite then at a damping of 0.01.
+On a CPU whose linears multiply in bfloat16 all three are sums over rows of 8-bit integers (`integer_rows`), a quarter
+of the time of a float32 product, where the processor multiplies integers exactly; elsewhere float32. Not bfloat16,
+which rounds the sum over a batch: of 120 H of SmolLM2-135M six were indefinite then at a damping of 0.01.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from compress import parallel
+from compress.calibration import integer_rows
+from compress.calibration.integer_rows import IntegerRows
 from compress.quantization.refine import Split
 from compress.quantization.target_shift import Mismatch
 
@@ -46,14 +50,19 @@ def token_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
     return rows if mask is None else rows[mask.flatten().bool().to(rows.device)]
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right float32 (rows, columns) of left (tokens, rows) and right (tokens, columns) of one dtype.
+Rows = Tensor | IntegerRows
+"""(tokens, columns)."""
 
-    Summed in float32 whatever that is; a CPU, which was given 16 bits on purpose, rounds the sums to them once.
-    """
+
+def product(left: Rows, right: Rows, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+    """left^T right float32 (left's columns, right's columns) of one kind; of the product just `rows` and `columns`."""
+    if isinstance(left, IntegerRows):
+        assert isinstance(right, IntegerRows)
+        return integer_rows.product(left.columns(rows), right.columns(columns))
+    assert isinstance(right, Tensor)
     if left.is_cuda and left.dtype in _HALF:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return (left.T @ right).float()
+        return torch.mm(left[:, rows].T, right[:, columns], out_dtype=torch.float32)
+    return left[:, rows].T @ right[:, columns]
 
 
 class Sum:
@@ -66,13 +75,14 @@ class Sum:
         self.whole = torch.zeros(rows, columns, dtype=torch.float64, device=device)
         self.tokens, self.upper_only = 0, upper_only
 
-    def add(self, left: Tensor, right: Tensor) -> None:
+    def add(self, left: Rows, right: Rows) -> None:
         """left (tokens, rows), right (tokens, columns), as `token_rows` gives them."""
-        strip = GPU_STRIP if left.is_cuda else STRIP
-        step = strip if self.upper_only else 4 * strip
+        strip = GPU_STRIP if self.whole.is_cuda else STRIP
+        # Integers become float32, scaled, then float64: that is best done where it fits a cache.
+        step = strip if self.upper_only or isinstance(left, IntegerRows) else 4 * strip
         for row in range(0, len(self.whole), step):
             start = row if self.upper_only else 0
-            self.whole[row : row + step, start:] += product(left[:, row : row + step], right[:, start:])
+            self.whole[row : row + step, start:] += product(left, right, slice(row, row + step), slice(start, None))
         self.tokens += len(right)
 
 
@@ -83,10 +93,11 @@ class InputStatistics:
     than half of the work. A sum that nothing was added to takes no memory.
     """
 
-    def __init__(self, columns: int, device: torch.device, shifts: torch.dtype | None = None) -> None:
-        """`shifts`: what D and R are multiplied in, if not what H is; a CPU may take bfloat16. They are regularised and
-        taken in part, so that the rounding of a batch's sum does not matter."""
-        self.columns, self._device, self._shifts = columns, device, shifts
+    def __init__(self, columns: int, device: torch.device, products: torch.dtype = torch.float32) -> None:
+        """`products`: what linears multiply in on a CPU; for bfloat16, sums are over rows of 8-bit integers where the
+        processor multiplies those exactly."""
+        self.columns, self._device = columns, device
+        self._integers = device.type == "cpu" and products is torch.bfloat16 and integer_rows.exact_here()
         self._alone: Sum | None = None
         self._paired: Sum | None = None
         self._cross: Sum | None = None
@@ -99,16 +110,14 @@ class InputStatistics:
 
     def hold_out(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """As `add`, for tokens whose H is also kept apart, to judge by what was not fitted."""
-        rows = token_rows(inputs, mask)
         self._held_out = self._held_out or self._empty(self.columns, upper_only=True)
-        self._held_out.add(_weighted(rows, mask, weights), rows)
+        self._held_out.add(*self._factors(token_rows(inputs, mask), mask, weights))
 
     def add(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """inputs (windows, tokens, columns); mask (windows, tokens), 1 where a token counts, or None; weights the
         same shape, or None for 1."""
-        rows = token_rows(inputs, mask)
         self._alone = self._alone or self._empty(self.columns, upper_only=True)
-        self._alone.add(_weighted(rows, mask, weights), rows)
+        self._alone.add(*self._factors(token_rows(inputs, mask), mask, weights))
 
     def add_pair(
         self,
@@ -121,17 +130,34 @@ class InputStatistics:
         """inputs and the source's for the same tokens (windows, tokens, columns); `residual`: the residual stream and
         the source's (windows, tokens, hidden)."""
         rows = token_rows(inputs, mask)
-        weighted = _weighted(rows, mask, weights)
-        self._paired = self._paired or self._empty(self.columns, upper_only=True)
-        self._paired.add(weighted, rows)
-        self._cross = self._cross or self._empty(self.columns)
-        beside = weighted if self._shifts is None else weighted.to(self._shifts)
-        self._cross.add((token_rows(reference, mask) - rows).to(beside.dtype), beside)
+        errors = [token_rows(reference, mask) - rows]
         if residual is not None:
             here, there = residual
-            error = token_rows(there, mask) - token_rows(here, mask)
-            self._residual = self._residual or self._empty(error.shape[1])
-            self._residual.add(error.to(beside.dtype), beside)
+            errors.append(token_rows(there, mask) - token_rows(here, mask))
+            self._residual = self._residual or self._empty(errors[1].shape[1])
+        weighted, as_are, *beside = self._factors(rows, mask, weights, errors)
+        self._paired = self._paired or self._empty(self.columns, upper_only=True)
+        self._paired.add(weighted, as_are)
+        self._cross = self._cross or self._empty(self.columns)
+        self._cross.add(beside[0], weighted)
+        if self._residual is not None and residual is not None:
+            self._residual.add(beside[1], weighted)
+
+    def _factors(
+        self, rows: Tensor, mask: Tensor | None, weights: Tensor | None, errors: Sequence[Tensor] = ()
+    ) -> list[Rows]:
+        """Weighted rows, rows, and each of `errors`: the first one's product with any of the others is a weighted sum.
+
+        As integers all of them have the root of the weights, so that H is a sum of squares."""
+        if not self._integers:
+            weighted = rows if weights is None else (rows * _per_token(weights, mask, rows)).to(rows.dtype)
+            return [weighted, rows, *(each.to(rows.dtype) for each in errors)]
+        batches = [rows, *errors]
+        if weights is not None:
+            roots = _per_token(weights, mask, rows).sqrt()
+            batches = [each * roots for each in batches]
+        first, *rest = integer_rows.rounded(*batches)
+        return [first, first, *rest]
 
     def _empty(self, rows: int, upper_only: bool = False) -> Sum:
         return Sum(rows, self.columns, self._device, upper_only)
@@ -193,10 +219,9 @@ class InputStatistics:
         return mirrored(alone.whole.div_(max(1, alone.tokens))), split
 
 
-def _weighted(rows: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return rows
-    return (rows * token_rows(weights.unsqueeze(-1), mask).to(rows.device)).to(rows.dtype)
+def _per_token(weights: Tensor, mask: Tensor | None, rows: Tensor) -> Tensor:
+    """(kept tokens, 1), where `rows` are."""
+    return token_rows(weights.unsqueeze(-1), mask).to(rows.device)
 
 
 def mirrored(upper: Tensor) -> Tensor:

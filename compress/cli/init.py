@@ -154,6 +154,8 @@ def _context(folder: Path) -> int:
 
 OTHER_SIZES = {"compressed-tensors": ("32", "128", "channel"), "plain": ("32", "128", "channel"), "gguf": ("32",)}
 """Group sizes to fall back on, by format, for linears that do not divide into those of the rest."""
+PRODUCTS = "products: auto"
+"""Less time where the processor has units for bfloat16; what it is without them."""
 
 
 @dataclass(frozen=True)
@@ -211,14 +213,14 @@ def _stages(linears: _Linears | None, format_: str, group_size: str) -> tuple[li
     tried = [size, *(each for each in OTHER_SIZES.get(format_, ()) if each != size)]
     exceptions, left = _exceptions(linears, format_, tried)
     if format_ != "gguf":
-        return [f"kind: gptq, bits: 4, group_size: {size}{exceptions}"], left
+        return [f"kind: gptq, bits: 4, group_size: {size}, {PRODUCTS}{exceptions}"], left
     columns = [shape[1] for shape in (*linears.shapes.values(), linears.embedding)] if linears else []
     if columns and not group_size and all(width % 256 == 0 for width in columns):
-        return ["kind: vocabulary, bits: 6, k_quant: true", "kind: gptq, bits: 4, k_quant: true"], []
+        return ["kind: vocabulary, bits: 6, k_quant: true", f"kind: gptq, bits: 4, k_quant: true, {PRODUCTS}"], []
     held = _first_held(format_, tried, [linears.embedding]) if linears else size
     stages = [f"kind: vocabulary, bits: 8, group_size: {held}"] if held else []
     grid = f"group_size: {size}, symmetric: false, zero_points: free"
-    return [*stages, f"kind: gptq, bits: 4, {grid}{exceptions}"], left
+    return [*stages, f"kind: gptq, bits: 4, {grid}, {PRODUCTS}{exceptions}"], left
 
 
 def _exceptions(linears: _Linears | None, format_: str, tried: list[str]) -> tuple[str, list[str]]:

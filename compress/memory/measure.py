@@ -90,10 +90,15 @@ def large_tensors_from_system() -> None:
     glibc raises its threshold for that to 32 MiB as a program goes, and large freed tensors then stay in a fragmented
     heap. A threshold as low as a megabyte keeps least, but the system fills every page with zeros before it hands it
     out: with the batches of the CPU, 28 % of a GPTQ stage went there (docs/performance.md).
+
+    Once that threshold is set, glibc gives the heap's end back whenever 128 KiB of it are free, between one temporary
+    tensor and the next: it may keep 32 MiB, until `trim`.
     """
-    m_mmap_threshold = -3  # from malloc.h
+    m_mmap_threshold, m_trim_threshold = -3, -1  # from malloc.h
     with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(m_mmap_threshold, 8 << 20)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 8 << 20)
+        libc.mallopt(m_trim_threshold, 32 << 20)
 
 
 def free_bytes(device: torch.device) -> int:

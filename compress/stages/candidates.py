@@ -153,8 +153,9 @@ class CandidateStage(Stage):
     products: Products = Field(
         default="float32",
         description="what linears and the head multiply in while `sensitivity` walks the calibration text, on a CPU: "
-        "bfloat16 is faster on processors with units for it (AMX, AVX512-BF16: auto takes it there). H, solving and "
-        "measuring stay in float32",
+        "bfloat16 is faster on processors with units for it (AMX, AVX512-BF16: auto takes it there), and sums over "
+        "inputs, H among them, are of 8-bit integers then where the processor multiplies those exactly (VNNI, AMX), "
+        "in float32 elsewhere. Solving and measuring stay in float32",
     )
     needs_calibration: ClassVar[bool] = True
 

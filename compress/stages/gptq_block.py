@@ -52,8 +52,7 @@ class BlockWork:
             if self._reads_integers(group):
                 here = Arrival(rounded_inputs(here.inputs), here.residual)
             if self._statistics is None:
-                shifts = self.run.products if self.run.products is torch.bfloat16 else None
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device, shifts)
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device, self.run.products)
             mask = self.run.batches[number].mask
             weights = self._weights(group, number)
             if there is None or not self.run.can_shift(here.inputs.shape[-1]):

@@ -57,9 +57,8 @@ class BlockWork:
         with self.run.clock.timed("hessian"):
             columns, device = here.inputs.shape[-1], here.inputs.device
             if self._statistics is None:
-                shifts = self.run.products if self.run.products is torch.bfloat16 else None
-                self._statistics = InputStatistics(columns, device, shifts)
-                self._held_out = InputStatistics(columns, device, shifts)
+                self._statistics = InputStatistics(columns, device, self.run.products)
+                self._held_out = InputStatistics(columns, device, self.run.products)
             mask = self.run.batches[number].mask
             if there is None or not self.run.can_shift(columns):
                 if number < self.run.fitted:

@@ -55,7 +55,7 @@ class BlockWork:
     def on_input(self, group: InputGroup, number: int, here: Arrival, there: Arrival | None) -> None:
         with self.run.clock.timed("hessian"):
             if self._statistics is None:
-                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+                self._statistics = InputStatistics(here.inputs.shape[-1], here.inputs.device, self.run.products)
             batch, weights = self.run.batches[number], None
             mask = batch.mask
             if group.name == ATTENTION and self._usable:
@@ -63,7 +63,7 @@ class BlockWork:
             self._statistics.add(here.inputs, mask, weights)
             if self._rounds:
                 if self._roundings is None:
-                    self._roundings = InputStatistics(here.inputs.shape[-1], here.inputs.device)
+                    self._roundings = InputStatistics(here.inputs.shape[-1], here.inputs.device, self.run.products)
                 self._roundings.add(rounded_inputs(here.inputs) - here.inputs, mask, weights)
 
     def on_group(self, group: InputGroup) -> None:

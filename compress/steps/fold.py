@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from compress.calibration import integer_rows
+from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.windows import Windows
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
@@ -87,6 +89,8 @@ def fingerprint(
             "calibration": windows.digest if windows is not None and stage.needs_calibration else None,
             "seed": seed if stage.draws else None,
             "machine": machine.to_json(),
+            # What `products: auto`, and sums that go with it, come to.
+            "units": [has_units_for_bfloat16(), integer_rows.exact_here()],
             "stored": str(stored),
             "versions": versions(),
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from compress.calibration import integer_rows
 from compress.calibration.statistics import InputStatistics
 from tests.tiny import CPU
 
@@ -48,21 +49,27 @@ def test_the_mismatch_covers_just_the_tokens_with_a_reference(columns):
     torch.testing.assert_close(statistics.hessian()[0], every.T @ every / 28, rtol=1e-4, atol=1e-5)
 
 
-def test_shifts_in_bfloat16_leave_h_alone_and_are_nearly_the_same():
-    inputs, error = _random(4, 100, 40, seed=0), 0.05 * _random(4, 100, 40, seed=1)
+@pytest.mark.skipif(not integer_rows.exact_here(), reason="no exact products of integers on this CPU")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_over_integers_are_nearly_the_same(weighted):
+    inputs, error = _random(5, 400, 40, seed=0), 0.05 * _random(5, 400, 40, seed=1)
+    mask = (_random(5, 400, seed=2) > -1).long()
+    weights = torch.rand(5, 400, generator=torch.Generator().manual_seed(3)) if weighted else None
     found = {}
-    for shifts in (None, torch.bfloat16):
-        statistics = InputStatistics(40, CPU, shifts)
-        for batch in range(4):
-            here, there = inputs[batch : batch + 1], (inputs + error)[batch : batch + 1]
-            statistics.add_pair(here, there, None, (here[..., :7], there[..., :7]))
-        found[shifts] = statistics.mismatch()
+    for products in (torch.float32, torch.bfloat16):
+        statistics = InputStatistics(40, CPU, products)
+        for batch in (slice(at, at + 1) for at in range(4)):
+            here, there = inputs[batch], (inputs + error)[batch]
+            each = None if weights is None else weights[batch]
+            statistics.add_pair(here, there, mask[batch], (here[..., :7], there[..., :7]), each)
+        statistics.add(inputs[4:], mask[4:], None if weights is None else weights[4:])
+        found[products] = statistics.mismatch(), statistics.hessian()[0], statistics.tokens
 
-    exact, rounded = found[None], found[torch.bfloat16]
-    assert torch.equal(exact.hessian, rounded.hessian)
-    for name in ("cross", "residual"):
-        one, other = getattr(exact, name), getattr(rounded, name)
-        assert 0 < float((one - other).norm() / one.norm()) < 5e-3, name
+    (exact, whole, _), (rounded, other_whole, _) = found.values()
+    pairs = {name: (getattr(exact, name), getattr(rounded, name)) for name in ("hessian", "cross", "residual")}
+    for name, (one, other) in {**pairs, "whole": (whole, other_whole)}.items():
+        limit = 4e-3 if name in ("hessian", "whole") else 2e-2
+        assert 0 < float((one - other).norm() / one.norm()) < limit, name
 
 
 def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
@@ -79,6 +86,19 @@ def test_a_weight_of_two_counts_a_token_twice_in_every_sum():
     torch.testing.assert_close(mismatch.hessian, weighted.T @ rows / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.cross, (others - rows).T @ weighted / 3, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mismatch.residual, (rows - others).T @ weighted / 3, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_weights_count_in_what_is_held_out(products):
+    fitted, held = _random(1, 300, 6, seed=0), _random(1, 300, 6, seed=1)
+    weights = torch.linspace(0, 3, 300).unsqueeze(0)
+    statistics = InputStatistics(6, CPU, products)
+    statistics.add(fitted, None, weights)
+    statistics.hold_out(held, None, weights)
+
+    _, split = statistics.hessian()
+    expected = (held[0] * weights[0, :, None]).T @ held[0] / 300
+    assert float((split.held_out - expected).norm() / expected.norm()) < 4e-3
 
 
 def test_what_is_held_out_counts_in_the_whole_and_apart():

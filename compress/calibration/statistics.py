@@ -65,6 +65,19 @@ def product(left: Rows, right: Rows, rows: slice = slice(None), columns: slice =
     return left[:, rows].T @ right[:, columns]
 
 
+def summed_as(products: torch.dtype, device: torch.device) -> torch.dtype:
+    """What rows are rounded to before their products, where linears multiply in `products`."""
+    if device.type != "cpu":
+        return products
+    return torch.int8 if products is torch.bfloat16 and integer_rows.exact_here() else torch.float32
+
+
+def facts_of_products(products: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What a stage says of it: `auto`, and processors whose integer products are not exact, decide at run time."""
+    named = {"products": products, "inputs_summed_as": summed_as(products, device)}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in named.items()}
+
+
 class Sum:
     """Sum of left^T right over batches, float64 (rows, columns), and the number of tokens in it.
 
@@ -94,10 +107,9 @@ class InputStatistics:
     """
 
     def __init__(self, columns: int, device: torch.device, products: torch.dtype = torch.float32) -> None:
-        """`products`: what linears multiply in on a CPU; for bfloat16, sums are over rows of 8-bit integers where the
-        processor multiplies those exactly."""
+        """`products`: what linears multiply in, which `summed_as` goes by."""
         self.columns, self._device = columns, device
-        self._integers = device.type == "cpu" and products is torch.bfloat16 and integer_rows.exact_here()
+        self._integers = summed_as(products, device) is torch.int8
         self._alone: Sum | None = None
         self._paired: Sum | None = None
         self._cross: Sum | None = None
@@ -115,7 +127,7 @@ class InputStatistics:
 
     def add(self, inputs: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> None:
         """inputs (windows, tokens, columns); mask (windows, tokens), 1 where a token counts, or None; weights the
-        same shape, or None for 1."""
+        same shape, none of them negative, or None for 1."""
         self._alone = self._alone or self._empty(self.columns, upper_only=True)
         self._alone.add(*self._factors(token_rows(inputs, mask), mask, weights))
 
@@ -134,13 +146,13 @@ class InputStatistics:
         if residual is not None:
             here, there = residual
             errors.append(token_rows(there, mask) - token_rows(here, mask))
-            self._residual = self._residual or self._empty(errors[1].shape[1])
         weighted, as_are, *beside = self._factors(rows, mask, weights, errors)
         self._paired = self._paired or self._empty(self.columns, upper_only=True)
         self._paired.add(weighted, as_are)
         self._cross = self._cross or self._empty(self.columns)
         self._cross.add(beside[0], weighted)
-        if self._residual is not None and residual is not None:
+        if residual is not None:
+            self._residual = self._residual or self._empty(errors[1].shape[1])
             self._residual.add(beside[1], weighted)
 
     def _factors(

@@ -26,6 +26,7 @@ from torch import Tensor
 from compress import parallel
 from compress.calibration.outputs import Outputs, outputs_of, starts_of
 from compress.calibration.products import WHILE_WALKING, Products, chosen_for_walks
+from compress.calibration.statistics import facts_of_products
 from compress.calibration.token_weights import TokenWeights, token_weights
 from compress.calibration.walk import (
     Stream,
@@ -234,7 +235,8 @@ class GptqRun:
                 advance(f"block {index + 1}/{count}")
         # The leader removes what all have read from.
         parallel.from_leader(None)
-        return StageOutcome(modules, events, self.clock.seconds)
+        facts = facts_of_products(self.products, self.context.device)
+        return StageOutcome(modules, events, self.clock.seconds, facts)
 
     def _outputs(self) -> Outputs:
         """What the output depends on, as a killed run had found it where that is known."""

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from compress.calibration.outputs import Outputs, outputs_of, starts_of
 from compress.calibration.products import chosen_for_walks
+from compress.calibration.statistics import facts_of_products
 from compress.calibration.walk import Stream, forward_of, run_block
 from compress.checkpoints.candidates import (
     Assigned,
@@ -146,8 +147,13 @@ class SensitivityRun:
             alone, held = self._alone()
             events += held
         gradient = min(self.stage.gradient_windows, len(self.windows.ids))
-        facts = {"candidates": len(self.stage.candidates), "gradient_windows": gradient, "tokens": self.windows.tokens}
-        facts |= alone
+        facts = {
+            "candidates": len(self.stage.candidates),
+            "gradient_windows": gradient,
+            "tokens": self.windows.tokens,
+            **alone,
+            **facts_of_products(self.products, self.context.device),
+        }
         return StageOutcome([], events, self.clock.seconds, facts)
 
     def _outputs(self) -> Outputs:

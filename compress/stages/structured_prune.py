@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.architecture import Architecture, dimensions_of
 from compress.calibration.products import WHILE_WALKING, Products, chosen_for_walks
+from compress.calibration.statistics import facts_of_products
 from compress.calibration.walk import Stream, forward_of, run_block, with_source_weights
 from compress.calibration.windows import HELD_OUT, Windows, kept_out
 from compress.checkpoints.reader import Checkpoint
@@ -327,6 +328,7 @@ class PruneRun:
             "block_parameters": [self.model.block_parameters(before), self.model.block_parameters(after)],
             "importance": self.stage.importance,
             "tokens": self.windows.tokens,
+            **facts_of_products(self.products, self.context.device),
         }
         if shares:
             for key in ("input_share", "residual_share"):

@@ -100,12 +100,14 @@ def test_more_tokens_than_32_bits_hold_are_summed_in_pieces(monkeypatch):
 OLDER = """
 import torch
 from compress.calibration import integer_rows
-from compress.calibration.statistics import InputStatistics
+from compress.calibration.statistics import InputStatistics, facts_of_products
 rows = 3 + 0.3 * torch.randn(1, 1024, 40, generator=torch.Generator().manual_seed(0))
 statistics = InputStatistics(40, torch.device("cpu"), torch.bfloat16)
 statistics.add(rows, None)
 exact = rows[0].double().T @ rows[0].double() / 1024
-print(integer_rows.exact_here(), float((statistics.hessian()[0] - exact).norm() / exact.norm()) < 1e-5)
+facts = facts_of_products(torch.bfloat16, torch.device("cpu"))
+close = float((statistics.hessian()[0] - exact).norm() / exact.norm()) < 1e-5
+print(integer_rows.exact_here(), close, *facts.values())
 """
 
 
@@ -114,7 +116,7 @@ def test_where_integers_run_over_sums_are_in_float32():
     older = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     ended = subprocess.run([sys.executable, "-c", OLDER], env=older, capture_output=True, text=True, check=False)
 
-    assert ended.stdout.split() == ["False", "True"], ended.stderr
+    assert ended.stdout.split() == ["False", "True", "bfloat16", "float32"], ended.stderr
 
 
 def test_a_column_of_zeros_stays_zero():

@@ -26,7 +26,9 @@ def test_sums_are_of_integers_where_products_are_in_bfloat16(tmp_path, monkeypat
         integer_rows, "rounded", lambda *batches: seen.append({each.dtype for each in batches}) or original(*batches)
     )
     stage = STAGES[kind].model_copy(update={"products": products})
-    apply_stage(stage, tmp_path / "model", tmp_path / "done", random_windows(count=24))
+    _, outcome = apply_stage(stage, tmp_path / "model", tmp_path / "done", random_windows(count=24))
 
+    assert outcome.facts["products"] == products
+    assert outcome.facts["inputs_summed_as"] == ("int8" if products == "bfloat16" else "float32")
     assert bool(seen) == (products == "bfloat16")
     assert all(kinds == {torch.float32} for kinds in seen)

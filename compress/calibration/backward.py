@@ -20,6 +20,7 @@ from compress.calibration.draws import tokens_drawn
 from compress.calibration.walk import forward_of
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.skeleton import Batch, Head, Skeleton
+from compress.memory.measure import trim
 from compress.quantization.inputs import run_as_before
 
 KEPT_BYTES = 256 * 2**20
@@ -60,6 +61,7 @@ def walk_backward(
             forward = forward_of(skeleton, batches, index, products)
             with skeleton.loaded(checkpoint, arch.block_name(index)) as block:
                 states = [forward(block, number, hidden) for number, hidden in enumerate(states)]
+            trim()
     with skeleton.head(checkpoint, products) as head:
         gradients = [
             _loss_gradient(head, hidden, seed, batch.mask)
@@ -79,6 +81,7 @@ def walk_backward(
                     torch.autograd.backward(output, gradients[number])
                 assert leaf.grad is not None
                 gradients[number] = leaf.grad
+        trim()
         after_block(index)
 
 

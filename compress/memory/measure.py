@@ -143,7 +143,7 @@ class PeakSampler:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        release()
+        trim()
         self._count_device()
         release_device()
         before, self._phase = self._phase, name
@@ -152,6 +152,8 @@ class PeakSampler:
         finally:
             self._sample()
             self._count_device()
+            # What the phase leaves behind is its own until it is given back: collecting takes longer than one interval.
+            release()
             self._phase = before
 
     @property
@@ -175,4 +177,5 @@ class PeakSampler:
             self._sample()
 
     def _sample(self) -> None:
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), rss_anon())
+        phase = self._phase  # that may have changed by the time the bytes are read
+        self.peaks[phase] = max(self.peaks.get(phase, 0), rss_anon())

@@ -61,12 +61,13 @@ class Recover(Stage):
         default=None,
         gt=0,
         lt=1,
-        description=f"share of the calibration windows kept out, to choose what ships; left out: an eighth, but "
-        f"of a long text about {ENOUGH_HELD_OUT:,} tokens",
+        description=f"windows kept out, as a share of the calibration windows, to choose what ships; left out: an "
+        f"eighth, but of a long text about {ENOUGH_HELD_OUT:,} tokens. After quantising they are of the "
+        "self_generated_windows where these are at least twice as many: the calibration windows have been fitted",
     )
     patience: int = Field(default=6, ge=1, description="evaluations without a better one before training stops")
     self_generated_windows: int = Field(
-        default=0, ge=0, description="training windows sampled from the source model, beside the calibration text"
+        default=0, ge=0, description="windows sampled from the source model, beside the calibration text"
     )
     products: Products = Field(
         default="auto",

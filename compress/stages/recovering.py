@@ -88,7 +88,8 @@ class Run:
             self.events.append(Event("training_resumed", "recover", message))
         more, ledger = self._sampled()
         share = self.stage.share_held_out(self.windows.tokens)
-        text = material(self.windows, more, share, self.stage.batch_tokens, self.context.seed)
+        fitted = bool(self.context.source.schemes)
+        text = material(self.windows, more, share, self.stage.batch_tokens, self.context.seed, fitted)
         setting = self._setting(text)
         choice = self._choice(setting)
         trained = replace(setting.training, what=choice.train)
@@ -108,6 +109,7 @@ class Run:
             "products": str(setting.products).removeprefix("torch."),
             "windows_training": len(text.training),
             "windows_held_out": len(text.held_out),
+            "held_out_from": "self_generated" if text.unseen else "calibration",
             "tokens_training": text.tokens(text.training),
             "tokens_held_out": text.tokens(text.held_out),
             "held_out_kl_before": outcome.before,

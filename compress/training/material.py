@@ -1,4 +1,8 @@
-"""The windows training reads: most of them train, some are kept out to judge by, in an order that a seed decides."""
+"""The windows training reads: most of them train, some are kept out to judge by, in an order that a seed decides.
+
+Weights that were quantised before have been fitted to the calibration windows, those kept out of training among them:
+there training that helps everywhere else begins at a disadvantage. Windows sampled for the training alone know neither.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,15 @@ from compress.errors import RecipeError
 
 @dataclass(frozen=True)
 class Material:
-    """ids and mask (windows, tokens), mask None if nothing is padded; rows of both that train and that judge."""
+    """ids and mask (windows, tokens), mask None if nothing is padded; rows of both that train and that judge.
+    `unseen`: those that judge were sampled for this training, and no stage before has read them."""
 
     ids: Tensor
     mask: Tensor | None
     training: Tensor
     held_out: Tensor
     windows_at_once: int
+    unseen: bool = False
 
     def batch(self, rows: Tensor) -> Batch:
         return Batch(self.ids[rows], None if self.mask is None else self.mask[rows])
@@ -55,8 +61,11 @@ class Material:
         return list(torch.split(self.training[order], self.windows_at_once))
 
 
-def material(windows: Windows, more: Windows | None, holdout: float, batch_tokens: int, seed: int) -> Material:
-    """Keep a fraction `holdout` of `windows` out; the others and all of `more` (of the same width) train.
+def material(
+    windows: Windows, more: Windows | None, holdout: float, batch_tokens: int, seed: int, fitted: bool = False
+) -> Material:
+    """Keep windows out, a fraction `holdout` of the number of `windows`: of `windows` themselves, or, where stages
+    before have `fitted` weights to those, as many of `more` if that leaves half of it. All others (of one width) train.
 
     Raises RecipeError for a single window, which cannot be split.
     """
@@ -67,13 +76,19 @@ def material(windows: Windows, more: Windows | None, holdout: float, batch_token
             f"{count}; use a longer text or a smaller window_tokens"
         )
     training, held_out = kept_out(count, holdout, seed)
-    ids, mask = windows.ids, windows.mask
+    ids, mask, unseen = windows.ids, windows.mask, False
     if more is not None:
-        training = torch.cat([training, torch.arange(count, count + len(more.ids))])
+        further = torch.arange(len(more.ids))
+        unseen = fitted and 2 * len(held_out) <= len(further)
+        if unseen:
+            further, judging = kept_out(len(further), len(held_out) / len(further), seed)
+            training, held_out = torch.arange(count), count + judging
+        training = torch.cat([training, count + further])
         ids = torch.cat([ids, more.ids])
         mask = None if mask is None else torch.cat([mask, torch.ones_like(more.ids)])
     # No step is larger than all of the text, whatever was asked for.
-    return Material(ids, mask, training, held_out, min(len(training), max(1, batch_tokens // ids.shape[1])))
+    at_once = min(len(training), max(1, batch_tokens // ids.shape[1]))
+    return Material(ids, mask, training, held_out, at_once, unseen)
 
 
 def _generator(seed: int, draw: int) -> torch.Generator:

@@ -301,6 +301,17 @@ def test_text_sampled_from_the_source_is_recorded(glass, solved, text, tmp_path)
     assert outcome.facts["windows_training"] == 84 + 4 and outcome.facts["windows_held_out"] == 12
     assert ledger["tokens_obtained"] == 4 * 96
     assert ledger["digest"] != text.digest and len(ledger["digest"]) == 64
+    assert outcome.facts["held_out_from"] == "calibration"
+
+
+def test_after_quantising_text_of_the_models_own_judges(glass, solved, text, tmp_path):
+    few = Windows(text.ids[:8], None if text.mask is None else text.mask[:8], text.ledger)
+    stage = Recover(self_generated_windows=4, epochs=1, batch_tokens=960)
+
+    _, outcome = apply_stage(stage, solved, tmp_path / "stage", few, origin=glass)
+
+    assert outcome.facts["held_out_from"] == "self_generated"
+    assert outcome.facts["windows_training"] == 8 + 3 and outcome.facts["windows_held_out"] == 1
 
 
 def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):

@@ -32,6 +32,21 @@ def test_windows_beside_the_calibration_text_train_and_never_judge():
     assert text.tokens(torch.arange(6, 16)) == more.ids.numel()
 
 
+def test_after_quantising_windows_that_no_stage_has_read_judge():
+    """As many as before, so that `plan` counts steps without knowing which; where they are too few, they all train."""
+    windows, more = random_windows(count=8), random_windows(count=10, seed=1)
+
+    text = material(windows, more, 0.5, 24, seed=0, fitted=True)
+
+    assert text.unseen and len(text.held_out) == 4 and int(text.held_out.min()) >= 8
+    assert sorted([*text.training.tolist(), *text.held_out.tolist()]) == list(range(18))
+    before = material(windows, more, 0.5, 24, seed=0)
+    assert not before.unseen and len(before.training) == len(text.training)
+    few = material(windows, random_windows(count=7, seed=1), 0.5, 24, seed=0, fitted=True)
+    assert not few.unseen and int(few.held_out.max()) < 8 and len(few.training) == 11
+    assert not material(windows, None, 0.5, 24, seed=0, fitted=True).unseen
+
+
 def test_positions_whose_next_token_is_padding_do_not_count():
     ids = torch.arange(8).view(2, 4)
     text = material(Windows(ids, torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]), {}), None, 0.5, 4, seed=0)

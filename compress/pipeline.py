@@ -137,6 +137,7 @@ def run(planned: Plan, store_folder: Path, progress: Progress, parent: Parent | 
                     artifact,
                     alone=alone,
                     parent=parent,
+                    made=made.checkpoint,
                 )
                 report = against_previous(report, store)
                 (staged / "model" / "README.md").write_text(model_card(report), encoding="utf-8")

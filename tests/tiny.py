@@ -108,6 +108,7 @@ def stage_context(
     compute: torch.dtype = torch.float32,
     after_block: Callable[[int], None] = lambda index: None,
     device: torch.device = CPU,
+    chain: tuple[Checkpoint, ...] = (),
 ) -> StageContext:
     """What a stage works with, on small models. `origin`: what the run began with, if not `source`."""
     return StageContext(
@@ -122,6 +123,7 @@ def stage_context(
         seed=0,
         progress=progress or Quiet(),
         after_block=after_block,
+        chain=chain,
     )
 
 

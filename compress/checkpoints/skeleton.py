@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, architecture_of, logit_softcap
+from compress.checkpoints import attention
 from compress.checkpoints.reader import Checkpoint
 from compress.errors import CompressError, UnhealthySourceError
 from compress.quantization.inputs import IntegerLinear, run_as_before, run_as_loaded, run_on_integers
@@ -90,6 +91,9 @@ class Skeleton:
         with _told_as_a_config_s_mistake(), init_empty_weights(include_buffers=False):
             # transformers chooses the attention: fused where it can, eager for Gemma 2, whose soft caps no kernel has.
             self.model: nn.Module = AutoModelForCausalLM.from_config(self.config)
+        if self.config._attn_implementation == "sdpa" and self.model._supports_attention_backend:
+            # The same, but where linears multiply in bfloat16 on a CPU.
+            self.model.set_attn_implementation(attention.registered())
         self.model.eval()
         self._body: nn.Module = self.model.get_submodule(self.architecture.prefix)
         blocks = self.model.get_submodule(self.architecture.blocks)
@@ -271,7 +275,7 @@ class Head:
 
     def differentiable_logits(self, normed: Tensor) -> Tensor:
         """The same, with gradients where they are on."""
-        return self._capped(torch.nn.functional.linear(normed.to(self.weight), self.weight, self.bias).float())
+        return self.capped(torch.nn.functional.linear(normed.to(self.weight), self.weight, self.bias).float())
 
     @torch.no_grad()
     def logits_of(self, tokens: Tensor, normed: Tensor) -> Tensor:
@@ -280,9 +284,10 @@ class Head:
         logits = torch.bmm(self.weight[tokens].float(), normed.float())
         if self.bias is not None:
             logits += self.bias[tokens].float().unsqueeze(-1)
-        return self._capped(logits)
+        return self.capped(logits)
 
-    def _capped(self, logits: Tensor) -> Tensor:
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits after the soft cap, where the model has one."""
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 

@@ -108,6 +108,10 @@ def free_bytes(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else available_bytes()
 
 
+BETWEEN = "between phases"
+"""What is sampled outside of any."""
+
+
 class PeakSampler:
     """Samples RssAnon in a thread; `phase(name)` names what is going on. Peaks in bytes, by phase, in `peaks`.
 
@@ -117,7 +121,8 @@ class PeakSampler:
     def __init__(self, interval: float = 0.05) -> None:
         self.peaks: dict[str, int] = {}
         self.device_peaks: dict[str, int] = {}
-        self._phase = "start"
+        self._phase = BETWEEN
+        self._lock = threading.Lock()
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="memory sampler", daemon=True)
@@ -178,4 +183,6 @@ class PeakSampler:
 
     def _sample(self) -> None:
         phase = self._phase  # that may have changed by the time the bytes are read
-        self.peaks[phase] = max(self.peaks.get(phase, 0), rss_anon())
+        found = rss_anon()
+        with self._lock:
+            self.peaks[phase] = max(self.peaks.get(phase, 0), found)

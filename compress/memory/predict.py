@@ -233,12 +233,13 @@ def inside_bytes(load: TrainingLoad) -> int:
 def whole_model_training_bytes(load: TrainingLoad, kept_blocks: int = 0) -> int:
     """Bytes that training all blocks at once takes beside what the process holds already.
 
-    Codes, dense parameters and the head; seven float32 numbers a trained one (base, factor, gradient, two moments,
-    best, and a copy while saving); embeddings and the source's final states of every token; the states entering each
-    block, twice the inside of one block and the inside of `kept_blocks`, for a batch; one weight matrix and its
-    gradient; six matrices of logits.
+    Codes, dense parameters and the head, which training on a CPU multiplies with in bfloat16 too; seven float32
+    numbers a trained one (base, factor, gradient, two moments, best, and a copy while saving); embeddings and the
+    source's final states of every token; the states entering each block, twice the inside of one block and the inside
+    of `kept_blocks`, for a batch; one weight matrix and its gradient; six matrices of logits.
     """
-    weights = load.quantised + load.dense * load.compute_bytes + load.vocabulary * load.hidden * load.compute_bytes
+    head = load.vocabulary * load.hidden * (load.compute_bytes + (2 if load.compute_bytes == 4 else 0))
+    weights = load.quantised + load.dense * load.compute_bytes + head
     kept = 2 * load.kept_tokens * load.hidden * load.compute_bytes
     batch = load.batch_tokens * (load.blocks * load.hidden + 2 * load.block_width) * load.compute_bytes
     widest = 2 * load.block_width * load.hidden * 4

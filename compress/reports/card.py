@@ -149,7 +149,10 @@ def _did(stage: StageRecord, is_last: bool) -> str:
     if "held_out_kl_after" in facts:
         before, after = words.number(facts["held_out_kl_before"]), words.number(facts["held_out_kl_after"])
         what = facts.get("train", "scales+norms")
-        return f"{what} trained; mean KL on calibration windows kept out of training {before} before and {after} after"
+        text = "calibration windows kept out of training"
+        if facts.get("held_out_from") == "self_generated":
+            text = "text of the source's own that nothing was fitted to"
+        return f"{what} trained; mean KL on {text} {before} before and {after} after"
     if "share_of_zeros" in facts:
         kept = "" if is_last else "; stages after it do not keep them zero"
         return f"{words.percent(facts['share_of_zeros'])} of the weights set to zero, {facts['pattern']}{kept}"

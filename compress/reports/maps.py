@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from compress.reports.report import ModuleRecord, Report
+from compress.reports.report import KeptRecord, ModuleRecord, Report
 from compress.reports.tables import Table
 from compress.reports.words import MISSING, number
 
@@ -135,6 +135,10 @@ def error_cells(report: Report) -> list[Cell]:
     return [
         Cell(kind, block, f"error{_level(module.error, levels)}", bits_text(module), _title(module))
         for (kind, block), module in found.items()
+    ] + [
+        Cell(kind, block, "errornone", _digits(kept.dtype), f"{kept.name}: {kept.dtype}, not quantised")
+        for (kind, block), kept in kept_by_place(report).items()
+        if (kind, block) not in found
     ]
 
 
@@ -148,6 +152,11 @@ def _by_place(report: Report) -> dict[tuple[str, int], ModuleRecord]:
         if key not in found or (module.error or 0.0) > (found[key].error or 0.0):
             found[key] = module
     return found
+
+
+def kept_by_place(report: Report) -> dict[tuple[str, int], KeptRecord]:
+    """{(kind, block): a linear that was not quantised}."""
+    return {(kept.name.rpartition(".")[2], kept.block): kept for kept in report.kept}
 
 
 def error_levels(errors: Sequence[float | None]) -> list[float]:
@@ -168,8 +177,11 @@ def _level(error: float | None, levels: Sequence[float]) -> str:
 
 def bits_text(module: ModuleRecord) -> str:
     """Bits without scales, from the scheme's first word (int4, nf4, fp8); 16 and more are "16"."""
-    digits = "".join(letter for letter in module.scheme.split(" ")[0] if letter.isdigit())
-    return digits[:2] if digits else f"{module.effective_bits:.0f}"
+    return _digits(module.scheme.split(" ")[0])[:2] or f"{module.effective_bits:.0f}"
+
+
+def _digits(text: str) -> str:
+    return "".join(letter for letter in text if letter.isdigit())
 
 
 def _title(module: ModuleRecord) -> str:
@@ -182,19 +194,23 @@ def _title(module: ModuleRecord) -> str:
 def error_legend(report: Report) -> list[tuple[str, str]]:
     """(style of a swatch, what it stands for)."""
     levels = error_levels([module.error for module in last_records(report).values()])
-    return [(f"error{at}", f"to {number(most)}") for at, most in enumerate(levels)]
+    legend = [(f"error{at}", f"to {number(most)}") for at, most in enumerate(levels)]
+    return legend + ([("errornone", "not quantised")] if report.kept else [])
 
 
 def error_table(report: Report) -> Table:
     """The same in words, for faces without pictures: a row for each block."""
-    found = _by_place(report)
-    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    found, kept = _by_place(report), kept_by_place(report)
+    places = list(dict.fromkeys([*found, *kept]))
+    kinds = list(dict.fromkeys(kind for kind, _ in places))
     rows = [
-        (str(block), *(_words(found.get((kind, block))) for kind in kinds))
-        for block in sorted({block for _, block in found})
+        (str(block), *(_words(found.get((kind, block)), kept.get((kind, block))) for kind in kinds))
+        for block in sorted({block for _, block in places})
     ]
     return Table("Bits and error of every linear", ("Block", *kinds), "r" + "r" * len(kinds), rows)
 
 
-def _words(module: ModuleRecord | None) -> str:
-    return MISSING if module is None else f"{bits_text(module)} b, {number(module.error)}"
+def _words(module: ModuleRecord | None, kept: KeptRecord | None) -> str:
+    if module is None:
+        return MISSING if kept is None else f"{_digits(kept.dtype)} b, kept"
+    return f"{bits_text(module)} b, {number(module.error)}"

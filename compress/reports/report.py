@@ -86,6 +86,14 @@ class ModuleRecord(Value):
     events: list[str] = Field(default_factory=list)
 
 
+class KeptRecord(Value):
+    """A linear of a block that no stage quantised."""
+
+    name: str
+    block: int
+    dtype: str = Field(description="of the file, e.g. float16")
+
+
 class StageRecord(Value):
     """What one stage did, and what it cost."""
 
@@ -244,6 +252,9 @@ class Report(Value):
     measurements: Measurements
     memory: Memory
     stages: list[StageRecord]
+    kept: list[KeptRecord] = Field(
+        default_factory=list, description="linears of blocks that were not quantised, where others were"
+    )
     round_trip: RoundTrip | None
     events: list[Event]
     event_counts: dict[str, int]

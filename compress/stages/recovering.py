@@ -168,8 +168,9 @@ class Run:
     def _sample(self) -> Windows:
         from transformers import AutoTokenizer
 
-        # A seed of its own: the calibration text may have been sampled from the same model with the recipe's.
-        seed = int(digest_of_json([self.context.seed, self.windows.digest])[:12], 16)
+        # A seed of its own: the calibration text may have been sampled from the same model with the recipe's, and what
+        # judges here must not have trained in an earlier `recover`.
+        seed = int(digest_of_json([self.context.seed, self.windows.digest, len(self.context.chain)])[:12], 16)
         count, width = self.stage.self_generated_windows, int(self.windows.ids.shape[1])
         spec = WindowSpec(data=SelfGenerated(document_tokens=DOCUMENT_TOKENS), windows=count, window_tokens=width)
         origin = self.context.origin

@@ -18,6 +18,7 @@ from filelock import FileLock
 from compress.calibration import integer_rows
 from compress.calibration.products import has_units_for_bfloat16
 from compress.calibration.windows import Windows
+from compress.checkpoints import attention
 from compress.checkpoints.reader import Checkpoint
 from compress.checkpoints.sources import cache_folder
 from compress.checkpoints.working import WorkingCheckpoint
@@ -89,8 +90,8 @@ def fingerprint(
             "calibration": windows.digest if windows is not None and stage.needs_calibration else None,
             "seed": seed if stage.draws else None,
             "machine": machine.to_json(),
-            # What `products: auto`, and sums that go with it, come to.
-            "units": [has_units_for_bfloat16(), integer_rows.exact_here()],
+            # What `products: auto`, and sums and attention that go with it, come to.
+            "units": [has_units_for_bfloat16(), integer_rows.exact_here(), attention.faster_here()],
             "stored": str(stored),
             "versions": versions(),
         }

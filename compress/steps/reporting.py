@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
+from compress.checkpoints.reader import Checkpoint
 from compress.evaluation.discordance import flips, mcnemar
 from compress.evaluation.tasks.compare import Comparison, examples
 from compress.events import count_by_kind
@@ -22,6 +23,7 @@ from compress.reports.report import (
     Flip,
     GateResult,
     JudgedRecord,
+    KeptRecord,
     LookRecord,
     Measurements,
     Memory,
@@ -63,9 +65,11 @@ def assemble(
     of: JudgedRecord | None = None,
     alone: AlternativeRecord | None = None,
     parent: Parent | None = None,
+    made: Checkpoint | None = None,
 ) -> Report:
     """The report of a run, or with `of` one of an evaluation; `artifact` is where the model is or will be, `alone` what
-    a pruned model is compared with, `parent` the version whose codes these are in another format."""
+    a pruned model is compared with, `parent` the version whose codes these are in another format, `made` the checkpoint
+    that was exported."""
     recipe, evidence, events = plan.recipe, decision.evidence, decision.events
     report = Report(
         verdict=decision.verdict,
@@ -78,6 +82,7 @@ def assemble(
         memory=_memory(plan, source, evidence, sampler, predicted=of is None),
         quantised_alone=alone,
         stages=stages,
+        kept=_kept(made, plan) if made else [],
         round_trip=_round_trip(evidence),
         events=events,
         event_counts={kind: count for kind, count in count_by_kind(events).items() if count},
@@ -111,6 +116,19 @@ def judged(plan: Plan, asked: Asked, candidate: Candidate, reference: OpenedSour
         reference_digest=reference.digest,
         making_recorded=candidate.recorded is not None,
     )
+
+
+def _kept(made: Checkpoint, plan: Plan) -> list[KeptRecord]:
+    """Linears of blocks that are exported as they were; none where nothing was quantised."""
+    if not made.schemes:
+        return []
+    architecture, dtype = made.architecture, str(plan.stored).removeprefix("torch.")
+    return [
+        KeptRecord(name=name, block=block, dtype=dtype)
+        for block in range(made.block_count)
+        for linear in architecture.linears
+        if (name := f"{architecture.block_name(block)}.{linear}") not in made.schemes and made.has(f"{name}.weight")
+    ]
 
 
 def _made_from(parent: Parent | None) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class WholeModel:
     products: torch.dtype = torch.float32
     """What linears multiply in while they train. Judging is in the compute dtype."""
     kept_blocks: int = 0
+    narrow: Tensor | None = None
+    """The weight of both heads in bfloat16, where they are one and products are of that."""
     hidden_share: float = 0.0
     """Of the loss: the squared difference of final hidden states over the teacher's square."""
 
@@ -61,7 +63,7 @@ class WholeModel:
         with multiplying_in(self.products, self.skeleton):
             states = self._states(rows)[counts]
         targets = self._targets(rows)[counts]
-        divergence = mean_divergence((self.heads[0], targets), (self.heads[1], states))
+        divergence = mean_divergence((self.heads[0], targets), (self.heads[1], states), self.narrow)
         if not self.hidden_share:
             return divergence
         distance = (states.float() - targets.float()).square().mean() / targets.float().square().mean()
@@ -142,6 +144,7 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             path = skeleton.architecture.final_norm
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
         heads = teacher_head(setting.origin, head), head
+        one = heads[0] is head and setting.products is torch.bfloat16 is not head.weight.dtype
         yield WholeModel(
             skeleton,
             material,
@@ -152,5 +155,6 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             trained,
             setting.products,
             setting.kept_blocks,
+            head.weight.bfloat16() if one else None,
             setting.hidden_share,
         )

@@ -111,6 +111,22 @@ def test_a_recovered_model_is_published_with_what_training_did(recipe, here, gla
     assert "What recover did" in page and "held out kl before" in page
 
 
+def test_the_report_tells_of_linears_that_were_left_alone(recipe, here, tmp_path):
+    stage = {"kind": "round_to_nearest", "bits": 8, "group_size": "channel", "ignore": ["*.o_proj", "*.0.mlp.*"]}
+    path = recipe(stages=[stage], calibration=None)
+
+    ended = here("run", path, "--store", tmp_path / "store", "--json")
+
+    report = json.loads(ended.out)
+    solved = {module["name"] for module in report["stages"][0]["modules"]}
+    kept = {each["name"] for each in report["kept"]}
+    assert kept and not kept & solved and {each["dtype"] for each in report["kept"]} == {"float16"}
+    blocks = 1 + max(each["block"] for each in report["kept"])
+    assert len(kept) == blocks + 3 and len(kept | solved) == 7 * blocks
+    page = Path(report["artifact"]["path"], "reports", "report.html").read_text(encoding="utf-8")
+    assert "model.layers.0.mlp.up_proj: float16, not quantised" in page
+
+
 def test_the_model_can_calibrate_on_text_of_its_own(recipe, here, tmp_path):
     calibration = {"data": {"kind": "self-generated"}, "windows": 8, "window_tokens": 64}
 

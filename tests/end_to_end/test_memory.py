@@ -41,7 +41,7 @@ def test_peak_anonymous_memory_is_the_same_for_8_and_32_blocks(recipe, glass, gl
     def grown():
         return [
             phase
-            for phase in ("start", "source", "baseline", "stage 0: gptq", "export", "evaluation")
+            for phase in ("between phases", "source", "baseline", "stage 0: gptq", "export", "evaluation")
             if peaks[32][phase] > peaks[8][phase] + 2 * BLOCK_BYTES
         ]
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from compress.reports.card import model_card
 from compress.reports.report import Measurements, Report
 
-from .example import example_report, hostile_report, measurements, provenance, task
+from .example import example_report, hostile_report, measurements, provenance, stages, task
 
 
 def front_matter(report: Report) -> dict[str, Any]:
@@ -120,6 +120,20 @@ def test_the_card_says_its_limits_and_a_failed_verdict() -> None:
     assert "failed 1 of 4 gates" in text
     assert "has not earned release" in text
     assert "No task benchmarks" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        ({}, "mean KL on calibration windows kept out of training 0.2 before and 0.1 after"),
+        ({"held_out_from": "calibration"}, "mean KL on calibration windows kept out of training 0.2 before"),
+        ({"held_out_from": "self_generated"}, "mean KL on text of the source's own that nothing was fitted to 0.2"),
+    ],
+)
+def test_the_card_says_what_training_was_judged_on(facts: dict[str, str], wanted: str) -> None:
+    known = {"held_out_kl_before": 0.2, "held_out_kl_after": 0.1, **facts}
+    trained = stages()[0].model_copy(update={"kind": "recover", "modules": [], "facts": known})
+    assert wanted in model_card(example_report(stages=[*stages(), trained]))
 
 
 def test_hostile_text_stays_text() -> None:

@@ -17,8 +17,9 @@ from compress.reports.maps import (
     pieces,
     unmeasured,
 )
-from compress.reports.report import ModuleRecord, StageRecord
+from compress.reports.report import KeptRecord, ModuleRecord, StageRecord
 from compress.reports.tables import worst_table
+from compress.reports.words import MISSING
 
 from .example import DIGEST, example_report, stages
 
@@ -63,6 +64,19 @@ def test_an_error_stays_where_a_later_stage_measures_none() -> None:
     assert unmeasured(example_report(stages=[solved])) == ""
     other = stage(record("0.b", 0, "int8 channel", None)).model_copy(update={"kind": "round_to_nearest"})
     assert unmeasured(example_report(stages=[solved, other])) == "", "no error of that scheme was kept"
+
+
+def test_linears_that_were_not_quantised_are_there_too() -> None:
+    kept = [KeptRecord(name=f"{block}.down", block=block, dtype="bfloat16") for block in (0, 1)]
+    modules = [record("0.up", 0, "int4 channel", 0.1), record("1.down", 1, "int8 channel", 0.2)]
+    report = example_report(stages=[stage(*modules)], kept=kept)
+
+    cells = {(cell.kind, cell.block): (cell.text, cell.title) for cell in error_cells(report)}
+    assert cells["down", 0] == ("16", "0.down: bfloat16, not quantised") and cells["down", 1][0] == "8"
+    assert set(cells) == {("up", 0), ("down", 0), ("down", 1)}
+    assert error_legend(report)[-1] == ("errornone", "not quantised")
+    assert ("errornone", "not quantised") not in error_legend(example_report())
+    assert error_table(report).rows == [("0", "4 b, 0.1", "16 b, kept"), ("1", MISSING, "8 b, 0.2")]
 
 
 def test_the_worst_of_many_experts_is_shown() -> None:

@@ -313,6 +313,20 @@ def test_after_quantising_text_of_the_models_own_judges(glass, solved, text, tmp
     assert outcome.facts["held_out_from"] == "self_generated"
     assert outcome.facts["windows_training"] == 8 + 3 and outcome.facts["windows_held_out"] == 1
 
+    # Where nothing was quantised, and so nothing fitted to all windows, the calibration text judges.
+    _, outcome = apply_stage(stage.model_copy(update={"train": "norms"}), glass, tmp_path / "other", few)
+    assert outcome.facts["held_out_from"] == "calibration"
+
+
+def test_each_training_of_a_recipe_samples_text_of_its_own(glass, solved, text, tmp_path):
+    """What an earlier one has trained on must not judge the next."""
+    stage, few = Recover(self_generated_windows=4, epochs=1, batch_tokens=960), Windows(text.ids[:8], None, text.ledger)
+    texts = []
+    for name, chain in (("first", ()), ("second", (Checkpoint(solved),))):
+        _, outcome = apply_stage(stage, solved, tmp_path / name, few, origin=glass, chain=chain)
+        texts.append(outcome.facts["self_generated"]["digest"])
+    assert texts[0] != texts[1]
+
 
 def test_a_run_killed_while_blocks_are_written_does_not_train_again(tmp_path):
     random_model("llama", tmp_path / "model")

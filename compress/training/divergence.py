@@ -8,9 +8,10 @@ none elsewhere), z = c tanh(u / c) after it, W the student's head, h its final h
 Logits of a few tokens are formed at a time, reduced to one number and one gradient row a token, and dropped. The
 gradient is computed in the forward pass, while the logits are there; the backward pass only scales it.
 
-Where training multiplies in bfloat16 and both heads are one, the student's logits are the teacher's u and W (h - h~),
-h~ the teacher's state. A product in bfloat16 rounds its sums, logits of 20 by 0.04; here the divergence sees roundings
-of the *difference*, and p is off by as much in both terms. Judging is in float32.
+Where training multiplies in bfloat16 and both heads are one (or an export has rounded a float32 source's), the
+student's logits are the teacher's u and W (h - h~), h~ the teacher's state. A product in bfloat16 rounds its sums,
+logits of 20 by 0.04; here the divergence sees roundings of the *difference*, and p is off by as much in both terms.
+Judging is in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from compress.training.material import Material
 
 TOKENS_AT_ONCE = 128
 """Tokens whose logits are formed at a time: with a vocabulary of 128k, 64 MiB a matrix in float32."""
+ROWS_AT_ONCE = 4096
+"""Of two heads that are compared."""
 
 
 @torch.no_grad()
@@ -54,9 +57,17 @@ def held_out_divergence(
 def mean_divergence(teacher: tuple[Head, Tensor], student: tuple[Head, Tensor], narrow: Tensor | None = None) -> Tensor:
     """Mean of `divergences`, a scalar that passes gradients to the student's states (tokens, hidden), tokens > 0.
 
-    `narrow`: the weight of both heads, which are one, in bfloat16, to multiply with."""
+    `narrow`: the weight of both heads, which are `alike_in_bfloat16`, in that, to multiply with."""
     mean: Tensor = _MeanDivergence.apply(student[1], teacher, student[0], narrow)  # type: ignore[no-untyped-call]
     return mean
+
+
+def alike_in_bfloat16(first: Tensor, second: Tensor) -> bool:
+    """Whether two weights (rows, columns) differ by no more than bfloat16 rounds, or float16's smallest step.
+
+    float16 rounds a float32 head by an eighth of that, integers of a quantised one move it by far more."""
+    pairs = zip(torch.split(first, ROWS_AT_ONCE), torch.split(second, ROWS_AT_ONCE), strict=True)
+    return first is second or all(torch.allclose(*pair, rtol=2**-8, atol=2**-24) for pair in pairs)
 
 
 class _MeanDivergence(torch.autograd.Function):

@@ -21,7 +21,7 @@ from compress.calibration.walk import final_hidden_states
 from compress.checkpoints.skeleton import Call, Head, Skeleton
 from compress.training import saved
 from compress.training.descent import descend, steps_of
-from compress.training.divergence import held_out_divergence, mean_divergence
+from compress.training.divergence import alike_in_bfloat16, held_out_divergence, mean_divergence
 from compress.training.material import Material
 from compress.training.setting import Outcome, Setting
 from compress.training.student import teacher_head, train_norm, trained_block
@@ -45,7 +45,7 @@ class WholeModel:
     """What linears multiply in while they train. Judging is in the compute dtype."""
     kept_blocks: int = 0
     narrow: Tensor | None = None
-    """The weight of both heads in bfloat16, where they are one and products are of that."""
+    """The weight of both heads in bfloat16, where that cannot tell them apart and products are of it."""
     hidden_share: float = 0.0
     """Of the loss: the squared difference of final hidden states over the teacher's square."""
 
@@ -144,7 +144,8 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             path = skeleton.architecture.final_norm
             trained[f"{path}.weight"] = train_norm(head.norm, source, path)
         heads = teacher_head(setting.origin, head), head
-        one = heads[0] is head and setting.products is torch.bfloat16 is not head.weight.dtype
+        narrower = setting.products is torch.bfloat16 and head.weight.dtype is torch.float32
+        narrower = narrower and alike_in_bfloat16(heads[0].weight, head.weight)
         yield WholeModel(
             skeleton,
             material,
@@ -155,6 +156,6 @@ def _student(setting: Setting, targets: Tensor) -> Iterator[WholeModel]:
             trained,
             setting.products,
             setting.kept_blocks,
-            head.weight.bfloat16() if one else None,
+            head.weight.bfloat16() if narrower else None,
             setting.hidden_share,
         )

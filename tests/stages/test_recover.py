@@ -19,7 +19,7 @@ from compress.checkpoints.reader import Checkpoint
 from compress.evaluation.measure import score, walk_states
 from compress.events import Quiet
 from compress.memory.measure import PeakSampler
-from compress.stages import Gptq, Recover, RoundToNearest, SmoothQuant, StructuredPrune
+from compress.stages import Gptq, Recover, RoundToNearest, SmoothQuant, StructuredPrune, Vocabulary
 from compress.steps.environment import Machine
 from compress.steps.fold import fold
 from compress.training import clock, descent, footprint, quantised, student, whole_model
@@ -316,6 +316,34 @@ def test_after_quantising_text_of_the_models_own_judges(glass, solved, text, tmp
     # Where nothing was quantised, and so nothing fitted to all windows, the calibration text judges.
     _, outcome = apply_stage(stage.model_copy(update={"train": "norms"}), glass, tmp_path / "other", few)
     assert outcome.facts["held_out_from"] == "calibration"
+
+
+@pytest.mark.parametrize(
+    ("products", "vocabulary", "wanted"),
+    [("bfloat16", False, torch.bfloat16), ("float32", False, None), ("bfloat16", True, None)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_head_is_bfloat16_where_products_are_and_the_source_has_the_same(
+    tmp_path, monkeypatch, products, vocabulary, wanted, dtype
+):
+    """A float32 source's head is rounded to float16 on its way; one in integers is another."""
+    random_model("llama", tmp_path / "model", dtype)
+    folder = tmp_path / "rounded"
+    apply_stage(RoundToNearest(bits=3, group_size=32), tmp_path / "model", folder)
+    if vocabulary:
+        folder = tmp_path / "vocabulary"
+        apply_stage(Vocabulary(bits=4, group_size=32), tmp_path / "rounded", folder)
+    seen, real = set(), whole_model.mean_divergence
+
+    def watched(teacher, student, narrow=None):
+        seen.add(None if narrow is None else narrow.dtype)
+        assert narrow is None or torch.equal(narrow, student[0].weight.bfloat16())
+        return real(teacher, student, narrow)
+
+    monkeypatch.setattr(whole_model, "mean_divergence", watched)
+    stage = Recover(epochs=1, batch_tokens=48, products=products)
+    apply_stage(stage, folder, tmp_path / "out", random_windows(count=8), origin=tmp_path / "model")
+    assert seen == {wanted}
 
 
 def test_each_training_of_a_recipe_samples_text_of_its_own(glass, solved, text, tmp_path):
